@@ -26,7 +26,7 @@ class CannotStart(Exception):
 
 
 class Service:
-    """What to run: a program at `path`, or what to connect to: the unix socket `path`, or `host` and `port`."""
+    """What to run: a program at `path`. Or where to connect: the unix socket `path`; or `host`, `port`."""
 
     __slots__ = ("config", "host", "kind", "path", "port")
 
