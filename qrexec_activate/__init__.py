@@ -1,0 +1,1 @@
+"""Systemd-socket-activated qrexec calls."""

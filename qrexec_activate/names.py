@@ -1,0 +1,194 @@
+"""Names of qubes, RPCs, arguments and units: validate, escape, decode.
+
+Whatever qrexec would silently alter or misread is refused here, before any program sees it: qrexec keeps
+`A-Za-z0-9_-.+` of a service and its argument and turns every other byte into `_`; it treats a malformed target
+as `@default`; and it takes a target that begins with `-` for an option (qrexec 4.4.2). No I/O.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+
+from .errors import BadName
+
+__all__ = [
+    "MAX_ARGUMENT",
+    "UnitName",
+    "call_name",
+    "check_argument",
+    "check_service",
+    "check_target",
+    "decode_escapes",
+    "escape_instance",
+    "escape_target",
+    "parse_unit_name",
+]
+
+#: An argument of about 3,900 characters wedges qrexec-agent 4.4.2 for good; no honest one comes near this.
+MAX_ARGUMENT = 1024
+
+#: qubesd's own limit for the name of a qube.
+MAX_QUBE_NAME = 31
+
+#: systemd's own limit for the name of a unit (UNIT_NAME_MAX, with the terminating zero).
+MAX_UNIT_NAME = 255
+
+_QUBE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*", re.ASCII)
+_RPC_TEXT = re.compile(r"[A-Za-z0-9_.+-]*", re.ASCII)
+_SERVICE = re.compile(r"[A-Za-z0-9_.-]+", re.ASCII)
+_UNIT_TEXT = re.compile(r"[A-Za-z0-9:_.\\-]+", re.ASCII)
+_ESCAPE = re.compile(rb"\\x([0-9a-fA-F]{2})")
+_PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
+
+
+def decode_escapes(text: str) -> str:
+    r"""Turn systemd's `\xNN` into the characters they stand for, and leave `-` alone.
+
+    `%I` would also turn `-` into `/`, which an RPC argument must not suffer. Raises BadName for a backslash that
+    begins no such escape and for bytes that are no UTF-8.
+    """
+    try:
+        raw = text.encode()
+        if b"\\" in _ESCAPE.sub(b"", raw):
+            raise BadName(f"{text!r} holds a backslash that begins no \\xNN escape; write it as \\x5c")
+        return _ESCAPE.sub(lambda match: bytes([int(match[1], 16)]), raw).decode()
+    except UnicodeError:
+        raise BadName(f"{text!r} is no UTF-8 text once its \\xNN escapes are decoded") from None
+
+
+def _escape(text: str, keep: re.Pattern[str]) -> str:
+    return "".join(
+        char if keep.fullmatch(char) else "".join(f"\\x{byte:02x}" for byte in char.encode()) for char in text
+    )
+
+
+def escape_instance(argument: str) -> str:
+    """Write an RPC argument as a unit's instance, so that decode_escapes() gives it back."""
+    return _escape(argument, re.compile(r"[A-Za-z0-9:_.-]", re.ASCII))
+
+
+def escape_target(target: str) -> str:
+    r"""Write a target as a FileDescriptorName, which may hold no `:` (`@dispvm\x3aNAME`) and expands `%`."""
+    return _escape(target, re.compile(r"[A-Za-z0-9@_.-]", re.ASCII))
+
+
+def check_target(target: str) -> str:
+    """Return `target` if qrexec takes it as it is: a qube's name, `@default`, `@dispvm` or `@dispvm:NAME`.
+
+    Raises BadName for anything else, as qrexec would send it to the policy as `@default`.
+    """
+    if target in ("@default", "@dispvm"):
+        return target
+    name = target.removeprefix("@dispvm:")
+    if not target:
+        raise BadName("the target qube's name is empty; set FileDescriptorName= to the name of a qube")
+    if name.startswith("-"):
+        raise BadName(f"{target!r} is no target: qrexec-client-vm would take it for an option")
+    if name.startswith(("@", "$")):
+        raise BadName(
+            f"{target!r} is no target: the keywords are @default, @dispvm and @dispvm\\x3aNAME; dom0 is written dom0"
+        )
+    if len(name) > MAX_QUBE_NAME:
+        raise BadName(f"{target!r} is no target: a qube's name has at most {MAX_QUBE_NAME} characters")
+    if not _QUBE.fullmatch(name):
+        raise BadName(
+            f"{target!r} is no target: a qube's name begins with a letter and holds letters, digits, '_', '-' and '.';"
+            " qrexec would take it for @default"
+        )
+    return target
+
+
+def check_service(service: str) -> str:
+    """Return the RPC's name (`qubes.ConnectTCP`) if qrexec takes it as it is; raises BadName."""
+    if not _SERVICE.fullmatch(service) or service.startswith(("-", ".")):
+        raise BadName(
+            f"{service!r} is no RPC name: letters, digits, '_', '-' and '.', beginning with neither '-' nor '.'"
+        )
+    if len(service) > MAX_ARGUMENT:
+        raise BadName(f"the RPC name {service[:32]!r}… is longer than {MAX_ARGUMENT} characters")
+    return service
+
+
+def _check_port(port: str) -> None:
+    if not _PORT.fullmatch(port) or int(port) > 65535:
+        raise BadName(f"{port!r} is no port: write a number from 1 to 65535 without leading zeros")
+
+
+def _check_connect_unix(argument: str) -> None:
+    if not argument:
+        raise BadName("qubes.ConnectUnix needs the name of a socket as its argument")
+    if argument.startswith("."):
+        raise BadName(f"the argument {argument!r} of qubes.ConnectUnix may not begin with a dot")
+
+
+def _check_connect_tcp_bind(argument: str) -> None:
+    port, dash, address = argument.partition("-")
+    if not dash:
+        raise BadName(f"{argument!r} is no PORT-ADDRESS for qubes.ConnectTCPBind, such as 2049-127.0.1.1")
+    _check_port(port)
+    try:
+        # qrexec allows no ':' in an argument, so an IPv6 address is written with '+'.
+        ipaddress.ip_address(address.replace("+", ":"))
+    except ValueError:
+        raise BadName(
+            f"{address!r} in {argument!r} is no address: write IPv4 as 127.0.1.1, IPv6 with '+' for ':' as fd00++7"
+        ) from None
+
+
+#: RPCs whose arguments have a form that is known here. Those of other RPCs are the service's own business.
+_ARGUMENT_RULES = {
+    "qubes.ConnectTCP": _check_port,
+    "qubes.ConnectUnix": _check_connect_unix,
+    "qubes.ConnectTCPBind": _check_connect_tcp_bind,
+}
+
+
+def check_argument(service: str, argument: str) -> str:
+    """Return `argument` if qrexec passes it on unaltered and the RPC can make sense of it; raises BadName."""
+    if len(argument) > MAX_ARGUMENT:
+        raise BadName(f"the argument {argument[:32]!r}… is longer than {MAX_ARGUMENT} characters")
+    if not _RPC_TEXT.fullmatch(argument):
+        bad = sorted({char for char in argument if not _RPC_TEXT.fullmatch(char)})
+        hint = "; write an IPv6 address with '+' for ':'" if ":" in bad else ""
+        raise BadName(
+            f"the argument {argument!r} holds {' '.join(map(repr, bad))}, which qrexec would silently turn into '_':"
+            f" only letters, digits, '_', '-', '.' and '+' reach the service{hint}"
+        )
+    if rule := _ARGUMENT_RULES.get(service):
+        rule(argument)
+    return argument
+
+
+def call_name(service: str, argument: str) -> str:
+    """Return what qrexec-client-vm and the policy call the service: `RPC+ARGUMENT`, or `RPC` without an argument."""
+    return f"{service}+{argument}" if argument else service
+
+
+@dataclass(frozen=True, slots=True)
+class UnitName:
+    """A unit's name taken apart: `qrexec-connect-tcp@1234.socket`; `instance` is None where there is no `@`."""
+
+    prefix: str
+    instance: str | None
+    suffix: str
+
+    def __str__(self) -> str:
+        at = "" if self.instance is None else f"@{self.instance}"
+        return f"{self.prefix}{at}.{self.suffix}"
+
+    @property
+    def is_template(self) -> bool:
+        return self.instance == ""
+
+
+def parse_unit_name(name: str) -> UnitName:
+    """Take apart a unit's name as systemd does; raises BadName where systemd would not load such a unit."""
+    stem, dot, suffix = name.rpartition(".")
+    prefix, at, instance = stem.partition("@")
+    if not (dot and suffix.isascii() and suffix.isalpha() and prefix) or len(name) > MAX_UNIT_NAME:
+        raise BadName(f"{name!r} is no unit name: write it like qrexec-connect-tcp@1234.socket")
+    if not _UNIT_TEXT.fullmatch(prefix) or (instance and not _UNIT_TEXT.fullmatch(instance.replace("@", ""))):
+        raise BadName(f"{name!r} is no unit name: systemd allows letters, digits and :-_.\\ in one")
+    return UnitName(prefix, instance if at else None, suffix)

@@ -1,0 +1,84 @@
+"""qrexec-activate serve: from the passed sockets to a running daemon.
+
+Asks systemd which file opened which socket, once, before anything is accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import trio
+
+from . import manager
+from .daemon import Daemon, Settings
+from .errors import UsageProblem
+from .journal import Log
+from .passed import passed_sockets
+from .routes import Claim, PassedSocket, by_name, by_unit
+
+__all__ = ["serve"]
+
+HOW_TO_START = (
+    "no socket was passed: this command is started by systemd when a connection comes, not by hand."
+    " Write a drop-in for {socket} with ListenStream= and FileDescriptorName=, and"
+    " systemctl --user enable --now it; or try it out with:"
+    " systemd-socket-activate -l 127.0.0.1:8000 --fdname=QUBE qrexec-activate serve {service} --argument 8000"
+)
+#: The units that ship, by RPC.
+_PREFIXES = {
+    "qubes.ConnectTCP": "qrexec-connect-tcp@1234.socket",
+    "qubes.ConnectUnix": "qrexec-connect-unix@NAME.socket",
+    "qubes.ConnectTCPBind": "qrexec-connect-tcp-bind@PORT-ADDRESS.socket",
+}
+
+
+def _sockets(service: str) -> list[PassedSocket]:
+    try:
+        passed = passed_sockets()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageProblem(
+            f"LISTEN_FDS, LISTEN_FDNAMES and the open descriptors do not agree ({error}); let systemd set them"
+        ) from error
+    if not passed:
+        raise UsageProblem(HOW_TO_START.format(service=service, socket=_PREFIXES.get(service, "a socket unit")))
+    return passed
+
+
+def _started_by_manager() -> bool:
+    """Whether a systemd manager has started this very process (systemd 248 up), not a shell or socket-activate."""
+    return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+
+
+def _claims(
+    service: str, unit: str | None, argument: str | None, sockets: list[PassedSocket]
+) -> tuple[list[Claim], float | None]:
+    """Decide on every socket; also returns how long systemd gives the service to stop, where it is known."""
+    if unit is None:
+        if argument is None and _started_by_manager():
+            raise UsageProblem(
+                "systemd gives all sockets of a unit one name, so a service unit must say which one it is:"
+                " add --unit %n to ExecStart="
+            )
+        return by_name(service, argument or "", sockets), None
+    with manager.open_manager(user=manager.runs_in_user_manager()) as systemd:
+        units = systemd.socket_units(systemd.trigger_units(unit), only_active=True)
+        claims = by_unit(service, units, sockets, systemd.specifiers())
+        timeout = systemd.stop_timeout(unit)
+        systemd.reset_start_limit(unit)
+    return claims, timeout
+
+
+def serve(service: str, unit: str | None, argument: str | None, settings: Settings) -> None:
+    """Serve the passed sockets until told to stop; raises ActivateError where that cannot be done."""
+    sockets = _sockets(service)
+    claims, stop_timeout = _claims(service, unit, argument, sockets)
+    if stop_timeout is not None:
+        settings = dataclasses.replace(settings, stop_timeout=stop_timeout)
+    trio.run(_run, service, settings, sockets, claims)
+
+
+async def _run(service: str, settings: Settings, sockets: list[PassedSocket], claims: list[Claim]) -> None:
+    daemon = Daemon(service, settings, Log())
+    daemon.add_listeners(sockets, claims)
+    await daemon.run()
