@@ -99,7 +99,7 @@ Options:
   --agent-socket=PATH - path to connect to, default: /var/run/qubes/qrexec-agent
   -h, --help - print this message
   -p PREFIX-DATA, --prefix-data=PREFIX-DATA - send the given data before the provided stdin (can only be used once)
-"""  # noqa: E501 - the real one's lines
+"""
 
 LONG_OPTIONS = {
     "buffer-size": True,
