@@ -1,7 +1,7 @@
 """A private systemd user manager, with pretend qubes beside it.
 
-The demo and the tests run the real units under the real systemd, and nothing here touches the units, the bus, the
-journal or the environment of the person who starts them. Whatever a machine starts or makes is gone when its ``with``
+The demo and the tests run the real units under the real systemd, and nothing here touches the units, the bus
+or the environment of the person who starts them. Whatever a machine starts or makes is gone when its `with`
 block ends, also after Ctrl-C and SIGTERM: processes, folders and cgroups.
 """
 
@@ -92,12 +92,15 @@ class MachineError(ActivateError):
 class Machine:
     """A context manager: a user manager of its own, this project's units in it, and pretend qubes.
 
-    ``command`` is what the units start in place of /usr/bin/qrexec-activate, by default this very package.
-    ``environment`` is added to that of the manager and so of every service. With ``journal``, services log to the
-    journal (see `start_journald`); without, to the file ``daemon_log``.
+    `command` is what the units start in place of /usr/bin/qrexec-activate, by default this very package.
+    `environment` is added to that of the manager and so of every service. With `journal`, services log to the
+    journal (see `start_journald`); without, to the file `daemon_log`.
 
-    Only one thing outside the machine's folder is ever written: in a bare container, where systemd is not running and
-    only for root, the folder /run/systemd/system, which a user manager insists on, and a cgroup.
+    `directory` holds everything: the person's `home` and `unit_dir`, the `runtime` folder (%t), and `loopback`,
+    the root of the pretend qubes, whose qrexec-client-vm is `client`. `environment` is that of a shell in there.
+
+    Outside this folder it writes in one case only, as root in a bare container, where systemd does not run:
+    the folder /run/systemd/system, which a user manager insists on, and a cgroup.
     """
 
     def __init__(
@@ -118,7 +121,7 @@ class Machine:
 
     def __enter__(self) -> Machine:
         units = self._units or find_units()
-        systemd = _program("systemd", "/usr/lib/systemd/systemd", "/lib/systemd/systemd")
+        systemd = _program("systemd", "/usr/lib/systemd/systemd")
         bus = _bus_command()
         stack = self._stack
         try:
@@ -150,7 +153,7 @@ class Machine:
     def run(
         self, argv: Sequence[str | Path], *, check: bool = True, input: str | None = None, timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in the machine's environment; what it prints is in the result. Raises `MachineError`."""
+        """Run a command in the machine's environment; the result holds what it printed. `MachineError` if it fails."""
         result = subprocess.run(
             [str(word) for word in argv],
             env=self.environment,
@@ -165,17 +168,16 @@ class Machine:
         )
         if check and result.returncode:
             said = (result.stderr or result.stdout).strip()
-            raise MachineError(
-                f"{' '.join(str(word) for word in argv)}: exit code {result.returncode}: {said}"
-            )
+            line = " ".join(str(word) for word in argv)
+            raise MachineError(f"{line}: exit code {result.returncode}: {said}")
         return result
 
     def systemctl(self, *args: str, check: bool = True, timeout: float = 60) -> str:
-        """What ``systemctl --user ARGS`` prints on stdout. Raises `MachineError` unless ``check`` is false."""
+        """What `systemctl --user ARGS` prints on stdout. `MachineError` if it fails, unless `check` is false."""
         return self.run(["systemctl", "--user", *args], check=check, timeout=timeout).stdout
 
     def property(self, unit: str, name: str) -> str:
-        """One property of a unit, as ``systemctl show --value`` prints it."""
+        """One property of a unit, as `systemctl show --value` prints it."""
         return self.systemctl("show", "--value", "-p", name, unit).strip()
 
     def write_unit(self, name: str, text: str) -> Path:
@@ -185,7 +187,7 @@ class Machine:
         return path
 
     def write_drop_in(self, unit: str, name: str, text: str) -> Path:
-        """Write ``UNIT.d/NAME.conf`` where a person's own drop-ins lie; seen at the next daemon-reload."""
+        """Write `UNIT.d/NAME.conf` where a person's own drop-ins lie; seen at the next daemon-reload."""
         folder = self.unit_dir / f"{unit}.d"
         folder.mkdir(exist_ok=True)
         path = folder / (name if name.endswith(".conf") else f"{name}.conf")
@@ -193,13 +195,21 @@ class Machine:
         return path
 
     def add_qube(self, name: str) -> Path:
-        """Make a pretend qube that runs, with a loopback address of its own in its file ``address``."""
+        """Make a pretend qube that runs, with a loopback address of its own in its file `address`."""
         qube = self.loopback / "qubes" / name
         for folder in ("rpc", "rpc-config", "home", "run"):
             (qube / folder).mkdir(parents=True)
         (qube / "run").chmod(0o700)
         (qube / "address").write_text(self._free_host() + "\n")
         return qube
+
+    def add_rpc(self, qube: str, service: str) -> None:
+        """Give a pretend qube one of this project's RPC services, with its rpc-config."""
+        scripts, configs = _find_rpc(service)
+        top = self.loopback / "qubes" / qube
+        shutil.copy(scripts / service, top / "rpc")
+        if (configs / service).exists():
+            shutil.copy(configs / service, top / "rpc-config")
 
     def address(self, name: str) -> str:
         """The loopback address of a pretend qube."""
@@ -223,7 +233,6 @@ class Machine:
             self.unit_dir,
             self.runtime / "systemd" / "user",
             self.loopback / "qubes",
-            self.loopback / "faults",
             vendor / "default.target.wants",
             vendor / "sockets.target.wants",
             vendor / "service.d",
@@ -243,9 +252,7 @@ class Machine:
         bus_config = top / "bus.conf"
         bus_config.write_text(BUS_CONFIG.format(address=self.runtime / "bus"))
         (vendor / "dbus.socket").write_text(BUS_SOCKET)
-        (vendor / "dbus.service").write_text(
-            BUS_SERVICE.format(command=f"{bus}={bus_config}", log=self._bus_log)
-        )
+        (vendor / "dbus.service").write_text(BUS_SERVICE.format(command=f"{bus}={bus_config}", log=self._bus_log))
         (vendor / "sockets.target.wants" / "dbus.socket").symlink_to("../dbus.socket")
         (vendor / "default.target.wants" / "dbus.service").symlink_to("../dbus.service")
         if not self._journal:
@@ -324,8 +331,9 @@ class Machine:
             _empty_cgroups(folders)
 
     def _find_cgroups(self) -> list[Path]:
-        # Until it has entered its own cgroup the process is in that of whoever started this: never to be emptied.
-        return [folder for folder in _cgroup_folders(self._process.pid) if folder.name.startswith(self._name)]
+        # Until it enters its own cgroup the process is in that of whoever started this: never to be emptied.
+        folders = _cgroup_folders(self._process.pid)
+        return [folder for folder in folders if folder.name.startswith(self._name)]
 
     def _wait_until_running(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
@@ -337,8 +345,9 @@ class Machine:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 said = self._bus_log.read_text(errors="backslashreplace").strip().splitlines()
                 raise MachineError(
-                    f"the private user manager did not start, exit code {self._process.poll()}; its journal may say "
-                    f"why: journalctl _PID={self._process.pid}" + "".join(f"\n  {line}" for line in said[-8:])
+                    f"the private user manager did not start, exit code {self._process.poll()}; "
+                    f"the journal may say why: journalctl _PID={self._process.pid}"
+                    + "".join(f"\n  {line}" for line in said[-8:])
                 )
             time.sleep(0.02)
         self._cgroups = self._find_cgroups()
@@ -358,22 +367,29 @@ def find_units() -> Path:
     for folder in (source, INSTALLED_UNITS):
         if (folder / "qrexec-connect-tcp@.socket").exists():
             return folder
-    raise MachineError(
-        f"no qrexec-connect-tcp@.socket in {source} or {INSTALLED_UNITS}: install the package again"
-    )
+    raise MachineError(f"no qrexec-connect-tcp@.socket in {source} or {INSTALLED_UNITS}: install the package again")
+
+
+def _find_rpc(service: str) -> tuple[Path, Path]:
+    """The folders of RPC services and of their rpc-config: the source tree's, or where a package puts them."""
+    source = Path(__file__).resolve().parents[2] / "rpc"
+    installed = Path("/etc/qubes-rpc")
+    if (source / service).exists():
+        return source, source / "rpc-config"
+    if (installed / service).exists():
+        return installed, Path("/etc/qubes/rpc-config")
+    raise MachineError(f"no {service} in {source} or {installed}: install the package again")
 
 
 @contextlib.contextmanager
 def start_journald() -> Iterator[None]:
-    """Make sure that a journal is kept while the block runs: as it is, or by a journald started here, for root."""
+    """While the block runs there is a journal: the machine's own, or, for root, that of a journald started here."""
     if JOURNAL_SOCKET.exists() and _system_manager_runs():
         yield
         return
     if os.geteuid() != 0:
         raise MachineError("no systemd-journald runs on this machine, and only root can start one")
-    journald = _program(
-        "systemd-journald", "/usr/lib/systemd/systemd-journald", "/lib/systemd/systemd-journald"
-    )
+    journald = _program("systemd-journald", "/usr/lib/systemd/systemd-journald")
     with contextlib.ExitStack() as stack:
         for path in (Path("/run/log/journal"), Path("/run/systemd/journal"), Path("/dev/log")):
             if not path.exists() and not path.is_symlink():
@@ -394,11 +410,10 @@ def start_journald() -> Iterator[None]:
 # The parts that a machine needs
 
 
-def _program(name: str, *places: str) -> str:
-    for place in places:
-        if os.access(place, os.X_OK):
-            return place
-    raise MachineError(f"{name} is not installed: install the package systemd")
+def _program(name: str, path: str) -> str:
+    if not os.access(path, os.X_OK):
+        raise MachineError(f"{name} is not installed ({path} is missing): install the package systemd")
+    return path
 
 
 def _bus_command() -> str:
@@ -423,9 +438,7 @@ def _short_folder() -> Iterator[Path]:
         if len(base) <= LONGEST_FOLDER and os.path.isdir(base) and not os.statvfs(base).f_flag & os.ST_NOEXEC:
             break
     else:
-        raise MachineError(
-            "neither /tmp nor /var/tmp lets a program run; set TMPDIR to a short path that does"
-        )
+        raise MachineError("no program can be run in /tmp or /var/tmp: set TMPDIR to a short path where one can")
     folder = Path(tempfile.mkdtemp(prefix="qa-", dir=base))
     try:
         yield folder
@@ -493,9 +506,7 @@ def _pretend_booted() -> Iterator[None]:
     Every machine holds a shared lock on the folder; the one that goes last removes it, if a machine made it.
     """
     if os.geteuid() != 0 and not BOOTED.is_dir():
-        raise MachineError(
-            "systemd does not run on this machine: run this as root, or where systemd is PID 1"
-        )
+        raise MachineError("systemd is not running: run this as root, or on a machine that systemd has booted")
     while True:
         # It may be removed, and made again, by another machine before the lock is had.
         with contextlib.suppress(FileNotFoundError):
@@ -529,15 +540,13 @@ def _own_cgroups(name: str) -> Iterator[list[Path]]:
                 folder.mkdir()
             except OSError as error:
                 raise MachineError(
-                    f"{folder}: {error.strerror}: a user manager needs cgroups that it can write; in a container, "
-                    "mount /sys/fs/cgroup writable"
+                    f"{folder}: {error.strerror}: a user manager needs cgroups that it can write; in a "
+                    "container, mount /sys/fs/cgroup writable"
                 ) from None
             folders.append(folder)
             stack.callback(_empty_cgroups, [folder])
         if not folders:
-            raise MachineError(
-                "no cgroups are mounted on /sys/fs/cgroup, and systemd does not run without them"
-            )
+            raise MachineError("no cgroups are mounted, and systemd needs them: mount /sys/fs/cgroup")
         yield folders
 
 
@@ -548,7 +557,7 @@ def _cgroup_prefix(folders: Sequence[Path]) -> list[str]:
 
 
 def _cgroup_folders(pid: int) -> list[Path]:
-    """Where systemd keeps track of a process: cgroup v2, cgroup v1's name=systemd hierarchy, or both (hybrid)."""
+    """Where systemd keeps track of a process: cgroup v2, v1's name=systemd hierarchy, or both (hybrid)."""
     mounts: dict[str, str] = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields, _, rest = line.partition(" - ")
@@ -601,7 +610,7 @@ def _scope_prefix(name: str) -> list[str]:
     runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
     if not Path(runtime, "systemd", "private").exists():
         raise MachineError(
-            f"no user manager runs for you ({runtime}/systemd/private is missing): log in as this user, not by su or "
-            "sudo, or run 'loginctl enable-linger' once"
+            f"no user manager runs for you ({runtime}/systemd/private is missing): log in as this user, not by "
+            "su or sudo, or run 'loginctl enable-linger' once"
         )
     return ["env", f"XDG_RUNTIME_DIR={runtime}", *prefix, "--user"]
