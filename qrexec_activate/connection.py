@@ -153,13 +153,17 @@ def reset(sock: socket.socket) -> None:
 
 
 class _Child:
-    """A running qrexec-client-vm: a pid that cannot be mistaken for another's, and what it said on stderr."""
+    """A running qrexec-client-vm: a pid that cannot be mistaken for another's, and what it said on stderr.
 
-    __slots__ = ("_pidfd", "_stderr", "pid")
+    One that comes with its pidfd was started by an earlier daemon, and is no child of this process.
+    """
 
-    def __init__(self, pid: int, stderr: int | None) -> None:
+    __slots__ = ("_pidfd", "_stderr", "adopted", "pid")
+
+    def __init__(self, pid: int, stderr: int | None, pidfd: int | None = None) -> None:
         self.pid = pid
-        self._pidfd: int | None = None
+        self.adopted = pidfd is not None
+        self._pidfd = pidfd
         self._stderr = stderr
 
     async def attach(self, starved: Callable[[OSError], None]) -> None:
@@ -182,8 +186,10 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
 
-    def wait(self) -> int:
-        """Return the exit code of a child that has ended, negative for a signal."""
+    def wait(self) -> int | None:
+        """Return the exit code of one that has ended, negative for a signal; None if only its parent can know."""
+        if self.adopted:
+            return None
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def said(self) -> bytes:
@@ -319,6 +325,13 @@ class Connection:
         self.holds_place = True
         self._host.setup_begins(self)
 
+    def adopt(self, pid: int, pidfd: int, age: float) -> None:
+        """Take over from an earlier daemon: this qrexec-client-vm, `age` seconds old, holds the socket already."""
+        self._child = _Child(pid, None, pidfd)
+        self.tries = 1
+        self.accepted_at = self.began_at = trio.current_time() - age
+        self._host.setup_begins(self)
+
     async def _started(self) -> Outcome | None:
         """See to it that qrexec-client-vm runs, however long the machine is short of something."""
         while self._child is None:
@@ -397,7 +410,7 @@ class Connection:
             if self._splice is None and self._learn(child, code):
                 self._drop_child()
                 return None
-            lost = ending is Ending.LOST
+            lost = ending is Ending.LOST and not child.adopted
             refused_for_now = ending is Ending.CLIENT_EXITED and code == 1
             if self.established_at is not None or self.tries > RETRIES or not (lost or refused_for_now):
                 return self._over(ending, code)
@@ -407,7 +420,7 @@ class Connection:
             if not await self._unless_interrupted(trio.sleep, delay):
                 return self._over(self._reason(), code)
 
-    def _learn(self, child: _Child, code: int) -> bool:
+    def _learn(self, child: _Child, code: int | None) -> bool:
         """Find out from a first call whether qrexec-client-vm takes a socket; True if it does not.
 
         What it said on stderr was kept back until now, and is passed on.
@@ -421,7 +434,7 @@ class Connection:
             and b"use-stdin-socket" in said
         ):
             return True
-        if self._host.client.takes_socket is None and code >= 0 and code != 2:
+        if self._host.client.takes_socket is None and code is not None and code >= 0 and code != 2:
             self._host.client.takes_socket = True
         if said:
             with contextlib.suppress(OSError):
@@ -433,7 +446,7 @@ class Connection:
             self._child.close()
             self._child = None
 
-    async def _child_ends(self, child: _Child) -> tuple[Ending, int]:
+    async def _child_ends(self, child: _Child) -> tuple[Ending, int | None]:
         """Wait until qrexec-client-vm has ended, by itself or because something interrupted the connection."""
         await child.attach(self._host.starved)
         ending = Ending.CLIENT_EXITED
@@ -473,11 +486,13 @@ class Connection:
 
     def _over(self, ending: Ending, code: int | None = None, detail: str = "") -> Outcome:
         now = trio.current_time()
+        # When an earlier daemon's call was established, it knew.
+        adopted = self._child is not None and self._child.adopted
         return Outcome(
             ending,
             self.established_at is not None,
             duration=now - self.accepted_at,
-            setup=None if self.established_at is None else self.established_at - self.began_at,
+            setup=None if self.established_at is None or adopted else self.established_at - self.began_at,
             exit_code=code,
             tries=self.tries,
             detail=detail,

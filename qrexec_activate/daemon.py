@@ -27,6 +27,7 @@ from systemd import daemon as sd_daemon
 
 from .connection import STARVED, Client, Connection, Relay, StartProblem, Starved, reset
 from .journal import Log, Priority
+from .orphans import find_orphans
 from .outcome import Ending, Outcome, format_seconds
 from .passed import format_address
 from .routes import Claim, PassedSocket, Refusal, Route
@@ -206,6 +207,7 @@ class Daemon:
                     nursery.start_soon(self._hang_ups.run)
                     nursery.start_soon(self._look_after_setups)
                     nursery.start_soon(self._report)
+                    nursery.start_soon(self._adopt, nursery)
                     sd_daemon.notify(f"READY=1\nSTATUS={self.status()}")
                     await self._accept(nursery)
                 sd_daemon.notify("STOPPING=1")
@@ -286,10 +288,33 @@ class Daemon:
         with contextlib.suppress(StartProblem, Starved):
             # Either is met again, and dealt with, in carry().
             connection.start()
+        self._begin(connection, nursery)
+
+    def _begin(self, connection: Connection, nursery: trio.Nursery) -> None:
         self.connections.add(connection)
-        self._open[route.target] += 1
+        self._open[connection.route.target] += 1
         self._status_changed.set()
         nursery.start_soon(self._carry, connection)
+
+    async def _adopt(self, nursery: trio.Nursery) -> None:
+        """Watch again over the connections that outlived an earlier daemon."""
+        adopted = 0
+        try:
+            for orphan in find_orphans():
+                if orphan.sock is None:
+                    # Its pipes led to the daemon that is gone, and with it went the client.
+                    signal.pidfd_send_signal(orphan.pidfd, signal.SIGTERM)
+                    os.close(orphan.pidfd)
+                    continue
+                connection = Connection(self, orphan.route, orphan.sock, orphan.connection, orphan.peer)
+                connection.adopt(orphan.pid, orphan.pidfd, orphan.age)
+                self._begin(connection, nursery)
+                adopted += 1
+                await trio.lowlevel.checkpoint()
+        except OSError as error:
+            self.log(Priority.NOTICE, f"connections of an earlier daemon go on unwatched: {error}")
+        if adopted:
+            self.log(Priority.INFO, f"watching over {adopted} connections of an earlier daemon")
 
     async def _place_within(self, seconds: float) -> bool:
         """Wait for a set-up place, but not for ever, as the watchdog wants to be fed."""

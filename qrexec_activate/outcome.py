@@ -98,9 +98,11 @@ class Outcome:
     def _what(self) -> str:
         if self.detail:
             return f"{self.ending.value}: {self.detail}"
-        if self.ending is not Ending.CLIENT_EXITED or self.exit_code is None:
-            return self.ending.value
+        if self.ending is not Ending.CLIENT_EXITED:
+            return str(self.ending.value)
         code = self.exit_code
+        if code is None:
+            return "ended" if self.established else "failed: qrexec-client-vm ended before the call was set up"
         if self.established:
             if code == 0:
                 return "ended"
