@@ -47,6 +47,16 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     return client, accepted
 
 
+def bound_unix_socket(path: Path) -> socket.socket:
+    """A socket at a path that may be longer than the address of a socket, as the folders of tests are."""
+    sock = socket.socket(socket.AF_UNIX)
+    folder = os.open(path.parent, os.O_PATH)
+    sock.bind(f"/proc/self/fd/{folder}/.bound")
+    os.close(folder)
+    path.with_name(".bound").rename(path)
+    return sock
+
+
 class Server:
     """A listener that serves each connection in a thread, and collects what the handler returns."""
 
@@ -186,8 +196,7 @@ class Pretend:
         return self._serve(socket.create_server((host, port), family=family), handle)
 
     def serve_unix(self, path: Path, handle: Callable[[socket.socket], object]) -> Server:
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
+        listener = bound_unix_socket(path)
         listener.listen()
         return self._serve(listener, handle)
 
@@ -226,9 +235,9 @@ class Pretend:
         sock, given = pair()
         process = subprocess.Popen(
             [str(self.client), "--use-stdin-socket", *options, target, service],
-            stdin=given,
+            stdin=given.fileno(),
             stderr=subprocess.PIPE,
-            env={**os.environ, **(env or {})},
+            env=dict(os.environ) | dict(env or {}),
         )
         call = Call(process, sock, given)
         self.resources.callback(call.close)

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from pretend import PATIENCE, Pretend, digest, echo, late_reply, random_bytes, read_all, tcp_pair, wait_until
+from pretend import (
+    PATIENCE,
+    Pretend,
+    bound_unix_socket,
+    digest,
+    echo,
+    late_reply,
+    random_bytes,
+    read_all,
+    tcp_pair,
+    wait_until,
+)
 
 import qrexec_activate
 from qrexec_activate.loopback.install import InstallError, write_client
@@ -321,8 +332,7 @@ def test_a_port_that_is_closed_or_none_is_125_without_a_word(pretend: Pretend, p
 
 
 def test_a_socket_without_a_listener_is_125_without_a_word(pretend: Pretend) -> None:
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(pretend.qube() / "rpc" / "test.Dead"))
+    bound_unix_socket(pretend.qube() / "rpc" / "test.Dead").close()
     done = pretend.run("work", "test.Dead")
     assert (done.returncode, done.stderr) == (125, b"")
 
