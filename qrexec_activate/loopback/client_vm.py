@@ -156,9 +156,7 @@ def parse_options(argv: list[str], version: tuple[int, ...]) -> Options:
             break
         if word.startswith("--"):
             written, equals, value = word[2:].partition("=")
-            found = [key for key in known if key == written] or [
-                key for key in known if key.startswith(written)
-            ]
+            found = [key for key in known if key == written] or [key for key in known if key.startswith(written)]
             if not found:
                 raise bad(f"unrecognized option '--{written}'")
             if len(found) > 1:
@@ -244,9 +242,7 @@ class Root:
                 "loopback qrexec-client-vm: QREXEC_LOOPBACK is not set; it names the folder of pretend qubes",
             )
         if not path.startswith("/"):
-            raise Ended(
-                EXIT_FAILURE, f"loopback qrexec-client-vm: QREXEC_LOOPBACK={path} is not an absolute path"
-            )
+            raise Ended(EXIT_FAILURE, f"loopback qrexec-client-vm: QREXEC_LOOPBACK={path} is not an absolute path")
         if not os.path.isdir(path):
             raise Ended(EXIT_FAILURE, f"loopback qrexec-client-vm: QREXEC_LOOPBACK={path} is not a folder")
         self.path = path.rstrip("/")
@@ -300,9 +296,7 @@ class Root:
         """Count the calls that a faults line with `first=` has met since the file was written."""
         written = os.stat(f"{self.path}/faults").st_mtime_ns
         os.makedirs(f"{self.path}/.faults", exist_ok=True)
-        counter = os.open(
-            f"{self.path}/.faults/{written}.{line.number}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600
-        )
+        counter = os.open(f"{self.path}/.faults/{written}.{line.number}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         os.write(counter, b".")
         count = os.lseek(counter, 0, os.SEEK_CUR)  # where this process's own byte ended, whoever else appends
         os.close(counter)
@@ -490,9 +484,7 @@ def start_script(root: Root, call: Call, service: services.Service) -> Running:
     argv = [service.path] + ([call.argument] if call.argument else [])
     if not os.access(service.path, os.X_OK):
         argv = ["/bin/sh", "--", *argv]  # as qubes-rpc-multiplexer runs a file without its run bit
-    os.chdir(
-        f"{qube}/home"
-    )  # posix_spawn has no folder of its own to give, and nothing here needs the old one
+    os.chdir(f"{qube}/home")  # posix_spawn has no folder of its own to give, and nothing here needs the old one
     pid = os.posix_spawn(
         argv[0],
         argv,
@@ -531,11 +523,11 @@ def connect(call: Call, service: services.Service) -> Running:
 
 def connect_unix(sock: _socket.socket, path: str) -> None:
     """Connect to a socket whose path may be longer than the 107 bytes that an address holds."""
-    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC)
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        sock.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+        sock.connect(f"/proc/self/fd/{place}")
     finally:
-        os.close(folder)
+        os.close(place)
 
 
 # -- the data phase --------------------------------------------------------------------------------
