@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -147,6 +148,11 @@ class Machine:
     ) -> None:
         with _undisturbed():
             self._stack.close()
+
+    @property
+    def pid(self) -> int:
+        """The process id of the manager, as in `journalctl _PID=`."""
+        return self._process.pid
 
     # What a test or the demo does with it
 
@@ -286,8 +292,6 @@ class Machine:
             ),
             "SYSTEMD_GENERATOR_PATH": str(nothing),
             "SYSTEMD_ENVIRONMENT_GENERATOR_PATH": str(nothing),
-            # Without a journal a manager would write on /dev/console, whatever its stderr is.
-            "SYSTEMD_LOG_TARGET": "journal" if JOURNAL_SOCKET.exists() else "null",
             "SYSTEMD_PAGER": "",
             "QREXEC_ACTIVATE_CLIENT": str(self.client),
             **_package_path(),
@@ -295,14 +299,16 @@ class Machine:
         }
 
     def _command_line(self) -> str:
-        """The command as ExecStart= reads it: each word quoted, specifiers and variables off."""
-        return " ".join(
-            '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$") + '"'
-            for word in self._command
+        """The command as ExecStart= reads it: quoted, without specifiers and, after the first word, variables."""
+        program, *args = (
+            '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"' for word in self._command
         )
+        return " ".join([program, *(word.replace("$", "$$") for word in args)])
 
     def _env_argv(self) -> list[str]:
-        return ["env", "-i", *(f"{name}={value}" for name, value in self.environment.items())]
+        # Without a journal a manager would write on /dev/console, whatever its stderr is.
+        log_target = f"SYSTEMD_LOG_TARGET={'journal' if _journald_runs() else 'null'}"
+        return ["env", "-i", log_target, *(f"{name}={value}" for name, value in self.environment.items())]
 
     @contextlib.contextmanager
     def _manager(self, argv: Sequence[str]) -> Iterator[None]:
@@ -383,8 +389,8 @@ def _find_rpc(service: str) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def start_journald() -> Iterator[None]:
-    """While the block runs there is a journal: the machine's own, or, for root, that of a journald started here."""
-    if JOURNAL_SOCKET.exists() and _system_manager_runs():
+    """While the block runs there is a journal: the one that is there, or, for root, that of a journald started here."""
+    if _journald_runs():
         yield
         return
     if os.geteuid() != 0:
@@ -405,6 +411,11 @@ def start_journald() -> Iterator[None]:
                 raise MachineError(f"{journald} did not start, exit code {process.poll()}")
             time.sleep(0.02)
         yield
+
+
+def _journald_runs() -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        return sock.connect_ex(str(JOURNAL_SOCKET)) == 0
 
 
 # The parts that a machine needs
