@@ -55,9 +55,7 @@ def parse(text: str) -> list[Line]:
             if not words[0].endswith("]") or len(words[0]) < 3:
                 raise FaultsError(f"line {number}: {words[0]!r} is no [QUBE]")
             qube = words.pop(0)[1:-1]
-        lines.append(
-            Line(number, "" if qube == "*" else qube, dict(_parse_fault(number, word) for word in words))
-        )
+        lines.append(Line(number, "" if qube == "*" else qube, dict(_parse_fault(number, word) for word in words)))
     return lines
 
 

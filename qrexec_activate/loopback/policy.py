@@ -77,9 +77,7 @@ def sanitise(name: str) -> str:
     """Service or argument as policy sees it: every byte outside `A-Za-z0-9_-.+` silently becomes `_`."""
     if all(char in CALL_CHARACTERS for char in name):
         return name
-    name = name.encode("utf-8", "surrogateescape").decode(
-        "latin-1"
-    )  # by byte, as qrexec does, not by character
+    name = name.encode("utf-8", "surrogateescape").decode("latin-1")  # by byte, as qrexec does, not by character
     return "".join(char if char in CALL_CHARACTERS else "_" for char in name)
 
 

@@ -30,9 +30,7 @@ class Service:
 
     __slots__ = ("config", "host", "kind", "path", "port")
 
-    def __init__(
-        self, kind: str, config: rpc_config.Config, path: str = "", host: str = "", port: int = 0
-    ) -> None:
+    def __init__(self, kind: str, config: rpc_config.Config, path: str = "", host: str = "", port: int = 0) -> None:
         self.kind = kind
         self.config = config
         self.path = path
