@@ -131,9 +131,8 @@ def serve(
 
     Every option can be set by an environment variable too, as in Environment=QREXEC_ACTIVATE_MAX_SETUPS=4.
     """
-    from .connection import Relay
-    from .daemon import Settings
     from .serve import serve as run
+    from .settings import Relay, Settings
 
     if unit is not None and argument is not None:
         raise UsageProblem("--unit and --argument exclude each other: a unit's instance name is the argument")

@@ -19,19 +19,19 @@ import struct
 import termios
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 from .outcome import Ending, Outcome
 from .routes import Route
+from .settings import Relay
 from .splice import ClientGone, Splice, half_close
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["STARVED", "Client", "Connection", "Host", "Relay", "StartProblem", "Starved", "reset"]
+__all__ = ["STARVED", "Client", "Connection", "Host", "StartProblem", "Starved", "reset"]
 
 #: A call that qrexec could not set up (exit code 1) is tried so often again. On Xen, setting up more than 10 to 25
 #: calls at once fails in this way (QubesOS/qubes-issues 11059), and trying again after a random delay is the cure.
@@ -58,14 +58,6 @@ _TCP_INFO = struct.Struct("=B127xQ64xQQ")
 _FIN_RECEIVED = {6, 8, 9, 11}
 _TCP_CLOSE = 7
 _NO_OPTION = b"unrecognized option"
-
-
-class Relay(Enum):
-    """How the bytes get from the socket to qrexec-client-vm."""
-
-    AUTO = "auto"
-    HAND_OVER = "hand-over"
-    SPLICE = "splice"
 
 
 class StartProblem(Exception):

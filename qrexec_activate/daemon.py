@@ -25,14 +25,15 @@ from typing import NamedTuple
 import trio
 from systemd import daemon as sd_daemon
 
-from .connection import STARVED, Client, Connection, Relay, StartProblem, Starved, reset
+from .connection import STARVED, Client, Connection, StartProblem, Starved, reset
 from .journal import Log, Priority
 from .orphans import find_orphans
 from .outcome import Ending, Outcome, format_seconds
 from .passed import format_address
 from .routes import Claim, PassedSocket, Refusal, Route
+from .settings import Settings
 
-__all__ = ["Daemon", "Settings"]
+__all__ = ["Daemon"]
 
 #: A set-up gives its place back when it is so old: then a prompt is open, and a person is thinking about it.
 PROMPT_AGE = 2.0
@@ -57,22 +58,6 @@ REFUSAL_LOG_INTERVAL = 30.0
 BATCH = 64
 
 _ACCEPT_AGAIN = {errno.EAGAIN, errno.ECONNABORTED, errno.EINTR, errno.EPERM, errno.EPROTO}
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the command line says. Times in seconds."""
-
-    client: str = "/usr/bin/qrexec-client-vm"
-    relay: Relay = Relay.AUTO
-    #: On Xen, more than 10 to 25 set-ups at once from one qube fail.
-    max_setups: int = 8
-    #: qrexec opens at most 128 connections to one target; others than ours need some, too.
-    max_connections: int = 120
-    setup_timeout: float = 300.0
-    exit_idle_time: float | None = None
-    #: How long systemd waits between SIGTERM and SIGKILL.
-    stop_timeout: float = 5.0
 
 
 @dataclass(slots=True, eq=False)

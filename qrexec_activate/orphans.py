@@ -90,7 +90,10 @@ def _examine(pid: int, pidfd: int) -> Orphan | None:
         state, parent, started = fields[0], fields[1], int(fields[19])
     if state == b"Z" or int(parent) == os.getpid():
         return None
-    environment = dict(entry.partition("=")[::2] for entry in _read_zero_separated(f"/proc/{pid}/environ"))
+    try:
+        environment = dict(entry.partition("=")[::2] for entry in _read_zero_separated(f"/proc/{pid}/environ"))
+    except PermissionError:
+        return None
     argv = _read_zero_separated(f"/proc/{pid}/cmdline")
     if "QREXEC_ACTIVATE_CONNECTION" not in environment or len(argv) < 3:
         return None

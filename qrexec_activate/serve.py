@@ -1,6 +1,7 @@
 """qrexec-activate serve: from the passed sockets to a running daemon.
 
-Asks systemd which file opened which socket, once, before anything is accepted.
+Asks systemd which file opened which socket, once, before anything is accepted; in a fork, while trio is imported,
+so that neither D-Bus nor its memory stays with a process that lives as long as a session.
 """
 
 from __future__ import annotations
@@ -8,14 +9,11 @@ from __future__ import annotations
 import dataclasses
 import os
 
-import trio
-
-from . import manager
-from .daemon import Daemon, Settings
+from .background import Background
 from .errors import UsageProblem
-from .journal import Log
 from .passed import passed_sockets
 from .routes import Claim, PassedSocket, by_name, by_unit
+from .settings import Settings
 
 __all__ = ["serve"]
 
@@ -61,6 +59,9 @@ def _claims(
                 " add --unit %n to ExecStart="
             )
         return by_name(service, argument or "", sockets), None
+    # In the fork only.
+    from . import manager
+
     with manager.open_manager(user=manager.runs_in_user_manager()) as systemd:
         units = systemd.socket_units(systemd.trigger_units(unit), only_active=True)
         claims = by_unit(service, units, sockets, systemd.specifiers())
@@ -72,13 +73,21 @@ def _claims(
 def serve(service: str, unit: str | None, argument: str | None, settings: Settings) -> None:
     """Serve the passed sockets until told to stop; raises ActivateError where that cannot be done."""
     sockets = _sockets(service)
-    claims, stop_timeout = _claims(service, unit, argument, sockets)
+    resolving = Background(lambda: _claims(service, unit, argument, sockets))
+    try:
+        # Here and not above: this is what takes time while the fork asks systemd.
+        import trio
+
+        from .daemon import Daemon
+        from .journal import Log
+    finally:
+        claims, stop_timeout = resolving.result()
     if stop_timeout is not None:
         settings = dataclasses.replace(settings, stop_timeout=stop_timeout)
-    trio.run(_run, service, settings, sockets, claims)
 
+    async def run() -> None:
+        daemon = Daemon(service, settings, Log())
+        daemon.add_listeners(sockets, claims)
+        await daemon.run()
 
-async def _run(service: str, settings: Settings, sockets: list[PassedSocket], claims: list[Claim]) -> None:
-    daemon = Daemon(service, settings, Log())
-    daemon.add_listeners(sockets, claims)
-    await daemon.run()
+    trio.run(run)
