@@ -254,7 +254,7 @@ class Machine:
         for name in STOCK_UNITS:
             shutil.copy(INSTALLED_UNITS / name, vendor)
         for path in units.glob("qrexec-connect-*"):
-            (vendor / path.name).write_text(path.read_text().replace(INSTALLED_COMMAND, self._command_line()))
+            (vendor / path.name).write_text(path.read_text().replace(INSTALLED_COMMAND, self.command_line()))
         bus_config = top / "bus.conf"
         bus_config.write_text(BUS_CONFIG.format(address=self.runtime / "bus"))
         (vendor / "dbus.socket").write_text(BUS_SOCKET)
@@ -298,7 +298,7 @@ class Machine:
             **self._extra,
         }
 
-    def _command_line(self) -> str:
+    def command_line(self) -> str:
         """The command as ExecStart= reads it: quoted, without specifiers and, after the first word, variables."""
         program, *args = (
             '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"' for word in self._command
@@ -458,16 +458,16 @@ def _short_folder() -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        # What is still being written when a process is killed can make one pass miss a file.
-        for _ in range(5):
-            shutil.rmtree(path, ignore_errors=True)
-            if not path.exists():
-                return
-            time.sleep(0.05)
-        shutil.rmtree(path)
-    else:
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    # A user manager keeps a folder of mode 0000, systemd/inaccessible/dir, which only root can remove as it is.
+    for top, folders, _ in os.walk(path):
+        for name in folders:
+            folder = Path(top, name)
+            if not folder.is_symlink():
+                folder.chmod(0o700)
+    shutil.rmtree(path)
 
 
 @contextlib.contextmanager
