@@ -95,7 +95,7 @@ class Client:
         if stderr != 2:
             actions.append((os.POSIX_SPAWN_DUP2, stderr, 2))
         try:
-            return os.posix_spawn(
+            return os.posix_spawnp(
                 self.path,
                 argv,
                 {**self.environment, **environment},
@@ -359,12 +359,12 @@ class Connection:
             else:
                 self._count_bytes(outcome)
                 if outcome.ending is not Ending.CLIENT_GONE:
-                    reset(self._sock)
+                    self._reset()
             return outcome
         except trio.Cancelled:
             # The daemon ends. What qrexec-client-vm holds goes on without it; the rest cannot.
             if not self.handed_over:
-                reset(self._sock)
+                self._reset()
             raise
         finally:
             self._host.setup_ends(self)
@@ -374,6 +374,10 @@ class Connection:
             if self._child is not None:
                 self._child.close()
             self._sock.close()
+
+    def _reset(self) -> None:
+        self._host.forget_hang_up(self._sock)
+        reset(self._sock)
 
     def _hung_up(self) -> None:
         self.interrupt(Ending.CLIENT_GONE)

@@ -141,6 +141,7 @@ class Daemon:
         self._last_status = ""
         self._is_starved = False
         self._looks_often = False
+        self._nap = trio.CancelScope()
         self._idle_since = 0.0
         self._unusable = 0
         self._numbers = (f"{os.getpid():x}-{number}" for number in itertools.count(1))
@@ -226,7 +227,7 @@ class Daemon:
             while any(one in self.connections for one in cut):
                 await self._connection_ends(STOP_MARGIN)
         if left := len(self.connections):
-            self.log(Priority.INFO, f"stopping; {left} open connections go on without the daemon")
+            self.log(Priority.INFO, f"stopping; {_count(left, 'open connection')} go on without the daemon")
 
     async def _connection_ends(self, at_most: float) -> None:
         self._some_ended = trio.Event()
@@ -239,7 +240,7 @@ class Daemon:
         """Accept until there was nothing to do for long enough."""
         while not self._idle():
             self._feed_watchdog()
-            with trio.move_on_after(self._tick()):
+            with trio.move_on_after(self._tick()) as self._nap:
                 await trio.lowlevel.wait_readable(self._ready.fileno())
             for fd, _ in self._ready.poll(0, BATCH):
                 await self._admit(fd, nursery)
@@ -299,7 +300,7 @@ class Daemon:
         except OSError as error:
             self.log(Priority.NOTICE, f"connections of an earlier daemon go on unwatched: {error}")
         if adopted:
-            self.log(Priority.INFO, f"watching over {adopted} connections of an earlier daemon")
+            self.log(Priority.INFO, f"watching over {_count(adopted, 'connection')} of an earlier daemon")
 
     async def _place_within(self, seconds: float) -> bool:
         """Wait for a set-up place, but not for ever, as the watchdog wants to be fed."""
@@ -380,6 +381,9 @@ class Daemon:
             self.connections.discard(connection)
             self._some_ended.set()
             self._idle_since = trio.current_time()
+            if not self.connections:
+                # The accept loop is to count from now.
+                self._nap.cancel()
             self._open[target] -= 1
             for fd in self._parked.pop(target, ()):
                 self._ready.register(fd, select.EPOLLIN)
@@ -512,7 +516,10 @@ class Daemon:
         refused = sum(isinstance(one.claim, Refusal) for one in self._listeners.values()) + self._unusable
         served = sum(isinstance(one.claim, Route) for one in self._listeners.values())
         prompts = sum(not one.holds_place for one in self._setups)
-        parts = [f"{served} listeners served, {refused} refused", f"{len(self.connections)} connections open"]
+        parts = [
+            f"{_count(served, 'listener')} served, {refused} refused",
+            f"{_count(len(self.connections), 'connection')} open",
+        ]
         if prompts:
             parts.append(f"{prompts} waiting for an answer")
         parts.append(f"{self.tally.served} ended well, {self.tally.failed} failed")
@@ -529,6 +536,10 @@ class Daemon:
                 self._last_status = status
                 sd_daemon.notify(f"STATUS={status}")
             await trio.sleep(STATUS_INTERVAL)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _peer(sock: socket.socket, address: object) -> str:
