@@ -116,6 +116,10 @@ class Manager:
                 if not waiting:
                     break
                 reply = self._connection.receive(timeout=max(deadline - time.monotonic(), 0))
+                # A bus delivers no reply that nobody asked for, but some let anybody send a signal that claims to be
+                # one: it would tell us which files to believe.
+                if reply.header.message_type not in (MessageType.method_return, MessageType.error):
+                    continue
                 position = waiting.pop(reply.header.fields.get(HeaderFields.reply_serial, 0), None)
                 if position is None:
                     continue
