@@ -47,6 +47,8 @@ FAREWELL = 30.0
 
 #: At a stop of the daemon, a spliced qrexec-client-vm has so long between SIGTERM and SIGKILL.
 STOP_GRACE = 0.2
+#: What is kept of the stderr of a call that shows whether qrexec-client-vm takes a socket.
+KEPT_STDERR = 1 << 16
 #: How often the farewell looks whether everything has arrived.
 FAREWELL_LOOK = 0.05
 
@@ -137,6 +139,21 @@ class Host(Protocol):
     def forget_hang_up(self, sock: socket.socket) -> None: ...
 
 
+def _bounded_memory(name: str) -> int:
+    """A file in memory that takes no more than KEPT_STDERR: the target qube decides how much there is to write.
+
+    Further writes fail, which qrexec-client-vm 4.4.2 takes without ado.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, KEPT_STDERR)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def reset(sock: socket.socket) -> None:
     """Close so that the client sees a reset and no clean EOF: it must not take a refusal for an empty answer."""
     with contextlib.suppress(OSError):
@@ -186,7 +203,10 @@ class _Child:
 
     def said(self) -> bytes:
         """What it wrote to stderr, where that was kept back; only the beginning."""
-        return b"" if self._stderr is None else os.pread(self._stderr, 1 << 16, 0)
+        if self._stderr is None:
+            return b""
+        # Its writes have moved the position, which is shared; behind it are the zeros of the bounded memory.
+        return os.pread(self._stderr, os.lseek(self._stderr, 0, os.SEEK_CUR), 0)
 
     def close(self) -> None:
         for fd in (self._pidfd, self._stderr):
@@ -292,7 +312,7 @@ class Connection:
                 self._splice = Splice(self._sock)
             if client.takes_socket is None:
                 # One that does not know --use-stdin-socket says so on stderr, which is nothing for a user to see.
-                stderr = os.memfd_create("qrexec-client-vm stderr", os.MFD_CLOEXEC)
+                stderr = _bounded_memory("qrexec-client-vm stderr")
             own = {
                 "QREXEC_ACTIVATE_CONNECTION": self.id,
                 "QREXEC_ACTIVATE_LISTENER": self.route.address,
@@ -343,8 +363,8 @@ class Connection:
 
     async def carry(self) -> Outcome:
         """See the connection through to its end, close the socket, and tell what became of it."""
-        self._host.watch_hang_up(self._sock, self._hung_up)
         try:
+            self._host.watch_hang_up(self._sock, self._hung_up)
             outcome = await self._tries()
             if outcome is None:
                 # This qrexec-client-vm takes no socket. Nothing was read from the client, so pipes can do it.
