@@ -289,7 +289,8 @@ class Daemon:
             for orphan in find_orphans():
                 if orphan.sock is None:
                     # Its pipes led to the daemon that is gone, and with it went the client.
-                    signal.pidfd_send_signal(orphan.pidfd, signal.SIGTERM)
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(orphan.pidfd, signal.SIGTERM)
                     os.close(orphan.pidfd)
                     continue
                 connection = Connection(self, orphan.route, orphan.sock, orphan.connection, orphan.peer)
@@ -317,8 +318,9 @@ class Daemon:
         """Reset what comes to a listener that is not served."""
         if listener.sock.type == socket.SOCK_DGRAM:
             with contextlib.suppress(OSError):
-                while listener.sock.recv(1):
-                    pass
+                # Not until none is left: whoever sends them could keep everybody else waiting.
+                for _ in range(BATCH):
+                    listener.sock.recv(1)
             return
         with contextlib.suppress(OSError):
             for _ in range(BATCH):
