@@ -53,7 +53,8 @@ def _claims(
 ) -> tuple[list[Claim], float | None]:
     """Decide on every socket; also returns how long systemd gives the service to stop, where it is known."""
     if unit is None:
-        if argument is None and _started_by_manager():
+        shared_name = len({socket.name for socket in sockets}) < len(sockets)
+        if _started_by_manager() and (argument is None or shared_name):
             raise UsageProblem(
                 "systemd gives all sockets of a unit one name, so a service unit must say which one it is:"
                 " add --unit %n to ExecStart="
