@@ -26,8 +26,9 @@ __all__ = ["Manager", "open_manager", "runs_in_user_manager"]
 
 #: systemd answers in milliseconds; a bus that says nothing for this long will not.
 REPLY_TIMEOUT = 20.0
-#: Requests on the way at once. The bus drops clients that leave too many replies unread.
-PIPELINE = 200
+#: Requests on the way at once. dbus-daemon answers all beyond 128 with an error (max_replies_per_connection, which
+#: system.conf leaves at that), and a unit whose properties are not told would be missing.
+PIPELINE = 100
 
 #: What jeepney raises for a bus that is not there, goes away, or talks nonsense.
 _BUS_ERRORS = (OSError, ValueError, EOFError, LookupError, RuntimeError, TypeError, struct.error)
