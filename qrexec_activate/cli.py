@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,7 +24,14 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|sec|min|m|h|d)?", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
 
 
-class Duration(click.ParamType[float]):
+if TYPE_CHECKING:
+    _FloatType = click.ParamType[float]
+else:
+    # It is generic since click 8.4, and Debian 12 has 8.1.
+    _FloatType = click.ParamType
+
+
+class Duration(_FloatType):
     """A time span as in unit files: `90`, `90s`, `1min 30s`, `10min`."""
 
     name = "time"
