@@ -12,7 +12,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import ManagerError
 from .routes import SocketUnit
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jeepney import Message
     from jeepney.io.blocking import DBusConnection
 
-__all__ = ["Manager", "open_manager", "runs_in_user_manager"]
+__all__ = ["LoadedUnit", "Manager", "open_manager", "runs_in_user_manager"]
 
 #: systemd answers in milliseconds; a bus that says nothing for this long will not.
 REPLY_TIMEOUT = 20.0
@@ -64,6 +64,15 @@ def _unit_path(unit: str) -> str:
         for index, char in enumerate(unit)
     )
     return f"/org/freedesktop/systemd1/unit/{escaped}"
+
+
+class LoadedUnit(NamedTuple):
+    """A unit that systemd has loaded, and its LoadState, ActiveState and SubState."""
+
+    name: str
+    load: str
+    active: str
+    sub: str
 
 
 class Manager:
@@ -132,6 +141,26 @@ class Manager:
                     given += 1
         except _BUS_ERRORS as error:
             raise ManagerError(f"systemd did not answer over D-Bus: {error or type(error).__name__}") from error
+
+    def manager_properties(self, *names: str) -> list[Any]:
+        """Return properties of the manager itself, such as UnitPath; None in place of one that it does not have."""
+        return self.properties([("/org/freedesktop/systemd1", _MANAGER, name) for name in names])
+
+    def unit_properties(self, units: Sequence[str], kind: str, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return properties of each unit, which systemd loads if need be; `kind` is Unit, Service or Socket."""
+        wanted = [(_unit_path(unit), f"{_SERVICE}.{kind}", name) for unit in units for name in names]
+        values = iter(self.properties(wanted))
+        return [{name: next(values) for name in names} for _ in units]
+
+    def list_units(self, *patterns: str) -> list[LoadedUnit]:
+        """Return the units that systemd has loaded and whose names match any of the patterns, as with `*.socket`."""
+        from jeepney import DBusAddress, new_method_call
+
+        address = DBusAddress("/org/freedesktop/systemd1", _SERVICE, _MANAGER)
+        (body,) = self._ask([new_method_call(address, "ListUnitsByPatterns", "asas", ([], list(patterns)))])
+        if body is None:
+            raise ManagerError("systemd does not list its units over D-Bus; it is older than version 230")
+        return [LoadedUnit(name, load, active, sub) for name, _, load, active, sub, *_ in body[0]]
 
     def trigger_units(self, service: str) -> list[str]:
         """Return the names of the socket units that start a service, sorted."""
