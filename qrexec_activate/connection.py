@@ -26,7 +26,7 @@ import trio
 from .outcome import Ending, Outcome
 from .routes import Route
 from .settings import Relay
-from .splice import ClientGone, Splice, half_close
+from .splice import ClientGone, Splice, half_close, unread
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -42,6 +42,10 @@ RETRY_DELAY = 0.1
 STARVED_DELAY = 0.25
 #: A client that hung up leaves qrexec-client-vm so long to end by itself before SIGTERM, and then before SIGKILL.
 HANG_UP_GRACE = 2.0
+#: As long as bytes that the client had sent are waiting, and for so long after the last of them moved.
+STALL_GRACE = 10.0
+#: How often to look whether they move.
+HANG_UP_LOOK = 0.25
 #: How long what was sent may take to reach a client that went on sending after the service had ended.
 FAREWELL = 30.0
 
@@ -483,11 +487,8 @@ class Connection:
     async def _end(self, child: _Child, ending: Ending) -> Ending:
         """End a qrexec-client-vm that is of no use any more, and tell whether it did so by itself."""
         try:
-            if ending is Ending.CLIENT_GONE:
-                # It drains a service that goes on sending for ever, at most of a CPU, but ends in all other cases.
-                with trio.move_on_after(HANG_UP_GRACE):
-                    await child.ended()
-                    return Ending.CLIENT_EXITED if self.look_if_established() else ending
+            if ending is Ending.CLIENT_GONE and await self._ends_by_itself(child):
+                return Ending.CLIENT_EXITED if self.look_if_established() else ending
             if ending is not Ending.LOST:
                 child.signal(signal.SIGTERM)
                 with trio.move_on_after(HANG_UP_GRACE if ending is not Ending.STOPPED else STOP_GRACE):
@@ -499,6 +500,32 @@ class Connection:
             child.signal(signal.SIGKILL)
             raise
         return ending
+
+    async def _ends_by_itself(self, child: _Child) -> bool:
+        """Wait for a qrexec-client-vm whose client has gone; False if it is of no use to wait longer.
+
+        It ends by itself in all cases but one: a service that goes on sending it drains for ever, at most of a CPU.
+        What the client sent before it went is to arrive first, however slowly, as long as it moves at all.
+        """
+        left = self._unread()
+        moved_at = trio.current_time()
+        while True:
+            with trio.move_on_after(HANG_UP_LOOK):
+                await child.ended()
+                return True
+            before, left = left, self._unread()
+            if left < before:
+                moved_at = trio.current_time()
+            if trio.current_time() - moved_at >= (STALL_GRACE if left else HANG_UP_GRACE):
+                return False
+
+    def _unread(self) -> int:
+        """How many bytes of the client are still on their way to an established call."""
+        if not self.look_if_established():
+            return 0
+        with contextlib.suppress(OSError):
+            return unread(self._sock.fileno()) + (self._splice.unread() if self._splice else 0)
+        return 0
 
     def _over(self, ending: Ending, code: int | None = None, detail: str = "") -> Outcome:
         now = trio.current_time()

@@ -11,10 +11,12 @@ import errno
 import fcntl
 import os
 import socket
+import struct
+import termios
 
 import trio
 
-__all__ = ["ClientGone", "Splice"]
+__all__ = ["ClientGone", "Splice", "discard", "half_close", "unread"]
 
 #: What one call may move. More than a pipe holds, so that the pipe's size is the limit.
 CHUNK = 1 << 20
@@ -71,6 +73,10 @@ class Splice:
         """Whether the child has made its stdin non-blocking, which qrexec-client-vm does as the data phase begins."""
         stdin = self._ends.get("child_in")
         return stdin is None or bool(fcntl.fcntl(stdin, fcntl.F_GETFL) & os.O_NONBLOCK)
+
+    def unread(self) -> int:
+        """How many bytes are on their way to the child."""
+        return unread(self._ends["up"]) if "up" in self._ends else 0
 
     def release_child_ends(self) -> None:
         """Leave the child's ends to the child, so that its going is seen as EOF and EPIPE."""
@@ -131,6 +137,11 @@ async def _move(source: int, sink: int, *, reading_socket: bool) -> int:
             if error.errno in _GONE:
                 raise ClientGone from error
             raise
+
+
+def unread(fd: int) -> int:
+    """How many bytes a read could take at once from a socket or a pipe."""
+    return int(struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0])
 
 
 async def discard(sock: socket.socket) -> None:
