@@ -49,12 +49,12 @@ def _started_by_manager() -> bool:
 
 
 def _claims(
-    service: str, unit: str | None, argument: str | None, sockets: list[PassedSocket]
+    service: str, unit: str | None, argument: str | None, sockets: list[PassedSocket], by_manager: bool
 ) -> tuple[list[Claim], float | None]:
     """Decide on every socket; also returns how long systemd gives the service to stop, where it is known."""
     if unit is None:
         shared_name = len({socket.name for socket in sockets}) < len(sockets)
-        if _started_by_manager() and (argument is None or shared_name):
+        if by_manager and (argument is None or shared_name):
             raise UsageProblem(
                 "systemd gives all sockets of a unit one name, so a service unit must say which one it is:"
                 " add --unit %n to ExecStart="
@@ -74,7 +74,9 @@ def _claims(
 def serve(service: str, unit: str | None, argument: str | None, settings: Settings) -> None:
     """Serve the passed sockets until told to stop; raises ActivateError where that cannot be done."""
     sockets = _sockets(service)
-    resolving = Background(lambda: _claims(service, unit, argument, sockets))
+    # Asked here, as the fork is not the process that systemd has started.
+    by_manager = _started_by_manager()
+    resolving = Background(lambda: _claims(service, unit, argument, sockets, by_manager))
     try:
         # Here and not above: this is what takes time while the fork asks systemd.
         import trio
