@@ -24,7 +24,7 @@ import trio
 
 from qrexec_activate.loopback.machine import Machine
 
-PATIENCE = 60.0
+PATIENCE = 6.0
 SERVICE = "qrexec-connect-tcp.service"
 
 Address = tuple[str, int] | str
@@ -304,7 +304,10 @@ class Scene:
 
     async def logged(self, *words: str, times: int = 1) -> list[str]:
         """Wait for so many lines that hold all these words."""
-        await until(f"{times} lines with {words}", lambda: len(self.lines(*words)) >= times)
+        try:
+            await until(f"{times} lines with {words}", lambda: len(self.lines(*words)) >= times)
+        except AssertionError as error:
+            raise AssertionError(f"{error}, but\n{self.log()}") from None
         return self.lines(*words)
 
     async def refusal(self, address: Address, *words: str) -> str:
