@@ -1,0 +1,287 @@
+"""What is measured, and how. Every figure is kept with the round and the rival it belongs to.
+
+Within a round each measure goes to all rivals in turn, so that whatever else the machine does hits all alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qrexec_activate.loopback.machine import Machine
+
+from .rivals import CHARGEN, DISCARD, ECHO, LISTEN, Many, Programs, Rival
+
+__all__ = ["AT_ONCE", "FULL", "MEASURES", "QUICK", "STREAMS", "Bench", "Sizes"]
+
+AT_ONCE = (1, 16, 64)
+#: name: (what it is called, the service, the load's word for it, how many streams)
+STREAMS = {
+    "to": ("to the qube", DISCARD, "to", 1),
+    "from": ("from the qube", CHARGEN, "from", 1),
+    "both": ("both ways", ECHO, "both", 1),
+    "eight": ("8 streams from the qube", CHARGEN, "from", 8),
+}
+MEASURES = ("first-byte", "connections", "throughput", "cold", "memory", "listeners")
+#: Rounds end early rather than take the run past its limit; memory and listeners need the rest.
+TAIL = 75.0
+#: How long the processes of one measure may take to be gone before the next.
+SETTLE = 10.0
+#: What was asked for is over long before; a load that hangs is ended.
+PATIENCE = 60.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything. Times in seconds."""
+
+    rounds: int
+    firsts: int
+    seconds: float
+    colds: int
+    held: tuple[int, ...]
+    listeners: tuple[int, ...]
+    #: The whole run takes no longer.
+    limit: float
+
+
+FULL = Sizes(rounds=5, firsts=200, seconds=1.0, colds=15, held=(100, 1000), listeners=(1, 100, 1000), limit=480)
+QUICK = Sizes(rounds=1, firsts=30, seconds=0.2, colds=2, held=(10, 100), listeners=(1, 100), limit=120)
+
+
+class LoadFailed(Exception):
+    """The load got no answer where there must be one."""
+
+
+class Bench:
+    """One run. `results` holds a dictionary for every figure, in the order in which they were taken."""
+
+    def __init__(self, machine: Machine, programs: Programs, found: Sequence[Rival], sizes: Sizes) -> None:
+        self._machine = machine
+        self._programs = programs
+        self._rivals = list(found)
+        self._sizes = sizes
+        self._began = time.monotonic()
+        self._client = os.path.realpath(programs.client)
+        #: Calls of the genuine qrexec-client-vm that have nothing to do with this.
+        self._others = _running(self._client)
+        self.results: list[dict[str, Any]] = []
+
+    def run(self, only: Sequence[str], say: Callable[[str], None]) -> None:
+        """Take all measures named, the repeated ones in rounds."""
+        repeated = {
+            "first-byte": self._first_byte,
+            "connections": self._connections,
+            "throughput": self._throughput,
+        }
+        longest = 0.0
+        for number in range(self._sizes.rounds) if set(only) & set(repeated) else ():
+            if self._elapsed() + longest > self._sizes.limit - TAIL and number:
+                say(f"only {number} rounds, to be done in {self._sizes.limit:.0f} s")
+                break
+            began = time.monotonic()
+            # Whoever comes first in one round comes last in the next.
+            order = self._rivals[number % len(self._rivals) :] + self._rivals[: number % len(self._rivals)]
+            for name, take in repeated.items():
+                if name in only:
+                    say(f"round {number + 1} of {self._sizes.rounds}: {name}")
+                    take(number, order)
+            longest = max(longest, time.monotonic() - began)
+        if "cold" in only:
+            say("cold")
+            self._cold()
+        if "memory" in only:
+            say("memory")
+            for rival in self._rivals:
+                self._memory(rival)
+        if "listeners" in only and any(rival.name == "hand-over" for rival in self._rivals):
+            say("listeners")
+            self._listeners()
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    # ------------------------------------------------------------------ in rounds
+
+    def _first_byte(self, number: int, order: Sequence[Rival]) -> None:
+        for rival in order:
+            if not rival.only_relays:
+                with self._taken("first-byte", rival, round=number) as result:
+                    result |= self._load("first", rival.hosts[0], LISTEN[ECHO], self._sizes.firsts)
+
+    def _connections(self, number: int, order: Sequence[Rival]) -> None:
+        for at_once in AT_ONCE:
+            for rival in order:
+                if not rival.only_relays:
+                    with self._taken(f"connections-{at_once}", rival, round=number) as result:
+                        result |= self._load("rate", rival.hosts[0], LISTEN[ECHO], at_once, self._sizes.seconds)
+                        result["per_second"] = result["served"] / result["seconds"]
+
+    def _throughput(self, number: int, order: Sequence[Rival]) -> None:
+        for name, (_, service, which, streams) in STREAMS.items():
+            for rival in order:
+                with self._taken(f"throughput-{name}", rival, round=number) as result:
+                    words = ("stream", rival.hosts[0], LISTEN[service], which, streams, self._sizes.seconds)
+                    with self._load_kept(*words) as load:
+                        _line(load, "ready")
+                        # One that a first connection started, or that forks for each, is there now.
+                        pids = rival.pids()
+                        before = _cpu(pids)
+                        _send_line(load)
+                        result |= json.loads(_line(load))
+                        result["cpu"] = _cpu(pids) - before
+                    result["mib_per_second"] = result["bytes"] / result["seconds"] / 2**20
+                    result["cpu_per_gib"] = result["cpu"] / result["bytes"] * 2**30 if result["bytes"] else None
+
+    # ------------------------------------------------------------------ once
+
+    def _cold(self) -> None:
+        """From the first connection to its first byte, beside the import of trio by the same interpreter."""
+        machine = self._machine
+        for number in range(self._sizes.colds):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", "import trio"], env=machine.environment, cwd=machine.home, check=True)
+            took = round((time.perf_counter() - began) * 1e9)
+            self.results.append({"measure": "import-trio", "rival": "python3", "round": number, "p50": took})
+            for rival in self._rivals:
+                if rival.units:
+                    machine.systemctl("stop", rival.units[ECHO])
+                    with self._taken("cold", rival, round=number) as result:
+                        result |= self._load("first", rival.hosts[0], LISTEN[ECHO], 1)
+
+    def _memory(self, rival: Rival) -> None:
+        """With no connection, and with more and more of them; a service starts afresh for it."""
+        if rival.units:
+            self._machine.systemctl("stop", *set(rival.units.values()))
+        with self._taken("memory", rival, open=0) as result:
+            self._load("first", rival.hosts[0], LISTEN[ECHO], 1)
+            self._settle()
+            result |= _memory(rival.pids())
+        for count in self._sizes.held:
+            # One target takes no more than 128 connections, and there is only one where a person has named it.
+            if count > 100 * len(rival.hosts) and rival.name in ("hand-over", "splice"):
+                continue
+            with (
+                self._taken("memory", rival, open=count) as result,
+                self._load_kept("hold", LISTEN[ECHO], count, *rival.hosts) as load,
+            ):
+                result |= {"open": json.loads(_line(load))["open"]}
+                # What is looked at now and then for a new connection is looked at no more.
+                time.sleep(0.3)
+                result |= _memory(rival.pids())
+
+    def _listeners(self) -> None:
+        with contextlib.closing(Many(self._machine)) as many:
+            for count in self._sizes.listeners:
+                result: dict[str, Any] = {"measure": "listeners", "rival": "hand-over", "listeners": count}
+                host = many.listen(count)
+                self._load("first", host, LISTEN[ECHO], 1)
+                time.sleep(0.3)
+                self.results.append(result | _memory(many.pids()))
+
+    # ------------------------------------------------------------------ helpers
+
+    @contextlib.contextmanager
+    def _taken(self, measure: str, rival: Rival, **where: int) -> Iterator[dict[str, Any]]:
+        """Keep what the block puts into the result, or why there is none."""
+        result: dict[str, Any] = {"measure": measure, "rival": rival.name, **where}
+        try:
+            yield result
+        except LoadFailed as error:
+            result["error"] = str(error)
+        self.results.append(result)
+        self._settle()
+
+    def _load(self, *words: str | int | float) -> dict[str, Any]:
+        argv = [str(self._programs.load), *map(str, words)]
+        try:
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        except subprocess.TimeoutExpired:
+            raise LoadFailed(f"{' '.join(argv[1:])}: no end in {PATIENCE:.0f} s") from None
+        if done.returncode:
+            raise LoadFailed(f"{' '.join(argv[1:])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        result = json.loads(done.stdout)
+        assert isinstance(result, dict)
+        return result
+
+    @contextlib.contextmanager
+    def _load_kept(self, *words: str | int | float) -> Iterator[subprocess.Popen[str]]:
+        """A load whose connections stay open until the block ends."""
+        argv = [str(self._programs.load), *map(str, words)]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                yield process
+            finally:
+                # Closing its stdin is what it waits for; what it does not see, ends it.
+                assert process.stdin is not None
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
+                try:
+                    process.wait(2)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+    def _settle(self) -> None:
+        """Until no qrexec-client-vm is left, so that the end of one measure is no part of the next."""
+        deadline = time.monotonic() + SETTLE
+        while time.monotonic() < deadline and _running(self._client) - self._others:
+            time.sleep(0.005)
+        # Their parents have yet to see that they ended.
+        time.sleep(0.02)
+
+
+def _line(load: subprocess.Popen[str], expected: str | None = None) -> str:
+    """The next line of a load; it ends by itself if it takes too long."""
+    assert load.stdout is not None
+    line = load.stdout.readline().strip()
+    if not line or (expected is not None and line != expected):
+        raise LoadFailed(f"the load said {line!r}")
+    return line
+
+
+def _send_line(load: subprocess.Popen[str]) -> None:
+    assert load.stdin is not None
+    load.stdin.write("\n")
+    load.stdin.flush()
+
+
+def _running(program: str) -> set[int]:
+    """The processes that run this very program."""
+    found = set()
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{entry.name}/exe") == program:
+                    found.add(int(entry.name))
+    return found
+
+
+def _cpu(pids: Sequence[int]) -> float:
+    """Seconds of CPU that these processes have used, to the nanosecond; one that has ended counts as nothing."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+def _memory(pids: Sequence[int]) -> dict[str, int]:
+    """What these processes hold, in KiB: resident, with a fair share of what is shared, and their own alone."""
+    sums = {"rss": 0, "pss": 0, "uss": 0}
+    fields = {"Rss": "rss", "Pss": "pss", "Private_Clean": "uss", "Private_Dirty": "uss"}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+                name, _, value = line.partition(":")
+                if name in fields:
+                    sums[fields[name]] += int(value.split()[0])
+    return {"processes": len(pids), **sums}
