@@ -1,24 +1,33 @@
 """The command line: one click group, whose commands import only what they need.
 
 `serve` is what the units run, and starts in the time that trio takes to import; the rest are for people.
+Nobody gets to see a traceback, unless they ask with --debug; the daemon's goes to the journal.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
+import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .control.options import Invocation, debug_option
 from .errors import ActivateError, BadName, UsageProblem
 
 __all__ = ["main"]
 
-#: Commands for people, each a module of control/ with a click command of the same name.
+#: Commands for people, each a module of control/ of the same name (with _ for -), which has a click command.
 _COMMANDS = {
+    "list": "List every route, whoever wrote it.",
     "demo": "Show it working on this machine, without Qubes.",
 }
+
+#: The user id that the kernel shows for all that have none in this user namespace, and the one that is none.
+OVERFLOW_UID = 65534
+NO_UID = 2**32 - 1
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|sec|min|m|h|d)?", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
@@ -45,6 +54,20 @@ class Duration(_FloatType):
         return sum(float(number) * _SECONDS[unit] for number, unit in _TIME.findall(text))
 
 
+class UserId(click.ParamType[int]):
+    """A user's number, which is what the kernel tells of a connection."""
+
+    name = "uid"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        if not (text.isascii() and text.isdigit() and int(text) < NO_UID):
+            self.fail(f"{text!r} is no user id; it is a number, which id -u NAME prints", param, ctx)
+        if int(text) == OVERFLOW_UID:
+            self.fail(f"{text} stands for all users that the kernel cannot show, and so for nobody", param, ctx)
+        return int(text)
+
+
 class LazyGroup(click.Group):
     """A group that lists its commands without importing them."""
 
@@ -53,7 +76,7 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _COMMANDS:
-            command = importlib.import_module(f".control.{cmd_name}", __package__).command
+            command = importlib.import_module(f".control.{cmd_name.replace('-', '_')}", __package__).command
             assert isinstance(command, click.Command)
             return command
         return super().get_command(ctx, cmd_name)
@@ -67,14 +90,34 @@ class LazyGroup(click.Group):
             formatter.write_dl(rows)
 
 
+def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from importlib import metadata
+
+    try:
+        version = metadata.version("qrexec-activate")
+    except metadata.PackageNotFoundError:
+        # A source tree that was not installed.
+        version = Path(__file__).parents[1].joinpath("version").read_text().strip()
+    click.echo(f"qrexec-activate {version}")
+    ctx.exit()
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="qrexec-activate", prog_name="qrexec-activate")
-def cli() -> None:
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
+@debug_option
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Make local sockets reach other qubes: qrexec-client-vm, socket-activated by systemd.
 
     A drop-in for qrexec-connect-tcp@PORT.socket names a local address (ListenStream=) and a qube
     (FileDescriptorName=). Every connection to that address becomes a qrexec call to that qube.
     """
+    if isinstance(ctx.obj, Invocation):
+        ctx.obj.command = ctx.invoked_subcommand
 
 
 @cli.command(
@@ -123,6 +166,14 @@ def cli() -> None:
     type=Duration(),
     help="End after so long without a connection.  [default: never]",
 )
+@click.option(
+    "--allow-uid",
+    "allow_uids",
+    metavar="UID",
+    type=UserId(),
+    multiple=True,
+    help="Let in only this user; may be given several times.  [default: all who can reach the listener]",
+)
 def serve(
     rpc: str,
     unit: str | None,
@@ -133,6 +184,7 @@ def serve(
     max_connections: int,
     setup_timeout: float,
     exit_idle_time: float | None,
+    allow_uids: tuple[int, ...],
 ) -> None:
     """Serve the sockets that systemd passes, by calls of RPC. This is what the units run.
 
@@ -150,17 +202,30 @@ def serve(
         max_connections=max_connections,
         setup_timeout=setup_timeout,
         exit_idle_time=exit_idle_time or None,
+        allow_uids=allow_uids,
     )
     run(rpc, unit, argument, settings)
 
 
 def main() -> None:
-    """Run the command; every error a person can mend is one line, and its exit code 2 if it is one of usage."""
+    """Run the command; every error is one line that says what to do, and its exit code 2 if it is one of usage."""
+    invocation = Invocation()
     try:
-        cli(prog_name="qrexec-activate")
-    except (UsageProblem, BadName) as error:
-        click.echo(f"qrexec-activate: {error}", err=True)
-        raise SystemExit(2) from None
-    except ActivateError as error:
-        click.echo(f"qrexec-activate: {error}", err=True)
-        raise SystemExit(1) from None
+        cli(prog_name="qrexec-activate", obj=invocation)
+    except Exception as error:
+        if invocation.command == "serve" and not isinstance(error, ActivateError):
+            raise
+        if invocation.debug:
+            traceback.print_exc()
+        click.echo(f"qrexec-activate: {_in_words(error)}", err=True)
+        raise SystemExit(2 if isinstance(error, (UsageProblem, BadName)) else 1) from None
+
+
+def _in_words(error: Exception) -> str:
+    """Say in one line what went wrong, where, and what to do."""
+    if isinstance(error, ActivateError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}: this is a bug; run it again with --debug, and report what it prints"

@@ -1,0 +1,98 @@
+"""qrexec-activate list: every route, whoever wrote it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .options import complete_routes, json_option, system_option
+from .select import select
+from .survey import Entry, survey
+from .table import BAD, DOUBTFUL, GOOD, print_json, print_rows, short_path
+
+__all__ = ["as_json", "command"]
+
+HEADER = ("listener", "target", "service", "enabled", "state", "file")
+NO_ROUTES = "There are no routes yet. Make one: qrexec-activate add tcp 1234 QUBE"
+
+
+def as_json(entry: Entry) -> dict[str, Any]:
+    """The shape that docs/json.md promises."""
+    return {
+        "listener": entry.listener,
+        "target": entry.target,
+        "call": entry.call,
+        "rpc": entry.service,
+        "argument": entry.argument,
+        "unit": entry.unit,
+        "daemon": entry.daemon,
+        "file": entry.file or None,
+        "enabled": entry.enabled,
+        "active": entry.active,
+        "listens": entry.listens,
+        "refused": entry.refused or None,
+    }
+
+
+def row(entry: Entry) -> list[str]:
+    state = "refused" if entry.refused else entry.state
+    where = short_path(entry.file) if entry.file else entry.unit
+    return [short_path(entry.listener), entry.target or "-", entry.call, entry.enabled, state, where]
+
+
+def style(column: int, text: str) -> str:
+    return (
+        {
+            "refused": BAD,
+            "failed": BAD,
+            "masked": BAD,
+            "listening": GOOD,
+            "enabled": GOOD,
+            "not started": DOUBTFUL,
+            "restart needed": DOUBTFUL,
+            "disabled": DOUBTFUL,
+        }.get(text, "")
+        if column in (3, 4)
+        else ""
+    )
+
+
+def print_refusals(entries: list[Entry]) -> None:
+    """Say below the table why routes are refused: reasons are too long for a column."""
+    refused = [entry for entry in entries if entry.refused]
+    if refused:
+        click.echo()
+    for entry in refused:
+        click.echo(f"{entry.listener} is refused: {entry.refused}")
+
+
+@click.command(
+    "list",
+    epilog="""\b
+Example:
+    $ qrexec-activate list
+    LISTENER        TARGET  SERVICE               ENABLED  STATE      FILE
+    127.0.0.1:1234  gitweb  qubes.ConnectTCP+1234  enabled  listening  ~/.config/…/gitweb.conf
+""",
+)
+@click.argument("routes", metavar="[ROUTE]...", nargs=-1, shell_complete=complete_routes)
+@json_option
+@system_option
+def command(routes: tuple[str, ...], as_json: bool, system: bool) -> None:
+    """List every route: listener, target, service, file, and whether it is enabled, listening or refused.
+
+    ROUTE is an address, a unit, a target, a call or a file; without one, all are listed. Routes that were written by
+    hand, or by other programs, are listed too.
+    """
+    entries = select(survey(user=not system).entries, routes)
+    if as_json:
+        print_json([_as_json(entry) for entry in entries])
+    elif entries:
+        print_rows(HEADER, [row(entry) for entry in entries], style)
+        print_refusals(entries)
+    else:
+        click.echo(NO_ROUTES, err=True)
+
+
+_as_json = as_json

@@ -1,0 +1,114 @@
+"""What the commands for people share on the command line: options, and completion of what is already in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from .survey import Entry
+
+__all__ = [
+    "Invocation",
+    "complete_routes",
+    "complete_targets",
+    "complete_units",
+    "debug_option",
+    "json_option",
+    "system_option",
+]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+@dataclass(slots=True)
+class Invocation:
+    """What main() has to know when an error comes: click's own contexts are gone by then."""
+
+    command: str | None = None
+    debug: bool = False
+
+
+def _set_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    invocation = ctx.find_root().obj
+    if value and isinstance(invocation, Invocation):
+        invocation.debug = True
+
+
+def debug_option(command: _Command) -> _Command:
+    """Add --debug, which shows where in the program an error came from."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_set_debug,
+        help="Show where in the program an error came from.",
+    )(command)
+
+
+def system_option(command: _Command) -> _Command:
+    """Add --system and --debug, which every command for people has."""
+    option = click.option("--system", is_flag=True, help="Use the system's systemd instead of your own.")
+    return debug_option(option(command))
+
+
+def json_option(command: _Command) -> _Command:
+    """Add --json; docs/json.md says what it prints."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, as docs/json.md describes.")(command)
+
+
+def _complete(
+    ctx: click.Context, incomplete: str, words: Callable[[Entry], list[tuple[str, str]]]
+) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    from .survey import survey
+
+    try:
+        entries = survey(user=not ctx.params.get("system")).entries
+    except Exception:
+        # A shell that completes a line has no place for messages.
+        return []
+    found = {word: help for entry in entries for word, help in words(entry) if word.startswith(incomplete)}
+    return [CompletionItem(word, help=help) for word, help in sorted(found.items())]
+
+
+def complete_routes(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the addresses, units and targets of all routes."""
+
+    def words(entry: Entry) -> list[tuple[str, str]]:
+        about = f"{entry.target or 'refused'} {entry.call}"
+        offered = [(entry.listener, about), (entry.unit, about)]
+        return [*offered, (entry.target, entry.call)] if entry.target else offered
+
+    return _complete(ctx, incomplete, words)
+
+
+def complete_targets(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the qubes that routes already reach, and qrexec's keywords."""
+    from click.shell_completion import CompletionItem
+
+    found = _complete(ctx, incomplete, lambda entry: [(entry.target, "")] if entry.target else [])
+    keywords = ("@default", "@dispvm")
+    known = {item.value for item in found}
+    return found + [CompletionItem(word) for word in keywords if word.startswith(incomplete) and word not in known]
+
+
+def complete_units(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the socket units that systemd has loaded."""
+    from click.shell_completion import CompletionItem
+
+    from .systemctl import UnitList
+
+    try:
+        loaded = UnitList(user=not ctx.params.get("system")).read()
+        names = sorted(name for name in loaded if name.endswith(".socket"))
+    except Exception:
+        return []
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]

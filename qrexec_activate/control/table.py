@@ -1,0 +1,80 @@
+"""Rows for a person or for a program: tables and colour on a terminal, plain columns in a pipe, JSON on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+__all__ = ["BAD", "DOUBTFUL", "GOOD", "QUIET", "print_json", "print_rows", "short_path", "styled", "wants_colour"]
+
+#: Styles by meaning, as rich and click.style() both know them.
+GOOD, DOUBTFUL, BAD, QUIET = "green", "yellow", "red", "bright_black"
+
+#: rich takes about 1 ms a row to lay out a table; past so many rows nobody looks at it as a table.
+LONGEST_TABLE = 400
+
+
+def wants_colour() -> bool:
+    """Whether stdout is a terminal and nobody has said no (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def styled(text: str, style: str) -> str:
+    """Colour a text where colour is wanted."""
+    return click.style(text, fg=style) if wants_colour() and style else text
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names of processes and files are other people's text."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def short_path(path: str) -> str:
+    """Write the home folder as ~, as a person does."""
+    home = os.environ.get("HOME", "")
+    return f"~{path[len(home) :]}" if home not in ("", "/") and path.startswith(home + "/") else path
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_rows(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    style: Callable[[int, str], str] = lambda column, text: "",
+) -> None:
+    """Print a table; `style` says how a cell looks, from its column and its text."""
+    clean = [[printable(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty() and len(clean) <= LONGEST_TABLE:
+        from rich.console import Console
+
+        Console(highlight=False).print(rich_table(header, clean, style))
+    else:
+        click.echo("\n".join(plain_lines(header, clean)))
+
+
+def plain_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay rows out in columns, two blanks apart."""
+    lines = [[cell.upper() for cell in header], *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
+
+
+def rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], style: Callable[[int, str], str]) -> Any:
+    """Lay rows out as a rich table."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for title in header:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=style(column, cell)) for column, cell in enumerate(row)))
+    return table
