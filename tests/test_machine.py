@@ -78,11 +78,12 @@ def processes_of(directory: str) -> list[str]:
     found = []
     for proc in Path("/proc").glob("[0-9]*"):
         try:
-            text = (proc / "cmdline").read_bytes() + (proc / "environ").read_bytes()
+            arguments = (proc / "cmdline").read_bytes()
+            environment = (proc / "environ").read_bytes()
         except OSError:
             continue
-        if directory.encode() in text:
-            found.append(f"{proc.name}: {text[:200]!r}")
+        if directory.encode() in arguments + environment:
+            found.append(f"{proc.name}: {arguments!r}")
     return found
 
 
@@ -165,12 +166,10 @@ sys.path.insert(0, {tests!r})
 from test_machine import add_instance, machine
 with machine() as m:
     unit = add_instance(m, "work", {port})
-    (m.loopback / "qubes" / "work" / "rpc" / "qubes.ConnectTCP").write_text("#!/bin/sh\\nread line; exec sleep 1000\\n")
+    (m.loopback / "qubes" / "work" / "rpc" / "qubes.ConnectTCP").write_text("#!/bin/sh\\necho here; exec sleep 1000\\n")
     m.systemctl("start", unit)
-    sock = socket.create_connection(("127.0.0.1", {port}))
-    sock.sendall(b"stay\\n")
-    while "1000" not in m.run(["ps", "ax", "-o", "args"]).stdout:
-        time.sleep(0.05)
+    sock = socket.create_connection(("127.0.0.1", {port}), timeout=30)
+    assert sock.recv(5) == b"here\\n"
     print(m.directory, flush=True)
     {then}
 """
