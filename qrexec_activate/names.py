@@ -32,14 +32,20 @@ MAX_ARGUMENT = 1024
 #: qubesd's own limit for the name of a qube.
 MAX_QUBE_NAME = 31
 
-#: systemd's own limit for the name of a unit (UNIT_NAME_MAX, with the terminating zero).
+#: systemd's own limit for the name of a unit (its UNIT_NAME_MAX, 256, counts the terminating zero).
 MAX_UNIT_NAME = 255
+
+UNIT_TYPES = frozenset(
+    ("automount", "device", "mount", "path", "scope", "service", "slice", "socket", "swap", "target", "timer")
+)
 
 _QUBE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*", re.ASCII)
 _RPC_TEXT = re.compile(r"[A-Za-z0-9_.+-]*", re.ASCII)
 _SERVICE = re.compile(r"[A-Za-z0-9_.-]+", re.ASCII)
-_UNIT_TEXT = re.compile(r"[A-Za-z0-9:_.\\-]+", re.ASCII)
+_UNIT_TEXT = re.compile(r"[A-Za-z0-9:_.\\@-]+", re.ASCII)
 _ESCAPE = re.compile(rb"\\x([0-9a-fA-F]{2})")
+_NOT_IN_INSTANCE = re.compile(rb"[^A-Za-z0-9:_.-]", re.DOTALL)
+_NOT_IN_TARGET = re.compile(rb"[^A-Za-z0-9@_.-]", re.DOTALL)
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 
 
@@ -58,20 +64,25 @@ def decode_escapes(text: str) -> str:
         raise BadName(f"{text!r} is no UTF-8 text once its \\xNN escapes are decoded") from None
 
 
-def _escape(text: str, keep: re.Pattern[str]) -> str:
-    return "".join(
-        char if keep.fullmatch(char) else "".join(f"\\x{byte:02x}" for byte in char.encode()) for char in text
-    )
+def _escape(text: str, special: re.Pattern[bytes]) -> str:
+    try:
+        raw = text.encode()
+    except UnicodeError:
+        raise BadName(f"{text!r} is no UTF-8 text") from None
+    return special.sub(lambda match: b"\\x%02x" % ord(match[0]), raw).decode()
 
 
 def escape_instance(argument: str) -> str:
-    """Write an RPC argument as a unit's instance, so that decode_escapes() gives it back."""
-    return _escape(argument, re.compile(r"[A-Za-z0-9:_.-]", re.ASCII))
+    """Write an RPC argument as a unit's instance, so that decode_escapes() gives it back; raises BadName."""
+    return _escape(argument, _NOT_IN_INSTANCE)
 
 
 def escape_target(target: str) -> str:
-    r"""Write a target as a FileDescriptorName, which may hold no `:` (`@dispvm\x3aNAME`) and expands `%`."""
-    return _escape(target, re.compile(r"[A-Za-z0-9@_.-]", re.ASCII))
+    r"""Write a target as a FileDescriptorName, which may hold no `:` (`@dispvm\x3aNAME`) and expands `%`.
+
+    decode_escapes() gives it back. Raises BadName.
+    """
+    return _escape(target, _NOT_IN_TARGET)
 
 
 def check_target(target: str) -> str:
@@ -185,10 +196,12 @@ class UnitName:
 
 def parse_unit_name(name: str) -> UnitName:
     """Take apart a unit's name as systemd does; raises BadName where systemd would not load such a unit."""
-    stem, dot, suffix = name.rpartition(".")
+    stem, _, suffix = name.rpartition(".")
     prefix, at, instance = stem.partition("@")
-    if not (dot and suffix.isascii() and suffix.isalpha() and prefix) or len(name) > MAX_UNIT_NAME:
+    if not prefix or suffix not in UNIT_TYPES:
         raise BadName(f"{name!r} is no unit name: write it like qrexec-connect-tcp@1234.socket")
-    if not _UNIT_TEXT.fullmatch(prefix) or (instance and not _UNIT_TEXT.fullmatch(instance.replace("@", ""))):
-        raise BadName(f"{name!r} is no unit name: systemd allows letters, digits and :-_.\\ in one")
+    if len(name) > MAX_UNIT_NAME:
+        raise BadName(f"the unit name {name[:32]!r}… is longer than {MAX_UNIT_NAME} characters")
+    if not _UNIT_TEXT.fullmatch(stem):
+        raise BadName(f"{name!r} is no unit name: systemd allows only letters, digits and :-_.\\ beside the @ in one")
     return UnitName(prefix, instance if at else None, suffix)
