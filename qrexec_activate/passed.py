@@ -12,6 +12,7 @@ import stat
 from systemd import daemon as sd_daemon
 
 from .routes import PassedSocket
+from .unitfile import c_escape
 
 __all__ = ["describe", "format_address", "passed_sockets"]
 
@@ -28,15 +29,24 @@ def format_address(family: int, name: object) -> str:
     match family, name:
         case socket.AF_INET, (str(host), int(port)):
             return f"{host}:{port}"
-        case socket.AF_INET6, (str(host), int(port), *_):
-            return f"[{host}]:{port}"
+        case socket.AF_INET6, (str(host), int(port), _, int(scope)):
+            return f"[{host}]:{port}{_interface(scope)}"
         case socket.AF_VSOCK, (int(cid), int(port)):
             return f"vsock:{'' if cid == _VMADDR_ANY else cid}:{port}"
         case socket.AF_UNIX, bytes(raw):
-            return os.fsdecode(raw.replace(b"\0", b"@", 1)) if raw else "unix socket without a name"
+            return f"@{c_escape(raw[1:])}" if raw else "unix socket without a name"
         case socket.AF_UNIX, str(path):
-            return path or "unix socket without a name"
+            return c_escape(os.fsencode(path)) if path else "unix socket without a name"
     return f"socket of address family {int(family)}"
+
+
+def _interface(scope: int) -> str:
+    if not scope:
+        return ""
+    try:
+        return f"%{socket.if_indextoname(scope)}"
+    except OSError:
+        return f"%{scope}"
 
 
 def describe(fd: int, name: str) -> PassedSocket:

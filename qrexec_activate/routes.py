@@ -6,23 +6,29 @@ files, systemd and the passed socket do not agree, that listener is refused, and
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from .errors import BadName
 from .names import call_name, check_argument, check_service, check_target, decode_escapes, parse_unit_name
 from .unitfile import (
     AddressKey,
     Declaration,
-    Declared,
     FdName,
     SourceFile,
     address_key,
     declared_listeners,
     expand_specifiers,
+    is_fd_name,
+    only_adds,
+    written_key,
 )
 
 __all__ = [
+    "Claim",
     "PassedSocket",
     "Refusal",
     "Route",
@@ -36,12 +42,16 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class SocketUnit:
-    """A socket unit as systemd has loaded it; `listen` is its D-Bus property Listen: (kind, address) in order."""
+    """A socket unit as systemd has loaded it; `listen` is its D-Bus property Listen: (kind, address) in order.
+
+    The first of its `files` is the fragment. `problem` says why the unit as a whole cannot be trusted, if so.
+    """
 
     name: str
     files: tuple[SourceFile, ...]
     listen: tuple[tuple[str, str], ...]
     fd_name: str
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +99,6 @@ class Refusal:
 
 Claim = Route | Refusal
 
-_RELOAD = "run systemctl daemon-reload (with --user for a user unit), then restart {unit}"
-
 
 def no_stream(kind: str) -> str:
     """Say why a socket of this kind cannot be served."""
@@ -102,140 +110,185 @@ def no_stream(kind: str) -> str:
 def unit_specifiers(unit: str, manager: Mapping[str, str]) -> dict[str, str]:
     """Return what `%i`, `%n` and their like stand for in a unit, on top of the manager's own (`%t`, `%h`, `%u`…)."""
     name = parse_unit_name(unit)
-    instance = name.instance or ""
     last = name.prefix.rpartition("-")[2]
-    values = {"n": unit, "N": unit.rpartition(".")[0], "p": name.prefix, "i": instance, "j": last}
+    values = {"n": unit, "N": unit.rpartition(".")[0], "p": name.prefix, "i": name.instance or "", "j": last}
     for plain, unescaped in (("i", "I"), ("p", "P"), ("j", "J")):
-        try:
+        with suppress(BadName):
             values[unescaped] = decode_escapes(values[plain].replace("-", "/"))
-        except BadName:
-            continue
     return {**manager, **values}
 
 
-def _same_address(written: str, shown: str) -> bool | None:
-    """Compare an address from a file with one from systemd; None where the two cannot be compared."""
-    ours, theirs = address_key(written), address_key(shown)
-    if ours is None or theirs is None:
-        return None
-    # A bare port is IPv6 any, or IPv4 any where the kernel has no IPv6.
-    return ours == theirs or (written.isdigit() and theirs == ("ip", "0.0.0.0", ours[2]))
+class _Loaded:
+    """A unit with what its files declare: all that it takes to decide about its listeners."""
 
+    def __init__(self, service: str, unit: SocketUnit, manager_specifiers: Mapping[str, str]) -> None:
+        self.service = service
+        self.unit = unit
+        self.declared = declared_listeners(unit.files)
+        # Only the system manager's %t is /run.
+        systemctl = "systemctl" if manager_specifiers.get("t") == "/run" else "systemctl --user"
+        name = shlex.quote(unit.name)
+        self.reload = f"run: {systemctl} daemon-reload && {systemctl} restart {name}"
+        self.specifiers: Mapping[str, str] = {}
+        self.argument = ""
+        self.problem = self._problem(manager_specifiers)
+        self.owners: dict[AddressKey | None, list[Declaration]] = {}
+        for declaration in self.declared.listeners:
+            if declaration.kind == "Stream":
+                self.owners.setdefault(self._key(declaration), []).append(declaration)
+        opened = [address for kind, address in unit.listen if kind == "Stream"]
+        self.opened = Counter(address_key(address) for address in opened)
+        #: What systemd has open for no declaration that is understood here.
+        self.strays = [address for address in opened if not self._owners_of(address)]
 
-def _pair(declared: Declared, unit: SocketUnit, specifiers: Mapping[str, str]) -> list[Declaration | None]:
-    """Find the declaration of each entry of the unit's Listen property; None where that is in doubt.
-
-    Addresses that can be compared decide. What is left (addresses with specifiers that are not known here, forms
-    that are not known here) is paired in order, if there are as many on both sides and their kinds agree.
-    """
-    found: list[Declaration | None] = [None] * len(unit.listen)
-    by_order: list[Declaration] = []
-    for declaration in declared.listeners:
-        written = expand_specifiers(declaration.address, specifiers)
-        verdicts = [
-            _same_address(written, shown) if written is not None and kind == declaration.kind else None
-            for kind, shown in unit.listen
-        ]
-        # The same address twice in one unit is paired in order.
-        exact = [index for index, same in enumerate(verdicts) if same and found[index] is None]
-        if exact:
-            found[exact[0]] = declaration
-        elif written is None or address_key(written) is None:
-            by_order.append(declaration)
-    left = [index for index, owner in enumerate(found) if owner is None]
-    if not declared.untrusted and [unit.listen[index][0] for index in left] == [item.kind for item in by_order]:
-        for index, declaration in zip(left, by_order, strict=True):
-            found[index] = declaration
-    return found
-
-
-def _resolved_name(name: FdName, declared: Declared, unit: SocketUnit, specifiers: Mapping[str, str]) -> str:
-    """Expand and decode a FileDescriptorName, and check that it is a target; raises BadName."""
-    expanded = expand_specifiers(name.text, specifiers)
-    if expanded is None:
-        # systemd knows every specifier, but tells the outcome of the last assignment only.
-        if name is not declared.last_name:
-            raise BadName(f"{name.text!r} holds a specifier whose value only systemd knows; write the name out")
-        expanded = unit.fd_name
-    return check_target(decode_escapes(expanded))
-
-
-def _systemd_disagrees(declared: Declared, unit: SocketUnit, specifiers: Mapping[str, str]) -> str:
-    """Say so where the name that systemd has loaded is not the one that the files would give it."""
-    last = declared.last_name
-    if declared.untrusted:
+    def _problem(self, manager_specifiers: Mapping[str, str]) -> str:
+        """Say what, if anything, is wrong with the unit as a whole."""
+        if self.unit.problem:
+            return f"{self.unit.problem}; {self.reload}"
+        try:
+            self.specifiers = unit_specifiers(self.unit.name, manager_specifiers)
+            self.argument = decode_escapes(self.specifiers["i"])
+            check_argument(check_service(self.service), self.argument)
+        except BadName as error:
+            return f"{error}; the argument is what stands between @ and .socket, so use a unit of another name"
+        expected = self._expected_name()
+        if expected not in (None, self.unit.fd_name):
+            return f"its files set FileDescriptorName={expected}, but systemd has {self.unit.fd_name}; {self.reload}"
         return ""
-    expanded = unit.name if last is None or not last.text else expand_specifiers(last.text, specifiers)
-    # systemd drops a name that it finds invalid, with a warning of its own, and keeps the one before.
-    if expanded is None or expanded == unit.fd_name or ":" in expanded or len(expanded) > 255:
-        return ""
-    if not (expanded.isascii() and expanded.isprintable()):
-        return ""
-    return (
-        f"its files give FileDescriptorName={expanded}, but systemd has loaded {unit.fd_name};"
-        f" {_RELOAD.format(unit=unit.name)}"
-    )
+
+    def _expected_name(self) -> str | None:
+        """Return the name that systemd should report, as it read the files; None where that cannot be told."""
+        expected: str | None = self.unit.name
+        for name in self.declared.names:
+            expanded = expand_specifiers(name.text, self.specifiers)
+            if not name.text:
+                expected = self.unit.name
+            elif expanded is None:
+                expected = None
+            elif is_fd_name(expanded):
+                expected = expanded
+        return None if self.declared.untrusted else expected
+
+    def _key(self, declaration: Declaration) -> AddressKey | None:
+        expanded = expand_specifiers(declaration.address, self.specifiers)
+        return None if expanded is None else written_key(expanded)
+
+    def _may_be(self, declaration: Declaration, shown: str) -> bool:
+        """Whether a declaration of whatever kind opens an address as systemd shows it."""
+        return declaration.address == shown or self._key(declaration) == address_key(shown)
+
+    def _owners_of(self, shown: str) -> list[Declaration]:
+        """Return the declarations of an address as systemd shows it."""
+        key = address_key(shown)
+        if key is None:
+            return []
+        if key[:2] == ("ip", "0.0.0.0") and key not in self.owners:
+            # A bare port is IPv6 any, or IPv4 any where the kernel has no IPv6.
+            return [owner for owner in self.owners.get(("ip", "::", key[2]), []) if not owner.address.startswith("[")]
+        return self.owners.get(key, [])
+
+    def decide(self, kind: str, address: str) -> Claim:
+        """Decide where the connections of one entry of the unit's Listen property go."""
+        if kind != "Stream":
+            files = [item for item in self.declared.listeners if item.kind == kind and self._may_be(item, address)]
+            where, path = (files[-1].where, files[-1].path) if files else (self.unit.name, "")
+            return Refusal(address, f"{where}: {no_stream(kind)}", self.unit.name, path)
+        if self.problem:
+            return Refusal(address, f"{self.unit.name}: {self.problem}", self.unit.name)
+        owners = self._owners_of(address)
+        if not owners or self.opened[address_key(address)] > len(owners):
+            return Refusal(address, self._nobody(address), self.unit.name)
+        claims = [self._claim(address, owner) for owner in owners]
+        for claim in claims:
+            if isinstance(claim, Refusal):
+                return claim
+        targets = sorted({claim.target for claim in claims if isinstance(claim, Route)})
+        if len(targets) > 1:
+            return Refusal(
+                address,
+                f"{' and '.join(owner.where for owner in owners)} open it for different qubes ({', '.join(targets)});"
+                f" give each qube an address of its own, then {self.reload}",
+                self.unit.name,
+                owners[-1].path,
+            )
+        return claims[-1]
+
+    def _nobody(self, address: str) -> str:
+        """Say why no declaration was found for an address that systemd has open."""
+        if self.declared.untrusted:
+            reason = "; ".join(f"{file.path} {file.problem}" for file in self.declared.untrusted)
+            return f"which file opens it cannot be told: {reason}; {self.reload}"
+        for owner in self.owners.get(None, []):
+            return (
+                f"no file of {self.unit.name} opens it in a form that is understood here; if {owner.where} does"
+                f" (ListenStream={owner.address}), write {address} there, then {self.reload}"
+            )
+        return f"no file of {self.unit.name} opens it, though systemd has it so loaded; {self.reload}"
+
+    def _claim(self, address: str, owner: Declaration) -> Claim:
+        """Decide about an address that one declaration opens."""
+
+        def refuse(reason: str) -> Refusal:
+            return Refusal(address, reason, self.unit.name, owner.path)
+
+        if owner.doubts and not self._harmless(owner.doubts):
+            file = owner.doubts[0]
+            return refuse(f"{file.path} {file.problem}, and may have named another qube for it; {self.reload}")
+        name = owner.name
+        if owner.borrowed is not None:
+            return refuse(
+                f"{owner.where} opens it, but that file names no qube, and FileDescriptorName={owner.borrowed.text} at"
+                f" {owner.borrowed.where} is for the listeners of its own file; add FileDescriptorName=QUBE to"
+                f" {owner.path}, then {self.reload}"
+            )
+        if name is None or not name.text:
+            reset = f"{name.where} resets FileDescriptorName=" if name else "no file sets FileDescriptorName="
+            return refuse(
+                f"{self.unit.name} has no target: {owner.where} opens it, but {reset};"
+                f" add FileDescriptorName=QUBE to {owner.path}, then {self.reload}"
+            )
+        if owner.rival is not None:
+            return refuse(
+                f"{name.path} names two qubes for it, FileDescriptorName={owner.rival.text} in line {owner.rival.line}"
+                f" and FileDescriptorName={name.text} in line {name.line}; give each qube a file of its own,"
+                f" then {self.reload}"
+            )
+        try:
+            target = self._target(name, inherited=owner.inherited)
+        except BadName as error:
+            return refuse(f"{name.where}: FileDescriptorName={name.text}: {error}; mend it, then {self.reload}")
+        return Route(address, target, self.service, self.argument, self.unit.name, owner.path)
+
+    def _harmless(self, doubts: Sequence[SourceFile]) -> bool:
+        """Whether files that are not known as systemd read them have left the listeners before them alone.
+
+        One that opened a listener was no mere override: if it is the only such file, and systemd has a listener that
+        nothing else accounts for, then it did. That it reset the list, to open the same addresses again, is ruled
+        out by what it holds now.
+        """
+        return (
+            len(self.declared.untrusted) == 1
+            and None not in self.owners
+            and bool(self.strays)
+            and all(only_adds(file) for file in doubts)
+        )
+
+    def _target(self, name: FdName, *, inherited: bool) -> str:
+        """Expand and decode a FileDescriptorName, and check that it is a target; raises BadName."""
+        expanded = expand_specifiers(name.text, self.specifiers)
+        if expanded is None:
+            raise BadName("it holds a specifier that is not known here; write the name out")
+        if ":" in expanded:
+            raise BadName("systemd ignores a name with ':'; write it as \\x3a")
+        if inherited and expanded != self.unit.fd_name:
+            raise BadName(f"systemd has {self.unit.fd_name} loaded instead")
+        return check_target(decode_escapes(expanded))
 
 
 def claims(service: str, unit: SocketUnit, manager_specifiers: Mapping[str, str]) -> list[Claim]:
     """Decide for each entry of a unit's Listen property, in order, where its connections go."""
-    declared = declared_listeners(unit.files)
-    reload = _RELOAD.format(unit=unit.name)
-    specifiers = unit_specifiers(unit.name, manager_specifiers)
-    unit_problem = _systemd_disagrees(declared, unit, specifiers)
-    argument = ""
-    try:
-        argument = decode_escapes(parse_unit_name(unit.name).instance or "")
-        check_argument(check_service(service), argument)
-    except BadName as error:
-        unit_problem = f"{error}; the argument is what stands between @ and .socket, so use a unit of another name"
-    paired = _pair(declared, unit, specifiers)
-    orphans = sum(owner is None for owner in paired)
-
-    def claim(kind: str, address: str, owner: Declaration | None) -> Claim:
-        def refuse(reason: str) -> Refusal:
-            return Refusal(address, reason, unit.name, owner.path if owner else "")
-
-        if kind != "Stream":
-            return refuse(f"{owner.where if owner else unit.name}: {no_stream(kind)}")
-        if unit_problem:
-            return refuse(f"{unit.name}: {unit_problem}")
-        if owner is None:
-            lost = "; ".join(f"{file.path} {file.problem}" for file in declared.untrusted)
-            return refuse(f"{lost or f'no file of {unit.name} declares it as systemd has loaded it'}; {reload}")
-        # A file that cannot be read may have been an override for all that came before it. One that opened a
-        # listener was none, so a single such file that accounts for a listener leaves no doubt.
-        if owner.doubts and not (len(declared.untrusted) == 1 and orphans):
-            file = owner.doubts[0]
-            return refuse(f"{file.path} {file.problem}, and may have named another qube for it; {reload}")
-        if owner.borrowed is not None:
-            return refuse(
-                f"{owner.where} opens it, but {owner.path} names no qube"
-                f" (the name {owner.borrowed.text} belongs to {owner.borrowed.path});"
-                f" add FileDescriptorName= to {owner.path}, then {reload}"
-            )
-        if owner.name is None or not owner.name.text:
-            return refuse(
-                f"{unit.name} has no target: {owner.where} opens it, but no file sets FileDescriptorName=;"
-                f" add FileDescriptorName=QUBE to {owner.path}, then {reload}"
-            )
-        try:
-            target = _resolved_name(owner.name, declared, unit, specifiers)
-        except BadName as error:
-            return refuse(f"{owner.name.where}: FileDescriptorName={owner.name.text}: {error}; mend it, then {reload}")
-        return Route(address, target, service, argument, unit.name, owner.path)
-
-    return [claim(kind, address, owner) for (kind, address), owner in zip(unit.listen, paired, strict=True)]
-
-
-def _fits(shown: tuple[str, str], kind: str, bound: AddressKey | None) -> bool:
-    """Whether an entry of systemd's Listen may be the socket bound there (port 0: any port)."""
-    key = address_key(shown[1])
-    if shown[0] != kind or key is None or bound is None:
-        return False
-    if key[0] == "ip" and key[2] == 0:
-        return key[:2] == bound[:2]
-    return key == bound
+    loaded = _Loaded(service, unit, manager_specifiers)
+    return [loaded.decide(kind, address) for kind, address in unit.listen]
 
 
 def by_unit(
@@ -246,68 +299,47 @@ def by_unit(
 ) -> list[Claim]:
     """Find out, for each passed socket in order, which unit and file it belongs to and where its connections go.
 
-    systemd passes the sockets of one unit in the order of its Listen property, those of several units in no order.
+    A socket is known by its bound address: systemd passes those of several units in no order, and those of a unit
+    that were opened before a daemon-reload beside entries of Listen that are not open yet.
     """
-    units = list(units)
-    claimed = [claims(service, unit, manager_specifiers) for unit in units]
-    entries = [(at, index) for at, unit in enumerate(units) for index in range(len(unit.listen))]
-
-    def shown(entry: tuple[int, int]) -> tuple[str, str]:
-        return units[entry[0]].listen[entry[1]]
-
-    def candidates(socket: PassedSocket) -> list[tuple[int, int]]:
-        bound = address_key(socket.address)
-        fitting = [entry for entry in entries if _fits(shown(entry), socket.kind, bound)]
-        return [entry for entry in fitting if address_key(shown(entry)[1]) == bound] or fitting
-
-    possible = [candidates(socket) for socket in sockets]
-    decided: list[Claim] = []
-    for position, socket in enumerate(sockets):
-        mine = possible[position]
-        if len(mine) > 1:
-            # More entries than one could be this socket. Within one unit the order tells, if all of them are here.
-            rivals = [other for other, theirs in enumerate(possible) if theirs == mine]
-            one_unit = len({unit_index for unit_index, _ in mine}) == 1
-            mine = [mine[rivals.index(position)]] if one_unit and len(rivals) == len(mine) else mine
-        if len(mine) == 1:
-            unit_index, index = mine[0]
-            claim = claimed[unit_index][index]
-            if units[unit_index].fd_name != socket.name:
-                claim = Refusal(
-                    socket.address,
-                    f"systemd passed it as {socket.name!r}, but has {units[unit_index].name} loaded with"
-                    f" FileDescriptorName={units[unit_index].fd_name}; restart {units[unit_index].name}",
-                    units[unit_index].name,
-                )
-            decided.append(_at(claim, socket.address))
-        elif mine:
-            names = ", ".join(sorted({units[unit_index].name for unit_index, _ in mine}))
-            decided.append(
-                Refusal(
-                    socket.address,
-                    f"which listener of {names} it is cannot be told; give each its own address",
-                )
-            )
-        elif socket.kind != "Stream":
-            decided.append(Refusal(socket.address, no_stream(socket.kind)))
-        else:
-            decided.append(
-                Refusal(
-                    socket.address,
-                    "no socket unit that starts this service declares it as systemd has it loaded now;"
-                    " restart the socket unit that opened it",
-                )
-            )
+    found: dict[tuple[str, AddressKey], list[tuple[SocketUnit, Claim]]] = {}
+    for unit in units:
+        for (kind, address), claim in zip(unit.listen, claims(service, unit, manager_specifiers), strict=True):
+            if key := address_key(address):
+                found.setdefault((kind, key), []).append((unit, claim))
+    decided = []
+    for socket in sockets:
+        key = address_key(socket.address)
+        decided.append(_choose(socket, found.get((socket.kind, key), []) if key else []))
     return decided
 
 
-def _at(claim: Claim, address: str) -> Claim:
-    """Show the address that the socket is really bound to, where the unit left the port to the kernel."""
-    if claim.address == address:
-        return claim
-    if isinstance(claim, Refusal):
-        return Refusal(address, claim.reason, claim.unit, claim.file)
-    return Route(address, claim.target, claim.service, claim.argument, claim.unit, claim.file)
+def _choose(socket: PassedSocket, found: Sequence[tuple[SocketUnit, Claim]]) -> Claim:
+    """Decide about a passed socket, from all that is claimed for its address."""
+    if not found:
+        return Refusal(
+            socket.address,
+            no_stream(socket.kind)
+            if socket.kind != "Stream"
+            else "no socket unit that starts this service opens it, as systemd has them loaded now;"
+            " restart the socket unit that did",
+        )
+    unit, claim = found[0]
+    names = sorted({unit.name for unit, _ in found})
+    if socket.name not in {unit.fd_name for unit, _ in found}:
+        return Refusal(
+            socket.address,
+            f"systemd passed it as {socket.name!r}, but now has {' and '.join(names)} loaded with"
+            f" FileDescriptorName={unit.fd_name}; restart {unit.name}",
+            unit.name,
+        )
+    calls = {(other.target, other.call) if isinstance(other, Route) else None for _, other in found}
+    # Several claims are fine as long as it makes no difference which of them the socket belongs to.
+    if len(calls) > 1:
+        return Refusal(
+            socket.address, f"{' and '.join(names)} open it for different calls; give each an address of its own"
+        )
+    return replace(claim, address=socket.address)
 
 
 def by_name(service: str, argument: str, sockets: Sequence[PassedSocket]) -> list[Claim]:
