@@ -1,17 +1,22 @@
 """What systemd knows: units over D-Bus, and the text of their files.
 
 Read-only but for reset_start_limit(). Asks for many properties at once, since a manager may have thousands of
-socket units. jeepney is imported when a Manager is opened, and can be forgotten afterwards.
+socket units. jeepney is imported when a Manager is opened, and can be forgotten afterwards. Whatever the bus or
+systemd may say, what comes out is of the type that is promised, or a ManagerError of one line.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import pwd
+import re
+import socket
+import stat
 import struct
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import ManagerError
@@ -20,24 +25,42 @@ from .unitfile import SourceFile
 
 if TYPE_CHECKING:
     from jeepney import Message
-    from jeepney.io.blocking import DBusConnection
 
 __all__ = ["LoadedUnit", "Manager", "open_manager", "runs_in_user_manager"]
 
-#: systemd answers in milliseconds; a bus that says nothing for this long will not.
+#: systemd answers in milliseconds; a bus that says nothing for this many seconds will not.
 REPLY_TIMEOUT = 20.0
 #: Requests on the way at once. dbus-daemon answers all beyond 128 with an error (max_replies_per_connection, which
 #: system.conf leaves at that), and a unit whose properties are not told would be missing.
 PIPELINE = 100
 
-#: What jeepney raises for a bus that is not there, goes away, or talks nonsense.
-_BUS_ERRORS = (OSError, ValueError, EOFError, LookupError, RuntimeError, TypeError, struct.error)
+#: What the sockets and jeepney raise for a bus that is not there, goes away, or talks nonsense.
+_BUS_ERRORS = (OSError, ValueError, EOFError, LookupError, RuntimeError, TypeError, AssertionError, struct.error)
+#: Errors in place of a reply that are about the bus or systemd as a whole; others are about one unit or property.
+_LOST = frozenset(
+    f"org.freedesktop.DBus.Error.{name}"
+    for name in ("AccessDenied", "Disconnected", "LimitsExceeded", "NameHasNoOwner", "NoReply", "ServiceUnknown")
+)
 
 _SERVICE = "org.freedesktop.systemd1"
+_ROOT = "/org/freedesktop/systemd1"
 _UNIT = "org.freedesktop.systemd1.Unit"
-_SOCKET = "org.freedesktop.systemd1.Socket"
 _MANAGER = "org.freedesktop.systemd1.Manager"
 _SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
+
+#: The properties that are used here, and their D-Bus types.
+_SIGNATURES = {
+    "ActiveState": "s",
+    "DropInPaths": "as",
+    "FileDescriptorName": "s",
+    "FragmentPath": "s",
+    "Listen": "a(ss)",
+    "LoadState": "s",
+    "NeedDaemonReload": "b",
+    "TimeoutStopUSec": "t",
+    "TriggeredBy": "as",
+    "UnitsLoadTimestamp": "t",
+}
 
 
 def runs_in_user_manager() -> bool:
@@ -47,23 +70,31 @@ def runs_in_user_manager() -> bool:
 
 def _bus_address(user: bool) -> str:
     if not user:
-        return os.environ.get("DBUS_SYSTEM_BUS_ADDRESS", _SYSTEM_BUS)
+        return os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or _SYSTEM_BUS
+    # The user's manager is on this bus, whatever other session bus a program may have been started with.
+    if (runtime := os.environ.get("XDG_RUNTIME_DIR")) and Path(runtime, "bus").exists():
+        return f"unix:path={_escape_bus_path(f'{runtime}/bus')}"
     if address := os.environ.get("DBUS_SESSION_BUS_ADDRESS"):
         return address
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        return f"unix:path={runtime}/bus"
     raise ManagerError(
-        "cannot reach the user's systemd: neither DBUS_SESSION_BUS_ADDRESS nor XDG_RUNTIME_DIR is set; log in properly"
+        "cannot reach the user's systemd: $XDG_RUNTIME_DIR/bus is not there and DBUS_SESSION_BUS_ADDRESS is not set;"
+        " log in as this user, not by su or sudo, and install dbus-user-session"
     )
+
+
+def _escape_bus_path(path: str) -> str:
+    return "".join(f"%{ord(char):02x}" if char in "%,;=" else char for char in path)
 
 
 def _unit_path(unit: str) -> str:
     """The D-Bus object path of a unit: every byte that is no letter or digit becomes _NN, as does a leading digit."""
-    escaped = "".join(
-        char if char.isascii() and char.isalnum() and not (char.isdigit() and index == 0) else f"_{ord(char):02x}"
-        for index, char in enumerate(unit)
-    )
-    return f"/org/freedesktop/systemd1/unit/{escaped}"
+    raw = unit.encode(errors="surrogateescape")
+    escaped = re.sub(rb"[^A-Za-z0-9]|^[0-9]", lambda match: b"_%02x" % ord(match[0]), raw)
+    return f"{_ROOT}/unit/{escaped.decode() or '_'}"
+
+
+def _describe(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class LoadedUnit(NamedTuple):
@@ -75,76 +106,96 @@ class LoadedUnit(NamedTuple):
     sub: str
 
 
+def _short(answer: object) -> str:
+    return ascii(answer)[:80]
+
+
 class Manager:
     """An open connection to a systemd manager."""
 
-    def __init__(self, connection: DBusConnection, user: bool) -> None:
+    def __init__(self, connection: socket.socket, user: bool) -> None:
+        from jeepney.low_level import Parser
+
         self.user = user
-        self._connection = connection
+        self._socket = connection
+        self._parser = Parser()
+        self._serials = itertools.count(1)
 
     def specifiers(self) -> dict[str, str]:
         """What `%t`, `%h`, `%u` and `%U` stand for in this manager's units."""
         if not self.user:
             return {"t": "/run", "h": "/root", "u": "root", "U": "0"}
-        values = {"U": str(os.getuid())}
+        uid = os.getuid()
+        values = {"U": str(uid)}
         if runtime := os.environ.get("XDG_RUNTIME_DIR"):
             values["t"] = runtime
         if home := os.environ.get("HOME"):
             values["h"] = home
-        with suppress(KeyError):
-            values["u"] = pwd.getpwuid(os.getuid()).pw_name
+        try:
+            values["u"] = pwd.getpwuid(uid).pw_name
+        except KeyError:
+            values["u"] = str(uid)
         return values
 
     def properties(self, wanted: Sequence[tuple[str, str, str]]) -> list[Any]:
-        """Return the values of (object path, interface, property) triples; an error in place of one is None."""
+        """Return the values of (object path, interface, property) triples; an error in place of one is None.
+
+        Those that are known here have the type that systemd documents.
+        """
         from jeepney import DBusAddress, Properties
 
-        requests = (Properties(DBusAddress(path, _SERVICE, interface)).get(name) for path, interface, name in wanted)
-        return [body[0][1] if body else None for body in self._ask(requests)]
+        replies = self._ask(
+            [Properties(DBusAddress(path, _SERVICE, interface)).get(name) for path, interface, name in wanted]
+        )
+        return [_value(path, name, body) for (path, _, name), body in zip(wanted, replies, strict=True)]
 
-    def _ask(self, requests: Iterable[Message]) -> Iterator[tuple[Any, ...] | None]:
-        """Send requests, several on the way at once, and yield the bodies of their replies in order."""
+    def _ask(self, requests: Sequence[Message]) -> list[tuple[Any, ...] | None]:
+        """Send requests, several on the way at once, and return the bodies of their replies, None for errors."""
+        bodies: dict[int, tuple[Any, ...] | None] = {}
+        try:
+            for start in range(0, len(requests), PIPELINE):
+                batch = {next(self._serials): request for request in requests[start : start + PIPELINE]}
+                self._socket.sendall(b"".join(request.serialise(serial=serial) for serial, request in batch.items()))
+                while batch:
+                    serial, body = self._receive()
+                    if batch.pop(serial, None) is not None:
+                        bodies[serial] = body
+        except _BUS_ERRORS as error:
+            raise ManagerError(f"systemd did not answer over D-Bus: {_describe(error)}") from error
+        # Serials count up, so that this is the order of the requests.
+        return [bodies[serial] for serial in sorted(bodies)]
+
+    def _receive(self) -> tuple[int, tuple[Any, ...] | None]:
+        """Wait for a reply; returns the serial that it replies to and its body, None for an error."""
         from jeepney import HeaderFields, MessageType
 
-        waiting: dict[int, int] = {}
-        replies: dict[int, tuple[Any, ...] | None] = {}
-        source = iter(requests)
-        sent = given = 0
-        more = True
-        deadline = time.monotonic() + REPLY_TIMEOUT
-        try:
-            while more or waiting:
-                while more and len(waiting) < PIPELINE:
-                    request = next(source, None)
-                    if request is None:
-                        more = False
-                        break
-                    serial = next(self._connection.outgoing_serial)
-                    self._connection.send(request, serial=serial)
-                    waiting[serial] = sent
-                    sent += 1
-                if not waiting:
-                    break
-                reply = self._connection.receive(timeout=max(deadline - time.monotonic(), 0))
-                # A bus delivers no reply that nobody asked for, but some let anybody send a signal that claims to be
-                # one: it would tell us which files to believe.
-                if reply.header.message_type not in (MessageType.method_return, MessageType.error):
-                    continue
-                position = waiting.pop(reply.header.fields.get(HeaderFields.reply_serial, 0), None)
-                if position is None:
-                    continue
-                deadline = time.monotonic() + REPLY_TIMEOUT
-                failed = reply.header.message_type is MessageType.error
-                replies[position] = None if failed else reply.body
-                while given in replies:
-                    yield replies.pop(given)
-                    given += 1
-        except _BUS_ERRORS as error:
-            raise ManagerError(f"systemd did not answer over D-Bus: {error or type(error).__name__}") from error
+        while True:
+            while (message := self._parser.get_next_message()) is None:
+                data = self._socket.recv(65536)
+                if not data:
+                    raise EOFError("the bus closed the connection")
+                self._parser.add_data(data)
+            kind, fields = message.header.message_type, message.header.fields
+            serial = fields.get(HeaderFields.reply_serial, 0)
+            # A bus delivers no reply that nobody asked for, but some let anybody send a signal that claims to be one:
+            # it would tell us which files to believe.
+            if kind is MessageType.method_return:
+                return serial, message.body
+            if kind is MessageType.error:
+                if (name := fields.get(HeaderFields.error_name)) in _LOST:
+                    raise RuntimeError(f"{name}: {message.body[0] if message.body else ''}")
+                return serial, None
+
+    def hello(self) -> None:
+        """Introduce this connection to the bus, which relays nothing before; raises ManagerError."""
+        from jeepney import message_bus
+
+        if self._ask([message_bus.Hello()]) == [None]:
+            raise ManagerError("the bus refused this program's greeting")
 
     def manager_properties(self, *names: str) -> list[Any]:
         """Return properties of the manager itself, such as UnitPath; None in place of one that it does not have."""
-        return self.properties([("/org/freedesktop/systemd1", _MANAGER, name) for name in names])
+        return self.properties([(_ROOT, _MANAGER, name) for name in names])
 
     def unit_properties(self, units: Sequence[str], kind: str, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return properties of each unit, which systemd loads if need be; `kind` is Unit, Service or Socket."""
@@ -154,13 +205,23 @@ class Manager:
 
     def list_units(self, *patterns: str) -> list[LoadedUnit]:
         """Return the units that systemd has loaded and whose names match any of the patterns, as with `*.socket`."""
+        return self._list("ListUnitsByPatterns", "asas", ([], list(patterns)))
+
+    def _list(self, method: str, signature: str, arguments: tuple[list[str], ...]) -> list[LoadedUnit]:
         from jeepney import DBusAddress, new_method_call
 
-        address = DBusAddress("/org/freedesktop/systemd1", _SERVICE, _MANAGER)
-        (body,) = self._ask([new_method_call(address, "ListUnitsByPatterns", "asas", ([], list(patterns)))])
+        address = DBusAddress(_ROOT, _SERVICE, _MANAGER)
+        (body,) = self._ask([new_method_call(address, method, signature, arguments)])
         if body is None:
             raise ManagerError("systemd does not list its units over D-Bus; it is older than version 230")
-        return [LoadedUnit(name, load, active, sub) for name, _, load, active, sub, *_ in body[0]]
+        units = []
+        for row in body[0] if len(body) == 1 and isinstance(body[0], list) else [body]:
+            match row:
+                case (str(name), str(), str(load), str(active), str(sub), *_):
+                    units.append(LoadedUnit(name, load, active, sub))
+                case _:
+                    raise ManagerError(f"systemd's list of units makes no sense: {_short(row)}")
+        return units
 
     def trigger_units(self, service: str) -> list[str]:
         """Return the names of the socket units that start a service, sorted."""
@@ -173,29 +234,37 @@ class Manager:
 
     def socket_units(self, names: Sequence[str], *, only_active: bool = False) -> list[SocketUnit]:
         """Return socket units as systemd has loaded them, with the text of their files as it is on disk now."""
+        wanted = [
+            unit
+            for unit in self._list("ListUnitsByNames", "as", (list(names),))
+            if not (only_active and unit.active in ("inactive", "failed"))
+        ]
         asked = [
-            (_unit_path(name), interface, key)
-            for name in names
-            for interface, key in (
-                (_UNIT, "ActiveState"),
-                (_UNIT, "FragmentPath"),
-                (_UNIT, "DropInPaths"),
-                (_UNIT, "NeedDaemonReload"),
-                (_SOCKET, "Listen"),
-                (_SOCKET, "FileDescriptorName"),
+            (_unit_path(unit.name), f"{_SERVICE}.{kind}", key)
+            for unit in wanted
+            for kind, key in (
+                ("Unit", "FragmentPath"),
+                ("Unit", "DropInPaths"),
+                ("Unit", "NeedDaemonReload"),
+                ("Socket", "Listen"),
+                ("Socket", "FileDescriptorName"),
             )
         ]
-        (loaded_at,) = self.properties([("/org/freedesktop/systemd1", _MANAGER, "UnitsLoadTimestamp")])
+        (loaded_at,) = self.manager_properties("UnitsLoadTimestamp")
         values = iter(self.properties(asked))
-        cache: dict[tuple[str, bool], SourceFile] = {}
+        reader = _Reader(loaded_at or 0)
         units = []
-        for name, row in zip(names, zip(*[values] * 6, strict=True), strict=True):
-            state, fragment, drop_ins, stale, listen, fd_name = row
-            if None in row or (only_active and state in ("inactive", "failed")):
+        for unit, row in zip(wanted, zip(*[values] * 5, strict=True), strict=True):
+            fragment, drop_ins, stale, listen, fd_name = row
+            if None in row:
                 continue
-            paths = [path for path in (fragment, *drop_ins) if path]
-            files = tuple(_source_file(path, bool(stale), loaded_at or 0, cache) for path in paths)
-            units.append(SocketUnit(name, files, tuple((kind, address) for kind, address in listen), fd_name))
+            problem = ""
+            if unit.load != "loaded" or not fragment:
+                problem = (
+                    f"systemd could not load it (LoadState={unit.load}): systemctl status says why; mend its files"
+                )
+            files = tuple(reader.read(path, stale) for path in (fragment, *drop_ins) if path)
+            units.append(SocketUnit(unit.name, files, tuple(listen), fd_name, problem))
         return units
 
     def stop_timeout(self, service: str) -> float | None:
@@ -207,54 +276,90 @@ class Manager:
         """Start counting anew how often a service was started; no answer is waited for."""
         from jeepney import DBusAddress, MessageFlag, new_method_call
 
-        address = DBusAddress("/org/freedesktop/systemd1", _SERVICE, _MANAGER)
-        message = new_method_call(address, "ResetFailedUnit", "s", (service,))
+        message = new_method_call(DBusAddress(_ROOT, _SERVICE, _MANAGER), "ResetFailedUnit", "s", (service,))
         message.header.flags = MessageFlag.no_reply_expected
         try:
-            self._connection.send(message)
+            self._socket.sendall(message.serialise(serial=next(self._serials)))
         except OSError as error:
-            raise ManagerError(f"systemd did not take a D-Bus message: {error}") from error
+            raise ManagerError(f"systemd did not take a D-Bus message: {_describe(error)}") from error
 
 
-def _source_file(path: str, stale: bool, loaded_at: int, cache: dict[tuple[str, bool], SourceFile]) -> SourceFile:
-    """Read a fragment or drop-in; one that may have changed since systemd read it is not trusted.
+def _value(path: str, name: str, body: tuple[Any, ...] | None) -> Any:
+    """Unwrap a property from a reply; raises ManagerError where it is not of the type that systemd documents."""
+    match body:
+        case None:
+            return None
+        case ((str(signature), value),) if _SIGNATURES.get(name, signature) == signature:
+            return value
+    raise ManagerError(f"systemd's answer for {name} of {path} makes no sense: {_short(body)}")
 
-    systemd says only that some file of the unit is newer (NeedDaemonReload). Those touched since it last loaded
-    units (`loaded_at`, in µs) are the ones that may be meant.
-    """
-    key = (path, stale)
-    if key in cache:
-        return cache[key]
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            status = os.fstat(file.fileno())
-            text: str | None = file.read()
-        problem = ""
-        if stale and max(status.st_mtime_ns, status.st_ctime_ns) // 1000 >= loaded_at:
-            text, problem = None, "was changed after systemd read it"
-    except FileNotFoundError:
-        text, problem = None, "is gone"
-    except OSError as error:
-        text, problem = None, f"cannot be read ({error.strerror})"
-    cache[key] = SourceFile(path, text, problem)
-    return cache[key]
+
+class _Reader:
+    """Reads fragments and drop-ins, each once; `loaded_at` is when systemd last loaded all units, in µs."""
+
+    def __init__(self, loaded_at: int) -> None:
+        self._loaded_at = loaded_at
+        self._seen: dict[tuple[str, bool], SourceFile] = {}
+
+    def read(self, path: str, stale: bool) -> SourceFile:
+        """Read a file; one that may have changed since systemd read it is not trusted.
+
+        systemd says only that some file of the unit is newer (`stale`, its NeedDaemonReload). Those touched since it
+        last loaded all units are the ones that may be meant. Where it says no such thing they are not: units that
+        were loaded on demand are newer than that.
+        """
+        key = (path, stale)
+        if key not in self._seen:
+            self._seen[key] = self._read(path, stale)
+        return self._seen[key]
+
+    def _read(self, path: str, stale: bool) -> SourceFile:
+        try:
+            touched, text = _read_file(path)
+        except FileNotFoundError:
+            # systemd reports a link to nothing as if it were a drop-in, and asks for a daemon-reload for ever.
+            link = os.path.islink(path)
+            return SourceFile(path, None, "is a symbolic link to nothing (remove it)" if link else "is gone", "")
+        except (OSError, ValueError) as error:
+            return SourceFile(path, None, f"cannot be read ({getattr(error, 'strerror', None) or error})")
+        if stale and touched >= self._loaded_at:
+            return SourceFile(path, None, "was changed after systemd read it", text)
+        return SourceFile(path, text)
+
+
+def _read_file(path: str) -> tuple[int, str]:
+    """Return when a file was last touched, in µs, and its text; raises OSError."""
+    status = os.lstat(path)
+    touched = max(status.st_mtime_ns, status.st_ctime_ns)
+    # Neither a FIFO nor a device may hold up the daemon.
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        target = os.fstat(file.fileno())
+        if stat.S_ISREG(target.st_mode):
+            touched = max(touched, target.st_mtime_ns, target.st_ctime_ns)
+            text = file.read().decode(errors="surrogateescape")
+        else:
+            # A drop-in that is a link to /dev/null masks one of its name elsewhere; systemd reads nothing from it.
+            text = ""
+    return touched // 1000, text
 
 
 @contextmanager
 def open_manager(*, user: bool) -> Iterator[Manager]:
     """Connect to the user's systemd, or to the system's; raises ManagerError where that cannot be done."""
-    from jeepney.io.blocking import open_dbus_connection
+    from jeepney.bus import get_bus
+    from jeepney.io.blocking import prep_socket
 
     address = _bus_address(user)
     try:
-        connection = open_dbus_connection(address, auth_timeout=REPLY_TIMEOUT)
+        connection = prep_socket(get_bus(address), timeout=REPLY_TIMEOUT)
     except _BUS_ERRORS as error:
         bus = "user" if user else "system"
         raise ManagerError(
-            f"cannot reach systemd over the {bus} bus: {error or type(error).__name__};"
+            f"cannot reach systemd over the {bus} bus, {address}: {_describe(error)};"
             f" is the {bus}'s dbus.service running?"
         ) from error
-    try:
-        yield Manager(connection, user)
-    finally:
-        connection.close()
+    with connection:
+        connection.settimeout(REPLY_TIMEOUT)
+        manager = Manager(connection, user)
+        manager.hello()
+        yield manager
