@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -138,9 +139,17 @@ class Host(Protocol):
     def starved(self, error: Starved | OSError) -> None:
         """Say, once, that the machine is short of something."""
 
-    def watch_hang_up(self, sock: socket.socket, callback: Callable[[], None]) -> None: ...
+    def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
+        """Call back once, when one of these events, a hang-up or an error comes."""
 
-    def forget_hang_up(self, sock: socket.socket) -> None: ...
+    def forget(self, fd: int) -> None:
+        """Call back no more; must come before the descriptor is closed, as a duplicate would keep it watched."""
+
+    def child_ended(self, connection: Connection) -> None:
+        """The qrexec-client-vm of a connection without a task has ended."""
+
+    def client_gone(self, connection: Connection) -> None:
+        """The client of a connection without a task has hung up, or both sides are done and it is about to end."""
 
 
 def _bounded_memory(name: str) -> int:
@@ -171,24 +180,36 @@ class _Child:
     One that comes with its pidfd was started by an earlier daemon, and is no child of this process.
     """
 
-    __slots__ = ("_pidfd", "_stderr", "adopted", "pid")
+    __slots__ = ("_exit_code", "_pidfd", "_stderr", "adopted", "pid")
 
     def __init__(self, pid: int, stderr: int | None, pidfd: int | None = None) -> None:
         self.pid = pid
         self.adopted = pidfd is not None
         self._pidfd = pidfd
         self._stderr = stderr
+        self._exit_code: int | None = None
+
+    def open(self) -> int:
+        """Open its pidfd, and return it. The pid stays its own until wait() has taken the exit code."""
+        if self._pidfd is None:
+            self._pidfd = os.pidfd_open(self.pid)
+        return self._pidfd
 
     async def attach(self, starved: Callable[[OSError], None]) -> None:
-        """Open its pidfd. The pid stays its own until wait() has taken the exit code, however long this takes."""
-        while self._pidfd is None:
+        """Open its pidfd, however long it takes until there are descriptors again."""
+        while True:
             try:
-                self._pidfd = os.pidfd_open(self.pid)
+                self.open()
+                return
             except OSError as error:
                 if error.errno not in STARVED:
                     raise
                 starved(error)
                 await trio.sleep(STARVED_DELAY)
+
+    def forget(self, host: Host) -> None:
+        if self._pidfd is not None:
+            host.forget(self._pidfd)
 
     async def ended(self) -> None:
         assert self._pidfd is not None
@@ -201,9 +222,13 @@ class _Child:
 
     def wait(self) -> int | None:
         """Return the exit code of one that has ended, negative for a signal; None if only its parent can know."""
-        if self.adopted:
-            return None
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        if self._exit_code is None and not self.adopted:
+            self._exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._exit_code
+
+    @property
+    def kept_stderr(self) -> bool:
+        return self._stderr is not None
 
     def said(self) -> bytes:
         """What it wrote to stderr, where that was kept back; only the beginning."""
@@ -243,6 +268,7 @@ class Connection:
         "lost_at",
         "peer",
         "route",
+        "tended",
         "tries",
     )
 
@@ -262,6 +288,8 @@ class Connection:
         self.accepted_at = trio.current_time()
         self.began_at = self.accepted_at
         self.established_at: float | None = None
+        #: Whether a task sees it through, with carry().
+        self.tended = False
         #: When it will be taken for lost in qrexec; the daemon's to set.
         self.lost_at: float | None = None
 
@@ -363,12 +391,74 @@ class Connection:
                     return self._over(self._reason())
         return None
 
+    # ------------------------------------------------------------------ without a task
+
+    def go_untended(self) -> bool:
+        """Leave a handed-over connection to the kernel until something happens: most need no task in all their life.
+
+        Returns False where a task is needed from the beginning.
+        """
+        if not self.handed_over or self._child is None:
+            return False
+        try:
+            pidfd = self._child.open()
+            self._host.watch(pidfd, select.EPOLLIN, self._call_child_ended)
+            self._host.watch(self._sock.fileno(), 0, self._call_client_gone)
+        except OSError:
+            # Short of descriptors or memory: carry() waits until it can.
+            self._end_untended()
+            return False
+        return True
+
+    def _call_child_ended(self) -> None:
+        self._host.child_ended(self)
+
+    def _call_client_gone(self) -> None:
+        self._host.client_gone(self)
+
+    def _end_untended(self) -> None:
+        self._host.forget(self._sock.fileno())
+        if self._child is not None:
+            self._child.forget(self._host)
+
+    def over_at_once(self) -> Outcome | None:
+        """The outcome of a connection whose qrexec-client-vm has just ended well, if nothing is left to wait for.
+
+        None where it takes a task to see it through; nothing has been decided then.
+        """
+        child = self._child
+        if child is None or child.kept_stderr or self._interrupted is not None:
+            return None
+        code = child.wait()
+        if code is None or code < 0 or not self.look_if_established():
+            return None
+        with contextlib.suppress(OSError):
+            half_close(self._sock)
+            self._sock.setblocking(False)
+            if _drop_input(self._sock) and _unsent(self._sock):
+                return None
+        self._host.setup_ends(self)
+        outcome = self._over(Ending.CLIENT_EXITED, code)
+        self._count_bytes(outcome)
+        self.abandon()
+        return outcome
+
+    def abandon(self) -> None:
+        """Close what is held here; what qrexec-client-vm holds goes on."""
+        self._end_untended()
+        if self._splice is not None:
+            self._splice.close()
+        if self._child is not None:
+            self._child.close()
+        self._sock.close()
+
     # ------------------------------------------------------------------ life
 
     async def carry(self) -> Outcome:
         """See the connection through to its end, close the socket, and tell what became of it."""
         try:
-            self._host.watch_hang_up(self._sock, self._hung_up)
+            self._end_untended()
+            self._host.watch(self._sock.fileno(), 0, self._hung_up)
             outcome = await self._tries()
             if outcome is None:
                 # This qrexec-client-vm takes no socket. Nothing was read from the client, so pipes can do it.
@@ -392,15 +482,10 @@ class Connection:
             raise
         finally:
             self._host.setup_ends(self)
-            self._host.forget_hang_up(self._sock)
-            if self._splice is not None:
-                self._splice.close()
-            if self._child is not None:
-                self._child.close()
-            self._sock.close()
+            self.abandon()
 
     def _reset(self) -> None:
-        self._host.forget_hang_up(self._sock)
+        self._end_untended()
         reset(self._sock)
 
     def _hung_up(self) -> None:

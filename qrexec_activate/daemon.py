@@ -25,11 +25,12 @@ from typing import NamedTuple
 import trio
 from systemd import daemon as sd_daemon
 
-from .connection import STARVED, Client, Connection, StartProblem, Starved, reset
+from .connection import HANG_UP_LOOK, STARVED, Client, Connection, StartProblem, Starved, reset
 from .journal import Log, Priority
 from .orphans import find_orphans
 from .outcome import Ending, Outcome, format_seconds
 from .passed import format_address
+from .peers import Gate, GateProblem, borrowed, exposure
 from .routes import Claim, PassedSocket, Refusal, Route
 from .settings import Settings
 
@@ -54,6 +55,8 @@ STARVED_PAUSE = 0.25
 STATUS_INTERVAL = 0.5
 #: The log speaks of connections reset at one refused listener not more often than this.
 REFUSAL_LOG_INTERVAL = 30.0
+#: ... and of connections that --allow-uid keeps out.
+KEPT_OUT_LOG_INTERVAL = 1.0
 #: What one turn of the accept loop looks at.
 BATCH = 64
 
@@ -86,32 +89,34 @@ class _Quick(NamedTuple):
     took: float
 
 
-class HangUps:
-    """Watches sockets for hang-ups only, without ever being woken by data: epoll with an empty event mask.
+class Watch:
+    """Calls back once when a descriptor has an event, and watches sockets without being woken by data.
 
-    The sockets are registered with an epoll of their own, as trio's waits for readable or writable.
+    An epoll of its own, as trio waits for readable or writable only, and a hang-up is neither: with an empty event mask
+    epoll reports hang-ups and errors alone.
     """
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
 
-    def watch(self, sock: socket.socket, callback: Callable[[], None]) -> None:
-        self._epoll.register(sock.fileno(), 0)
-        self._callbacks[sock.fileno()] = callback
+    def add(self, fd: int, events: int, callback: Callable[[], None]) -> None:
+        self._epoll.register(fd, events)
+        self._callbacks[fd] = callback
 
-    def forget(self, sock: socket.socket) -> None:
-        """Must come before the socket is closed: its duplicate in a child keeps it registered."""
-        if self._callbacks.pop(sock.fileno(), None) is not None:
-            self._epoll.unregister(sock.fileno())
+    def forget(self, fd: int) -> None:
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
 
     async def run(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
             for fd, _ in self._epoll.poll(0, BATCH):
-                # Once is enough, and a hang-up does not pass: left registered, it would wake us for ever.
-                self._epoll.unregister(fd)
-                self._callbacks.pop(fd)()
+                # An earlier callback of this round may have forgotten it.
+                if (callback := self._callbacks.pop(fd, None)) is not None:
+                    # Once is enough, and a hang-up does not pass: left registered, it would wake us for ever.
+                    self._epoll.unregister(fd)
+                    callback()
 
     def close(self) -> None:
         self._epoll.close()
@@ -125,13 +130,16 @@ class Daemon:
         self.settings = settings
         self.log = log
         self.client = Client(settings.client, settings.relay, _client_environment())
+        self._gate = Gate(settings.allow_uids) if settings.allow_uids else None
         self.tally = Tally()
         self.connections: set[Connection] = set()
         self._listeners: dict[int, Listener] = {}
         self._ready = select.epoll()
         self._parked: dict[str, list[int]] = {}
         self._open: Counter[str] = Counter()
-        self._hang_ups = HangUps()
+        self._watch = Watch()
+        self._client_gone: dict[Connection, float] = {}
+        self._some_client_gone = trio.Event()
         self._places = trio.Semaphore(settings.max_setups)
         self._setups: dict[Connection, None] = {}
         self._setups_changed = trio.Event()
@@ -152,6 +160,7 @@ class Daemon:
     def add_listeners(self, sockets: Sequence[PassedSocket], claims: Iterable[Claim]) -> None:
         """Take over the passed sockets, and say of each whether it is served."""
         for passed, claim in zip(sockets, claims, strict=True):
+            claim = self._guarded(passed, claim)
             if isinstance(claim, Refusal):
                 self.log(
                     Priority.ERROR,
@@ -180,6 +189,20 @@ class Daemon:
                 # Nothing can connect to it; it is refused by name and left alone.
                 self._unusable += 1
 
+    def _guarded(self, passed: PassedSocket, claim: Claim) -> Claim:
+        """Warn of a listener that others can reach; with --allow-uid, refuse one whose users cannot be told."""
+        if isinstance(claim, Refusal):
+            return claim
+        with borrowed(passed.fd) as sock:
+            if self._gate is None:
+                if danger := exposure(sock):
+                    self.log(
+                        Priority.NOTICE, f"{claim.address}: {danger}", LISTENER=claim.address, UNIT=claim.unit or None
+                    )
+            elif problem := self._gate.problem(sock):
+                return Refusal(claim.address, f"--allow-uid is set, and {problem}", claim.unit, claim.file)
+        return claim
+
     # ------------------------------------------------------------------ run
 
     async def run(self) -> None:
@@ -188,18 +211,22 @@ class Daemon:
         _raise_descriptor_limit()
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 with trio.CancelScope() as accepting:
                     nursery.start_soon(self._stop_on_signal, signals, accepting)
-                    nursery.start_soon(self._hang_ups.run)
+                    nursery.start_soon(self._watch.run)
+                    nursery.start_soon(self._look_after_hang_ups)
                     nursery.start_soon(self._look_after_setups)
                     nursery.start_soon(self._report)
-                    nursery.start_soon(self._adopt, nursery)
+                    nursery.start_soon(self._adopt)
                     sd_daemon.notify(f"READY=1\nSTATUS={self.status()}")
-                    await self._accept(nursery)
+                    await self._accept()
                 sd_daemon.notify("STOPPING=1")
                 await self._wind_up()
                 nursery.cancel_scope.cancel()
-        self._hang_ups.close()
+        for connection in self.connections:
+            connection.abandon()
+        self._watch.close()
         self._ready.close()
         for listener in self._listeners.values():
             listener.sock.close()
@@ -236,16 +263,22 @@ class Daemon:
 
     # ------------------------------------------------------------------ accept
 
-    async def _accept(self, nursery: trio.Nursery) -> None:
+    async def _accept(self) -> None:
         """Accept until there was nothing to do for long enough."""
         while not self._idle():
             self._feed_watchdog()
             with trio.move_on_after(self._tick()) as self._nap:
                 await trio.lowlevel.wait_readable(self._ready.fileno())
-            for fd, _ in self._ready.poll(0, BATCH):
-                await self._admit(fd, nursery)
+            # One of each listener in turn, and then all others have theirs.
+            for _ in range(BATCH):
+                ready = self._ready.poll(0, BATCH)
+                for fd, _ in ready:
+                    await self._admit(fd)
+                if not ready:
+                    break
+                await trio.lowlevel.checkpoint()
 
-    async def _admit(self, fd: int, nursery: trio.Nursery) -> None:
+    async def _admit(self, fd: int) -> None:
         """Accept one connection from a listener that has one, once there is room for it."""
         listener = self._listeners[fd]
         route = listener.claim
@@ -270,19 +303,33 @@ class Daemon:
             return
         # No checkpoint from here to the start of qrexec-client-vm: what is accepted is started.
         self._is_starved = False
+        if self._gate is not None:
+            try:
+                self._gate.check(sock)
+            except GateProblem as problem:
+                self.give_place_back()
+                self._keep_out(listener, sock, _peer(sock, address), str(problem))
+                return
         connection = Connection(self, route, sock, next(self._numbers), _peer(sock, address))
         with contextlib.suppress(StartProblem, Starved):
             # Either is met again, and dealt with, in carry().
             connection.start()
-        self._begin(connection, nursery)
+        self._begin(connection)
 
-    def _begin(self, connection: Connection, nursery: trio.Nursery) -> None:
+    def _begin(self, connection: Connection) -> None:
         self.connections.add(connection)
         self._open[connection.route.target] += 1
         self._status_changed.set()
-        nursery.start_soon(self._carry, connection)
+        if not connection.go_untended():
+            self._tend(connection)
 
-    async def _adopt(self, nursery: trio.Nursery) -> None:
+    def _tend(self, connection: Connection) -> None:
+        """Give a connection a task that sees it through, if it has none."""
+        if not connection.tended:
+            connection.tended = True
+            self._nursery.start_soon(self._carry, connection)
+
+    async def _adopt(self) -> None:
         """Watch again over the connections that outlived an earlier daemon."""
         adopted = 0
         try:
@@ -295,7 +342,7 @@ class Daemon:
                     continue
                 connection = Connection(self, orphan.route, orphan.sock, orphan.connection, orphan.peer)
                 connection.adopt(orphan.pid, orphan.pidfd, orphan.age)
-                self._begin(connection, nursery)
+                self._begin(connection)
                 adopted += 1
                 await trio.lowlevel.checkpoint()
         except OSError as error:
@@ -337,6 +384,22 @@ class Daemon:
                 UNIT=refusal.unit or None,
             )
 
+    def _keep_out(self, listener: Listener, sock: socket.socket, peer: str, problem: str) -> None:
+        """Reset a connection of somebody who may not connect."""
+        reset(sock)
+        self.tally.reset += 1
+        self._status_changed.set()
+        # Whoever is kept out decides how often there is something to say.
+        if trio.current_time() - listener.spoke_at >= KEPT_OUT_LOG_INTERVAL:
+            listener.spoke_at = trio.current_time()
+            self.log(
+                Priority.WARNING,
+                f"reset a connection of {peer} on {listener.claim.address}: {problem}",
+                PEER=peer,
+                LISTENER=listener.claim.address,
+                UNIT=listener.claim.unit or None,
+            )
+
     def _park(self, fd: int, route: Route) -> None:
         """Leave a listener alone until a connection to its target ends."""
         self._ready.unregister(fd)
@@ -371,7 +434,6 @@ class Daemon:
 
     async def _carry(self, connection: Connection) -> None:
         """See one connection through. Nothing that goes wrong in it touches another."""
-        target = connection.route.target
         try:
             outcome = await connection.carry()
         except Exception as error:
@@ -380,16 +442,22 @@ class Daemon:
         else:
             self._record(connection, outcome)
         finally:
-            self.connections.discard(connection)
-            self._some_ended.set()
+            self._end(connection)
+
+    def _end(self, connection: Connection) -> None:
+        """Make room for the next one."""
+        target = connection.route.target
+        self.connections.discard(connection)
+        self._client_gone.pop(connection, None)
+        self._some_ended.set()
+        if not self.connections:
+            # The accept loop is to count from now.
             self._idle_since = trio.current_time()
-            if not self.connections:
-                # The accept loop is to count from now.
-                self._nap.cancel()
-            self._open[target] -= 1
-            for fd in self._parked.pop(target, ()):
-                self._ready.register(fd, select.EPOLLIN)
-            self._status_changed.set()
+            self._nap.cancel()
+        self._open[target] -= 1
+        for fd in self._parked.pop(target, ()):
+            self._ready.register(fd, select.EPOLLIN)
+        self._status_changed.set()
 
     def _record(self, connection: Connection, outcome: Outcome) -> None:
         if outcome.failed:
@@ -451,11 +519,36 @@ class Daemon:
             self._is_starved = True
             self.log(Priority.WARNING, f"connections wait, as the machine is short of something: {error}")
 
-    def watch_hang_up(self, sock: socket.socket, callback: Callable[[], None]) -> None:
-        self._hang_ups.watch(sock, callback)
+    def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
+        self._watch.add(fd, events, callback)
 
-    def forget_hang_up(self, sock: socket.socket) -> None:
-        self._hang_ups.forget(sock)
+    def forget(self, fd: int) -> None:
+        self._watch.forget(fd)
+
+    def child_ended(self, connection: Connection) -> None:
+        if (outcome := connection.over_at_once()) is None:
+            self._tend(connection)
+        else:
+            self._record(connection, outcome)
+            self._end(connection)
+
+    def client_gone(self, connection: Connection) -> None:
+        # Nearly always both sides are done, and qrexec-client-vm is about to end.
+        self._client_gone[connection] = trio.current_time()
+        self._some_client_gone.set()
+
+    async def _look_after_hang_ups(self) -> None:
+        """Tend the connections that go on a while after their clients have gone."""
+        while True:
+            await self._some_client_gone.wait()
+            self._some_client_gone = trio.Event()
+            while self._client_gone:
+                await trio.sleep(HANG_UP_LOOK)
+                before = trio.current_time() - HANG_UP_LOOK
+                for connection in [one for one, since in self._client_gone.items() if since <= before]:
+                    del self._client_gone[connection]
+                    connection.interrupt(Ending.CLIENT_GONE)
+                    self._tend(connection)
 
     # ------------------------------------------------------------------ set-ups
 
@@ -495,8 +588,10 @@ class Daemon:
                 self._status_changed.set()
             if age >= self.settings.setup_timeout:
                 connection.interrupt(Ending.TIMED_OUT)
+                self._tend(connection)
             elif self._is_lost(connection, now):
                 connection.interrupt(Ending.LOST)
+                self._tend(connection)
 
     def _is_lost(self, connection: Connection, now: float) -> bool:
         """Whether a call was overtaken so clearly that it must have been lost.

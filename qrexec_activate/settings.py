@@ -28,5 +28,7 @@ class Settings:
     max_connections: int = 120
     setup_timeout: float = 300.0
     exit_idle_time: float | None = None
+    #: The users whose connections are let in; empty: everybody's who can reach a listener.
+    allow_uids: tuple[int, ...] = ()
     #: How long systemd waits between SIGTERM and SIGKILL.
     stop_timeout: float = 5.0
