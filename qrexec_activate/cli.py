@@ -21,8 +21,11 @@ __all__ = ["main"]
 
 #: Commands for people, each a module of control/ of the same name (with _ for -), which has a click command.
 _COMMANDS = {
-    "list": "List every route, whoever wrote it.",
+    "add": "Let a local address reach a qube.",
     "demo": "Show it working on this machine, without Qubes.",
+    "list": "List every route, whoever wrote it.",
+    "policy": "Print the policy that dom0 needs.",
+    "remove": "Remove a route, and leave the others alone.",
 }
 
 #: The user id that the kernel shows for all that have none in this user namespace, and the one that is none.

@@ -1,0 +1,199 @@
+"""Unit files changed so that nobody ever sees a half of one, and nothing is lost that a person wrote.
+
+A change is one rename. Whoever is killed before it has changed nothing, whoever is killed after it has changed all;
+what may be left is a file that systemd does not read, and the next change removes it. Two runs at once take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import signal
+import stat
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from ..errors import ActivateError
+from ..unitfile import assignments
+
+__all__ = [
+    "create_file",
+    "finishing",
+    "is_idle",
+    "locked",
+    "remove_file",
+    "replace_file",
+    "without_lines",
+]
+
+#: Names of what is not yet, or no longer, a unit file. systemd does not read names that begin with a dot.
+UNFINISHED = ".qrexec-activate-"
+#: Another run holds the lock for as long as systemd takes to start a socket, which is a fraction of a second.
+LOCK_TIMEOUT = 60.0
+
+_PHYSICAL_LINE = re.compile("([^\n\r\0]*)(\r\n|\n\r|[\n\r\0]|$)")
+_WHITESPACE = " \t\n\r"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let nobody else change unit files in this folder; makes it if need be, and tidies up after a run that died."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ActivateError(_cannot("open", folder, error)) from error
+    try:
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ActivateError(
+                        f"another qrexec-activate has been changing {folder} for {LOCK_TIMEOUT:.0f} s;"
+                        " see what it waits for, or end it"
+                    ) from None
+                time.sleep(0.02)
+        _tidy(folder)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _tidy(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        for path in [*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"*.d/{UNFINISHED}*")]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def finishing() -> Iterator[None]:
+    """Hold back Ctrl-C and its like until what was begun is done or undone."""
+    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def create_file(path: Path, text: str) -> None:
+    """Make a new file, and its folder if need be, in one step; never overwrites one."""
+    try:
+        if path.parent.is_dir():
+            with _written(path.parent, text, 0o644) as unfinished:
+                os.link(unfinished, path)
+            _sync(path.parent)
+            return
+        folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent.parent))
+        try:
+            folder.chmod(0o755)
+            with _written(folder, text, 0o644) as unfinished:
+                os.rename(unfinished, folder / path.name)
+            _sync(folder)
+            os.rename(folder, path.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        _sync(path.parent.parent)
+    except OSError as error:
+        raise ActivateError(_cannot("write", path, error)) from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Give a file another text, in one step; a symbolic link stays one."""
+    try:
+        real = path.resolve(strict=True)
+        with _written(real.parent, text, stat.S_IMODE(real.stat().st_mode)) as unfinished:
+            os.rename(unfinished, real)
+        _sync(real.parent)
+    except OSError as error:
+        raise ActivateError(_cannot("write", path, error)) from error
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, and its folder of drop-ins where it was the last one."""
+    try:
+        path.unlink(missing_ok=True)
+        if path.parent.name.endswith(".d"):
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+        _sync(path.parent if path.parent.is_dir() else path.parent.parent)
+    except OSError as error:
+        raise ActivateError(_cannot("remove", path, error)) from error
+
+
+@contextlib.contextmanager
+def _written(folder: Path, text: str, mode: int) -> Iterator[str]:
+    """A file that systemd does not read yet, safely on the disk; gone at the end, unless it was renamed."""
+    descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=folder)
+    try:
+        with open(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        yield name
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot(do: str, path: Path, error: OSError) -> str:
+    hint = "; with --system, run it with sudo" if isinstance(error, PermissionError) else ""
+    return f"cannot {do} {path}: {error.strerror}{hint}"
+
+
+# ---------------------------------------------------------------------- text
+
+
+def without_lines(text: str, numbers: Collection[int]) -> str:
+    """Take assignments out of a unit file's text, by the numbers of the lines on which they end.
+
+    A line that goes on over several goes whole; comments in between stay, as does everything else.
+    """
+    doomed: set[int] = set()
+    joined: list[int] = []
+    lines = [match[0] for match in _PHYSICAL_LINE.finditer(text)]
+    for number, line in enumerate(lines, start=1):
+        bare = line.rstrip("\n\r\0")
+        if bare.lstrip(_WHITESPACE).startswith(("#", ";")):
+            continue
+        joined.append(number)
+        if (len(bare) - len(bare.rstrip("\\"))) % 2:
+            continue
+        if number in numbers:
+            doomed.update(joined)
+        joined = []
+    if joined and joined[-1] in numbers:
+        doomed.update(joined)
+    result = "".join(line for number, line in enumerate(lines, start=1) if number not in doomed)
+    kept = [(one.section, one.key, one.value) for one in assignments(text) if one.line not in numbers]
+    if [(one.section, one.key, one.value) for one in assignments(result)] != kept:
+        raise ActivateError("this file is written in a way in which no line can be taken out safely; edit it by hand")
+    return result
+
+
+def is_idle(text: str) -> bool:
+    """Whether nothing is left in a unit file that says anything, to systemd or to a person."""
+    if next(assignments(text), None) is not None:
+        return False
+    return not any(line.strip() and not line.strip().startswith("[") for line in text.splitlines())

@@ -1,0 +1,50 @@
+"""From what `add` is told (tcp 1234, or a name of one's own) to the unit and the daemon that serves it."""
+
+from __future__ import annotations
+
+from ..errors import ActivateError, BadName, UsageProblem
+from ..manager import Manager
+from ..names import check_argument, check_service, escape_instance, parse_unit_name
+from .survey import Daemon, find_daemon
+from .systemctl import unit_properties
+
+__all__ = ["KINDS", "daemon_of", "unit_of"]
+
+#: The prefixes that ship. Which RPC each of them calls is read from its service.
+KINDS = {"tcp": "qrexec-connect-tcp", "unix": "qrexec-connect-unix", "tcp-bind": "qrexec-connect-tcp-bind"}
+
+
+def unit_of(kind: str, argument: str) -> str:
+    """Return the socket unit for tcp, unix, tcp-bind or a prefix of one's own; raises BadName."""
+    prefix = KINDS.get(kind, kind.removesuffix(".socket").removesuffix("@"))
+    unit = f"{prefix}@{escape_instance(argument)}.socket"
+    name = parse_unit_name(unit)
+    if not argument or name.prefix != prefix:
+        raise BadName(
+            f"{kind} {argument}: write it like tcp 1234, unix NAME, tcp-bind 2049-127.0.1.1 or my-rpc ARGUMENT"
+        )
+    return unit
+
+
+def daemon_of(manager: Manager, kind: str, argument: str, unit: str) -> Daemon:
+    """Find the daemon that a socket unit would start, and check that its RPC takes this argument."""
+    template = f"{parse_unit_name(unit).prefix}@.socket"
+    (row,) = unit_properties(manager, [unit], "Unit", ["LoadState", "Triggers"])
+    if row["LoadState"] in (None, "not-found"):
+        if kind in KINDS:
+            raise ActivateError(f"{template} is not installed: install the package qrexec-activate")
+        raise UsageProblem(
+            f"there is no {template}: the kinds are {', '.join(KINDS)}, and what you have made with"
+            f" qrexec-activate add-rpc {parse_unit_name(unit).prefix} MY.RPC"
+        )
+    if row["LoadState"] == "masked":
+        raise ActivateError(f"{unit} is masked: systemctl unmask {unit} (with --user for a user unit)")
+    for service in row["Triggers"] or ():
+        (properties,) = unit_properties(manager, [service], "Service", ["ExecStart"])
+        if daemon := find_daemon(service, properties["ExecStart"] or ()):
+            check_argument(check_service(daemon.service), argument if daemon.argument is None else daemon.argument)
+            return daemon
+    raise ActivateError(
+        f"{template} starts {' '.join(row['Triggers'] or ()) or 'no service'}, which does not run"
+        f" qrexec-activate serve: see systemctl cat {template}"
+    )
