@@ -86,6 +86,14 @@ StandardError=append:{log}
 """
 
 
+# The pretend qubes are on this machine, and what they run are children of qrexec-client-vm, which inherits the sandbox
+# of the units. AF_UNIX is named because this holds for units that restrict nothing, too.
+QUBES_DROP_IN = """\
+[Service]
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+"""
+
+
 class MachineError(ActivateError):
     """The private user manager could not be started, or a command in it failed."""
 
@@ -261,6 +269,7 @@ class Machine:
         (vendor / "dbus.service").write_text(BUS_SERVICE.format(command=f"{bus}={bus_config}", log=self._bus_log))
         (vendor / "sockets.target.wants" / "dbus.socket").symlink_to("../dbus.socket")
         (vendor / "default.target.wants" / "dbus.service").symlink_to("../dbus.service")
+        (vendor / "service.d" / "qubes.conf").write_text(QUBES_DROP_IN)
         if not self._journal:
             (vendor / "service.d" / "log.conf").write_text(LOG_DROP_IN.format(log=self.daemon_log))
             # A drop-in of one unit comes after, and wins over, one of all services.
