@@ -257,6 +257,7 @@ class Connection:
         "_child",
         "_host",
         "_interrupted",
+        "_pumping",
         "_scope",
         "_sock",
         "_splice",
@@ -276,6 +277,7 @@ class Connection:
         self._host = host
         self._sock = sock
         self._splice: Splice | None = None
+        self._pumping = False
         self._child: _Child | None = None
         self._scope: trio.CancelScope | None = None
         self._interrupted: Ending | None = None
@@ -461,11 +463,6 @@ class Connection:
             self._host.watch(self._sock.fileno(), 0, self._hung_up)
             outcome = await self._tries()
             if outcome is None:
-                # This qrexec-client-vm takes no socket. Nothing was read from the client, so pipes can do it.
-                self._host.client.takes_socket = False
-                self.tries = 0
-                outcome = await self._started()
-            if outcome is None:
                 outcome = await self._spliced()
             if outcome.ending is Ending.CLIENT_EXITED and outcome.established and (outcome.exit_code or 0) >= 0:
                 await self._farewell()
@@ -505,16 +502,21 @@ class Connection:
         return not interrupted
 
     async def _tries(self) -> Outcome | None:
-        """Run qrexec-client-vm until the connection is over; None if it does not know how to take a socket."""
+        """Run qrexec-client-vm until the connection is over; None as soon as that takes a pump, and none is running."""
         while True:
             if (problem := await self._started()) is not None:
                 return problem
+            if self._splice is not None and not self._pumping:
+                return None
             child = self._child
             assert child is not None
             ending, code = await self._child_ends(child)
             if self._splice is None and self._learn(child, code):
+                # This qrexec-client-vm takes no socket. Nothing was read from the client, so pipes can do it.
+                self._host.client.takes_socket = False
                 self._drop_child()
-                return None
+                self.tries = 0
+                continue
             lost = ending is Ending.LOST and not child.adopted
             refused_for_now = ending is Ending.CLIENT_EXITED and code == 1
             if self.established_at is not None or self.tries > RETRIES or not (lost or refused_for_now):
@@ -632,6 +634,7 @@ class Connection:
         """Carry the connection with the pump running; the pipes last through all tries."""
         splice = self._splice
         assert splice is not None
+        self._pumping = True
         delivered = trio.Event()
 
         async def pump(move: Callable[[], Awaitable[None]]) -> None:
