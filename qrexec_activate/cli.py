@@ -22,10 +22,14 @@ __all__ = ["main"]
 #: Commands for people, each a module of control/ of the same name (with _ for -), which has a click command.
 _COMMANDS = {
     "add": "Let a local address reach a qube.",
+    "add-rpc": "Write the units for an RPC of your own.",
     "demo": "Show it working on this machine, without Qubes.",
+    "disconnect": "End open connections.",
     "list": "List every route, whoever wrote it.",
+    "logs": "Show what became of connections.",
     "policy": "Print the policy that dom0 needs.",
     "remove": "Remove a route, and leave the others alone.",
+    "status": "Show the routes and what is alive on them.",
 }
 
 #: The user id that the kernel shows for all that have none in this user namespace, and the one that is none.

@@ -68,13 +68,13 @@ def plain_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 
 def rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], style: Callable[[int, str], str]) -> Any:
     """Lay rows out as a rich table."""
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for title in header:
-        table.add_column(title, overflow="fold")
+        # Where the terminal is too narrow, the last column goes on below: names and addresses stay whole.
+        table.add_column(title.upper(), no_wrap=title != header[-1], overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell, style=style(column, cell)) for column, cell in enumerate(row)))
     return table

@@ -1,0 +1,295 @@
+"""qrexec-activate status: the routes, and what is alive on them now."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from ..errors import ActivateError, UsageProblem
+from ..manager import open_manager
+from ..outcome import format_bytes, format_seconds
+from .connections import Connection, open_connections
+from .journalreader import Record, records
+from .list import HEADER as LIST_HEADER
+from .list import NO_ROUTES, print_refusals
+from .list import as_json as route_as_json
+from .list import row as route_row
+from .list import style as route_style
+from .options import complete_routes, json_option, system_option
+from .select import select
+from .survey import Entry, Survey, take_survey
+from .systemctl import unit_properties
+from .table import BAD, DOUBTFUL, GOOD, plain_lines, print_json, print_rows, printable, rich_table, short_path
+
+__all__ = ["command"]
+
+HEADER = (*LIST_HEADER[:3], "state", "open", "waiting", "last connection")
+CONNECTION_HEADER = ("id", "age", "state", "peer", "listener", "target", "to qube", "from qube")
+#: How far back the journal is searched for the last connection of each route, in records.
+LOOK_BACK = 500
+INTERVAL = 2.0
+
+
+@dataclass(slots=True)
+class DaemonNow:
+    """A daemon as systemd sees it, with what it says of itself."""
+
+    unit: str
+    rpc: str
+    active: str
+    pid: int | None
+    status: str
+
+
+@dataclass(slots=True)
+class Status:
+    """Everything that is shown."""
+
+    entries: list[Entry]
+    connections: list[Connection]
+    daemons: list[DaemonNow]
+    last: dict[tuple[str, str], Record] = field(default_factory=dict)
+
+    def of(self, entry: Entry) -> list[Connection]:
+        return [one for one in self.connections if one.unit == entry.unit and one.listener == entry.listener]
+
+
+@click.command(
+    "status",
+    epilog="""\b
+Examples:
+    $ qrexec-activate status
+    $ qrexec-activate status --watch gitweb
+""",
+)
+@click.argument("routes", metavar="[ROUTE]...", nargs=-1, shell_complete=complete_routes)
+@click.option("-w", "--watch", is_flag=True, help="Go on, and redraw in place, until Ctrl-C.")
+@click.option(
+    "--interval",
+    metavar="SECONDS",
+    type=click.FloatRange(0.2),
+    default=INTERVAL,
+    show_default=True,
+    help="For --watch.",
+)
+@json_option
+@system_option
+def command(routes: tuple[str, ...], watch: bool, interval: float, as_json: bool, system: bool) -> None:
+    """Show the routes and what is alive on them: open connections with age, peer and bytes, and those that wait.
+
+    A connection waits while dom0 asks a person, or the qube starts. Connections that outlived their daemon are shown,
+    too. Bytes are known for TCP only.
+    """
+    if watch and as_json:
+        raise UsageProblem("--watch and --json exclude each other")
+    if watch:
+        _watch(routes, not system, interval)
+        return
+    status = _look(routes, not system)
+    if as_json:
+        print_json(_as_json(status))
+    else:
+        _print(status)
+
+
+def _look(routes: Sequence[str], user: bool) -> Status:
+    with open_manager(user=user) as manager:
+        now = take_survey(manager)
+        units = sorted(now.daemons)
+        rows = unit_properties(manager, units, "Service", ["MainPID", "StatusText"])
+    entries = select(now.entries, routes)
+    connections = [one for one in open_connections(now) if not routes or _is_among(one, entries)]
+    daemons = [
+        DaemonNow(
+            unit, now.daemons[unit].service, now.daemons[unit].active, row["MainPID"] or None, row["StatusText"] or ""
+        )
+        for unit, row in zip(units, rows, strict=True)
+        if not routes or any(entry.daemon == unit for entry in entries)
+    ]
+    return Status(entries, connections, daemons, _last_records(now))
+
+
+def _is_among(connection: Connection, entries: list[Entry]) -> bool:
+    return any(connection.unit == entry.unit and connection.listener == entry.listener for entry in entries)
+
+
+def _last_records(now: Survey) -> dict[tuple[str, str], Record]:
+    """The last connection of each route that the journal knows of; no journal, no answer."""
+    last: dict[tuple[str, str], Record] = {}
+    if not now.entries:
+        return last
+    with contextlib.suppress(ActivateError), records(user=now.user, latest_first=True) as found:
+        for count, record in enumerate(found):
+            if count >= LOOK_BACK:
+                break
+            if record.connection:
+                last.setdefault((record.fields.get("UNIT", ""), record.fields.get("LISTENER", "")), record)
+    return last
+
+
+# ---------------------------------------------------------------------- for programs
+
+
+def _as_json(status: Status) -> dict[str, Any]:
+    """The shape that docs/json.md promises."""
+    return {
+        "daemons": [
+            {"unit": one.unit, "rpc": one.rpc, "active": one.active, "pid": one.pid, "status": one.status or None}
+            for one in status.daemons
+        ],
+        "routes": [
+            {
+                **route_as_json(entry),
+                "open": sum(one.state == "open" for one in status.of(entry)),
+                "waiting": sum(one.state != "open" for one in status.of(entry)),
+                "last": _record_as_json(status.last.get((entry.unit, entry.listener))),
+            }
+            for entry in status.entries
+        ],
+        "connections": [
+            {
+                "id": one.id,
+                "pid": one.pid,
+                "began": round(one.began, 3),
+                "age": round(one.age, 3),
+                "state": one.state,
+                "relay": one.relay,
+                "listener": one.listener,
+                "target": one.target,
+                "call": one.call,
+                "unit": one.unit,
+                "peer": one.peer,
+                "peer_pid": one.peer_process.pid if one.peer_process else None,
+                "peer_name": one.peer_process.name if one.peer_process else None,
+                "bytes_to_qube": one.bytes_to_qube,
+                "bytes_from_qube": one.bytes_from_qube,
+            }
+            for one in status.connections
+        ],
+    }
+
+
+def _record_as_json(record: Record | None) -> dict[str, Any] | None:
+    if record is None:
+        return None
+    code = record.fields.get("EXIT_CODE")
+    return {
+        "when": round(record.when, 3),
+        "outcome": record.fields.get("OUTCOME"),
+        "established": record.fields.get("ESTABLISHED") == "1",
+        "exit_code": int(code) if code is not None else None,
+        "failed": record.is_warning,
+        "message": record.message,
+    }
+
+
+# ---------------------------------------------------------------------- for people
+
+
+def _route_rows(status: Status) -> list[list[str]]:
+    rows = []
+    for entry in status.entries:
+        connections = status.of(entry)
+        listener, target, call, _, state, _ = route_row(entry)
+        is_open = sum(one.state == "open" for one in connections)
+        rows.append(
+            [listener, target, call, state, str(is_open), str(len(connections) - is_open), _last_words(status, entry)]
+        )
+    return rows
+
+
+def _last_words(status: Status, entry: Entry) -> str:
+    record = status.last.get((entry.unit, entry.listener))
+    if record is None:
+        return "-"
+    return f"{'failed' if record.is_warning else 'ended'} {_age(max(time.time() - record.when, 0))} ago"
+
+
+def _connection_rows(status: Status) -> list[list[str]]:
+    return [
+        [
+            one.id,
+            _age(one.age),
+            one.state,
+            f"{one.peer_process}" if one.peer_process else one.peer,
+            short_path(one.listener),
+            one.target,
+            "?" if one.bytes_to_qube is None else format_bytes(one.bytes_to_qube),
+            "?" if one.bytes_from_qube is None else format_bytes(one.bytes_from_qube),
+        ]
+        for one in status.connections
+    ]
+
+
+def _age(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else format_seconds(seconds)
+
+
+def _style(column: int, text: str) -> str:
+    if column == 6 and text.startswith("failed"):
+        return BAD
+    return route_style(4, text) if column == 3 else ""
+
+
+def _connection_style(column: int, text: str) -> str:
+    return {"open": GOOD, "waiting": DOUBTFUL}.get(text, "") if column == 2 else ""
+
+
+def _daemon_lines(status: Status) -> list[str]:
+    lines = []
+    for one in status.daemons:
+        state = f"running, pid {one.pid}" if one.pid else one.active
+        lines.append(f"{one.unit}: {state}{': ' + printable(one.status) if one.status else ''}")
+    return lines
+
+
+def _print(status: Status) -> None:
+    if not status.entries and not status.connections:
+        click.echo(NO_ROUTES, err=True)
+        return
+    print_rows(HEADER, _route_rows(status), _style)
+    click.echo()
+    if status.connections:
+        print_rows(CONNECTION_HEADER, _connection_rows(status), _connection_style)
+    else:
+        click.echo("No connection is open.")
+    click.echo()
+    for line in _daemon_lines(status):
+        click.echo(line)
+    print_refusals(status.entries)
+
+
+def _watch(routes: Sequence[str], user: bool, interval: float) -> None:
+    """Redraw in place on a terminal; elsewhere print one after the other."""
+    if not sys.stdout.isatty():
+        while True:
+            status = _look(routes, user)
+            lines = plain_lines(HEADER, _route_rows(status))
+            if status.connections:
+                lines += ["", *plain_lines(CONNECTION_HEADER, _connection_rows(status))]
+            click.echo("\n".join([time.strftime("%Y-%m-%d %H:%M:%S"), *lines, ""]))
+            time.sleep(interval)
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    def picture() -> Group:
+        status = _look(routes, user)
+        parts: list[Any] = [rich_table(HEADER, _route_rows(status), _style)]
+        if status.connections:
+            parts.append(rich_table(CONNECTION_HEADER, _connection_rows(status), _connection_style))
+        else:
+            parts.append(Text("No connection is open."))
+        return Group(*parts, *(Text(line) for line in _daemon_lines(status)))
+
+    console = Console(highlight=False)
+    with contextlib.suppress(KeyboardInterrupt), Live(picture(), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval)
+            live.update(picture(), refresh=True)
