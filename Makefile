@@ -1,8 +1,12 @@
 # make demo    show it working on this machine, without Qubes
 # make check   everything that must be right before a change is published
 # make clean   remove what these made
+#
+# make deb, make rpm                    the packages, in dist/
+# make check-installed                  install the debs in Debian 12 and 13, boot these, and try everything
+# make install-client, install-service  without a package manager; with DESTDIR= for one
 
-.PHONY: demo check clean
+.PHONY: demo check clean deb rpm check-installed
 
 demo:
 	@tools/setup demo
@@ -16,3 +20,66 @@ clean:
 	rm -rf .venv .venv-debian .coverage .coverage.* htmlcov build dist *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What has the libraries of the command, and will run it.
+PYTHON ?= /usr/bin/python3
+INSTALL_DATA = install -m 644
+
+unit_dir = $(DESTDIR)/usr/lib/systemd
+doc_dir = $(DESTDIR)/usr/share/doc/qrexec-activate
+man_dir = $(DESTDIR)/usr/share/man
+
+deb:
+	@tools/build-deb dist
+
+rpm:
+	@tools/build-rpm dist
+
+check-installed:
+	@tools/setup check
+	@.venv/bin/python -m pytest --installed tests/installed
+
+.PHONY: man completions install-client install-client-python install-client-data install-service
+
+man:
+	$(PYTHON) -B tools/man build/man
+
+completions:
+	tools/completions $(PYTHON) build/completions
+
+install-client: install-client-python install-client-data
+
+install-client-python:
+	$(PYTHON) -m pip install --no-deps --no-build-isolation --prefix=/usr --root=$(or $(DESTDIR),/) .
+
+install-client-data: man completions
+	install -d $(unit_dir)/user $(unit_dir)/system $(unit_dir)/user-preset $(unit_dir)/system-preset
+	$(INSTALL_DATA) units/*.service units/*.socket units/*.target $(unit_dir)/user
+	$(INSTALL_DATA) units/*.service units/*.socket units/*.target $(unit_dir)/system
+	set -e; for folder in units-system/*.d; do \
+	    install -d $(unit_dir)/system/$${folder##*/}; \
+	    $(INSTALL_DATA) $$folder/*.conf $(unit_dir)/system/$${folder##*/}; \
+	done
+	$(INSTALL_DATA) packaging/qrexec-activate.preset $(unit_dir)/user-preset/70-qrexec-activate.preset
+	$(INSTALL_DATA) packaging/qrexec-activate.preset $(unit_dir)/system-preset/70-qrexec-activate.preset
+	install -D -m 644 packaging/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/qrexec-activate.conf
+	install -D -m 755 packaging/managers $(DESTDIR)/usr/libexec/qrexec-activate/managers
+	install -D -m 644 build/completions/bash $(DESTDIR)/usr/share/bash-completion/completions/qrexec-activate
+	install -D -m 644 build/completions/zsh $(DESTDIR)/usr/share/zsh/$(ZSH_FOLDER)/_qrexec-activate
+	install -D -m 644 build/completions/fish $(DESTDIR)/usr/share/fish/vendor_completions.d/qrexec-activate.fish
+	install -D -m 644 -t $(man_dir)/man1 build/man/*.1
+	install -D -m 644 -t $(man_dir)/man5 build/man/*.5
+	install -D -m 644 -t $(man_dir)/man8 build/man/qrexec-activate-serve.8
+	install -D -m 644 -t $(doc_dir) README.md $(wildcard SECURITY.md)
+	install -D -m 644 -t $(doc_dir)/docs docs/*.md
+	install -D -m 644 -t $(doc_dir)/examples/policy.d examples/policy.d/*
+	install -d $(doc_dir)/examples/salt
+	cp -R --no-preserve=mode,ownership,timestamps salt/. $(doc_dir)/examples/salt
+
+# Debian's zsh looks in vendor-completions, Fedora's in site-functions.
+ZSH_FOLDER ?= $(if $(wildcard /etc/debian_version),vendor-completions,site-functions)
+
+install-service: man
+	install -D -m 755 -t $(DESTDIR)/etc/qubes-rpc rpc/qubes.*
+	install -D -m 644 -t $(DESTDIR)/etc/qubes/rpc-config rpc/rpc-config/qubes.*
+	install -D -m 644 -t $(man_dir)/man8 build/man/qubes.*.8
