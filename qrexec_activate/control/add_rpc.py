@@ -14,7 +14,7 @@ from .dropins import create_file, finishing, locked
 from .kinds import KINDS
 from .options import system_option
 from .survey import read_file
-from .systemctl import Systemctl, manager_properties
+from .systemctl import Systemctl
 from .table import short_path
 from .unitdirs import UnitFiles, own_folder, scan
 
@@ -49,7 +49,7 @@ def command(name: str, rpc: str, dry_run: bool, system: bool) -> None:
     user = not system
     folder = own_folder(user=user)
     with open_manager(user=user) as manager:
-        (search_path,) = manager_properties(manager, "UnitPath")
+        (search_path,) = manager.manager_properties("UnitPath")
     files = scan(search_path or (), suffixes=("socket", "service", "target"))
     texts = {unit.format(name): _text(files, unit, name, rpc) for unit in _UNITS}
     if dry_run:

@@ -6,7 +6,6 @@ from ..errors import ActivateError, BadName, UsageProblem
 from ..manager import Manager
 from ..names import check_argument, check_service, escape_instance, parse_unit_name
 from .survey import Daemon, find_daemon
-from .systemctl import unit_properties
 
 __all__ = ["KINDS", "daemon_of", "unit_of"]
 
@@ -29,7 +28,7 @@ def unit_of(kind: str, argument: str) -> str:
 def daemon_of(manager: Manager, kind: str, argument: str, unit: str) -> Daemon:
     """Find the daemon that a socket unit would start, and check that its RPC takes this argument."""
     template = f"{parse_unit_name(unit).prefix}@.socket"
-    (row,) = unit_properties(manager, [unit], "Unit", ["LoadState", "Triggers"])
+    (row,) = manager.unit_properties([unit], "Unit", ["LoadState", "Triggers"])
     if row["LoadState"] in (None, "not-found"):
         if kind in KINDS:
             raise ActivateError(f"{template} is not installed: install the package qrexec-activate")
@@ -40,7 +39,7 @@ def daemon_of(manager: Manager, kind: str, argument: str, unit: str) -> Daemon:
     if row["LoadState"] == "masked":
         raise ActivateError(f"{unit} is masked: systemctl unmask {unit} (with --user for a user unit)")
     for service in row["Triggers"] or ():
-        (properties,) = unit_properties(manager, [service], "Service", ["ExecStart"])
+        (properties,) = manager.unit_properties([service], "Service", ["ExecStart"])
         if daemon := find_daemon(service, properties["ExecStart"] or ()):
             check_argument(check_service(daemon.service), argument if daemon.argument is None else daemon.argument)
             return daemon

@@ -104,11 +104,11 @@ def complete_units(ctx: click.Context, _param: click.Parameter, incomplete: str)
     """Offer the socket units that systemd has loaded."""
     from click.shell_completion import CompletionItem
 
-    from .systemctl import UnitList
+    from ..manager import open_manager
 
     try:
-        loaded = UnitList(user=not ctx.params.get("system")).read()
-        names = sorted(name for name in loaded if name.endswith(".socket"))
+        with open_manager(user=not ctx.params.get("system")) as manager:
+            names = sorted(unit.name for unit in manager.list_units("*.socket"))
     except Exception:
         return []
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]

@@ -24,12 +24,11 @@ from .list import style as route_style
 from .options import complete_routes, json_option, system_option
 from .select import select
 from .survey import Entry, Survey, take_survey
-from .systemctl import unit_properties
 from .table import BAD, DOUBTFUL, GOOD, plain_lines, print_json, print_rows, printable, rich_table, short_path
 
 __all__ = ["command"]
 
-HEADER = (*LIST_HEADER[:3], "state", "open", "waiting", "last connection")
+HEADER = (*LIST_HEADER[:3], "state", "open", "waiting", "last")
 CONNECTION_HEADER = ("id", "age", "state", "peer", "listener", "target", "to qube", "from qube")
 #: How far back the journal is searched for the last connection of each route, in records.
 LOOK_BACK = 500
@@ -102,7 +101,7 @@ def _look(routes: Sequence[str], user: bool) -> Status:
     with open_manager(user=user) as manager:
         now = take_survey(manager)
         units = sorted(now.daemons)
-        rows = unit_properties(manager, units, "Service", ["MainPID", "StatusText"])
+        rows = manager.unit_properties(units, "Service", ["MainPID", "StatusText"])
     entries = select(now.entries, routes)
     connections = [one for one in open_connections(now) if not routes or _is_among(one, entries)]
     daemons = [

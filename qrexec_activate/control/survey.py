@@ -18,7 +18,6 @@ from ..names import call_name, decode_escapes, parse_unit_name
 from ..routes import Claim, PassedSocket, Refusal, Route, SocketUnit, by_name, claims, unit_specifiers
 from ..unitfile import SourceFile, address_key, declared_listeners, expand_specifiers
 from .netproc import Listening, listening
-from .systemctl import UnitList, manager_properties, unit_properties
 from .unitdirs import UnitFiles, scan
 
 __all__ = ["Daemon", "Entry", "Survey", "Unit", "find_daemon", "foresee", "survey", "take_survey", "written_claims"]
@@ -152,22 +151,17 @@ def _serve_options(words: list[str]) -> tuple[str, str | None]:
 
 def survey(*, user: bool) -> Survey:
     """Connect to systemd and take a survey; raises ManagerError."""
-    units = UnitList(user=user)
-    try:
-        with open_manager(user=user) as manager:
-            return take_survey(manager, units)
-    finally:
-        units.close()
+    with open_manager(user=user) as manager:
+        return take_survey(manager)
 
 
-def take_survey(manager: Manager, units: UnitList | None = None) -> Survey:
-    """Ask systemd and read the disk. `units` may have been begun before."""
-    units = units or UnitList(user=manager.user)
-    search_path, control_group = manager_properties(manager, "UnitPath", "ControlGroup")
+def take_survey(manager: Manager) -> Survey:
+    """Ask systemd and read the disk."""
+    search_path, control_group = manager.manager_properties("UnitPath", "ControlGroup")
     result = Survey(manager.user, specifiers=manager.specifiers(), control_group=control_group or "")
     result.files = scan(search_path or ())
     result.listening = listening()
-    loaded = units.read()
+    loaded = {unit.name: unit for unit in manager.list_units("*.socket", "*.service")}
     sockets = _our_sockets(manager, result, loaded)
     names = sorted(sockets)
     states = {name: loaded[name] for name in names if name in loaded}
@@ -196,24 +190,24 @@ def _our_sockets(manager: Manager, result: Survey, loaded: Mapping[str, Any]) ->
     # A unit that nothing has asked for yet is not loaded; asking for its properties loads it.
     unloaded = sorted(name for name in result.files.units("socket") if name not in loaded)
     triggered: dict[str, str] = {}
-    for name, row in zip(unloaded, unit_properties(manager, unloaded, "Unit", ["Triggers"]), strict=True):
+    for name, row in zip(unloaded, manager.unit_properties(unloaded, "Unit", ["Triggers"]), strict=True):
         for service in row["Triggers"] or ():
             triggered[name] = service
     services += sorted(set(triggered.values()) - set(services))
-    rows = unit_properties(manager, services, "Service", ["ExecStart"])
+    rows = manager.unit_properties(services, "Service", ["ExecStart"])
     for name, row in zip(services, rows, strict=True):
         if daemon := find_daemon(name, row["ExecStart"] or ()):
             state = loaded.get(name)
             result.daemons[name] = replace(daemon, active=state.active, sub=state.sub) if state else daemon
     sockets = {name: service for name, service in triggered.items() if service in result.daemons}
     daemons = sorted(result.daemons)
-    for daemon_name, row in zip(daemons, unit_properties(manager, daemons, "Unit", ["TriggeredBy"]), strict=True):
+    for daemon_name, row in zip(daemons, manager.unit_properties(daemons, "Unit", ["TriggeredBy"]), strict=True):
         sockets |= {name: daemon_name for name in row["TriggeredBy"] or () if name.endswith(".socket")}
     return sockets
 
 
 def _load_states(manager: Manager, names: Sequence[str]) -> Iterable[tuple[str, str]]:
-    for name, row in zip(names, unit_properties(manager, names, "Unit", ["LoadState"]), strict=True):
+    for name, row in zip(names, manager.unit_properties(names, "Unit", ["LoadState"]), strict=True):
         yield name, row["LoadState"] or "not-found"
 
 

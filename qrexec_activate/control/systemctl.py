@@ -1,34 +1,20 @@
-"""systemd asked and told: over D-Bus where answers are needed in bulk, by systemctl where something is to be done.
+"""systemd told what to do, by systemctl; what it knows is asked over D-Bus, by manager.py.
 
 A person could type every command that is run here, and is shown it when it fails.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from ..errors import ManagerError
-from ..manager import Manager
-from ..manager import _unit_path as unit_path
 
-__all__ = ["LoadedUnit", "Systemctl", "UnitList", "manager_properties", "unit_properties"]
+__all__ = ["Systemctl"]
 
 #: systemd gives a start 90 s before it gives up; past this, it is systemd itself that does not answer.
 TIMEOUT = 150.0
-
-
-class LoadedUnit(NamedTuple):
-    """A unit that systemd has loaded, and its LoadState, ActiveState and SubState."""
-
-    name: str
-    load: str
-    active: str
-    sub: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,46 +57,3 @@ class Systemctl:
 
     def daemon_reload(self) -> None:
         self.run("daemon-reload")
-
-
-class UnitList:
-    """`systemctl list-units`, begun when it is made and read later: meanwhile other things can be looked at."""
-
-    def __init__(self, *, user: bool) -> None:
-        words = [*Systemctl(user).words, "list-units", "--all", "--full", "--type=socket,service", "--output=json"]
-        try:
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
-        except FileNotFoundError:
-            raise ManagerError("systemctl is not installed: this needs systemd") from None
-
-    def close(self) -> None:
-        """End it, if nobody has waited for it."""
-        if self._process.returncode is None:
-            self._process.kill()
-            self._process.communicate()
-
-    def read(self) -> dict[str, LoadedUnit]:
-        """Wait for the list; raises ManagerError."""
-        output, said = self._process.communicate()
-        try:
-            rows = json.loads(output)
-            return {row["unit"]: LoadedUnit(row["unit"], row["load"], row["active"], row["sub"]) for row in rows}
-        except (ValueError, LookupError, TypeError):
-            reason = " ".join(said.decode(errors="backslashreplace").split()) or "its answer makes no sense"
-            raise ManagerError(f"systemctl list-units: {reason}") from None
-
-
-def manager_properties(manager: Manager, *names: str) -> list[Any]:
-    """Return properties of the manager itself, such as UnitPath; None in place of one that it does not have."""
-    return manager.properties(
-        [("/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager", name) for name in names]
-    )
-
-
-def unit_properties(manager: Manager, units: Sequence[str], kind: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return properties of each unit, which systemd loads if need be; `kind` is Unit, Service or Socket."""
-    interface = f"org.freedesktop.systemd1.{kind}"
-    values = iter(manager.properties([(unit_path(unit), interface, name) for unit in units for name in names]))
-    return [{name: next(values) for name in names} for _ in units]
