@@ -110,6 +110,46 @@ def _short(answer: object) -> str:
     return ascii(answer)[:80]
 
 
+class _Get:
+    """A call of org.freedesktop.DBus.Properties.Get, as the D-Bus specification has it on the wire.
+
+    A survey of 2,000 sockets asks for 10,000 properties, and jeepney needs half of the whole time to write them down.
+    """
+
+    __slots__ = ("_interface", "_name", "_path")
+
+    def __init__(self, path: str, interface: str, name: str) -> None:
+        self._path, self._interface, self._name = path, interface, name
+
+    def serialise(self, serial: int) -> bytes:
+        body = _aligned(_wire_string(self._interface), 4) + _wire_string(self._name)
+        fields = _GET_FIELDS + b"\1\1o\0" + _wire_string(self._path)
+        return _aligned(_GET_HEADER.pack(b"l", 1, 0, 1, len(body), serial, len(fields)) + fields, 8) + body
+
+
+def _wire_string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<I", len(raw)) + raw + b"\0"
+
+
+def _aligned(data: bytes, to: int) -> bytes:
+    return data + bytes(-len(data) % to)
+
+
+#: Byte order, method call, flags, version of the protocol; length of the body, serial, length of the header's fields.
+_GET_HEADER = struct.Struct("<cBBBIII")
+#: Interface, member, destination and signature of the body, which are the same for all; each begins at 8 bytes.
+_GET_FIELDS = b"".join(
+    _aligned(bytes([code]) + value, 8)
+    for code, value in (
+        (2, b"\1s\0" + _wire_string("org.freedesktop.DBus.Properties")),
+        (3, b"\1s\0" + _wire_string("Get")),
+        (6, b"\1s\0" + _wire_string(_SERVICE)),
+        (8, b"\1g\0\2ss\0"),
+    )
+)
+
+
 class Manager:
     """An open connection to a systemd manager."""
 
@@ -142,14 +182,10 @@ class Manager:
 
         Those that are known here have the type that systemd documents.
         """
-        from jeepney import DBusAddress, Properties
-
-        replies = self._ask(
-            [Properties(DBusAddress(path, _SERVICE, interface)).get(name) for path, interface, name in wanted]
-        )
+        replies = self._ask([_Get(path, interface, name) for path, interface, name in wanted])
         return [_value(path, name, body) for (path, _, name), body in zip(wanted, replies, strict=True)]
 
-    def _ask(self, requests: Sequence[Message]) -> list[tuple[Any, ...] | None]:
+    def _ask(self, requests: Sequence[Message | _Get]) -> list[tuple[Any, ...] | None]:
         """Send requests, several on the way at once, and return the bodies of their replies, None for errors."""
         bodies: dict[int, tuple[Any, ...] | None] = {}
         try:
