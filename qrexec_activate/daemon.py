@@ -247,6 +247,8 @@ class Daemon:
             connection.abandon()
         self._watch.close()
         self._ready.close()
+        if self._gate is not None:
+            self._gate.close()
         for listener in self._listeners.values():
             listener.sock.close()
 

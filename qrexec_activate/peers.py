@@ -46,6 +46,11 @@ class Gate:
         self.uids = frozenset(uids)
         self._diag: _SockDiag | None = None
 
+    def close(self) -> None:
+        if self._diag is not None:
+            self._diag.close()
+            self._diag = None
+
     def problem(self, listener: socket.socket) -> str:
         """Say why this listener can let nobody in; empty where all is well. To be asked before check()."""
         if listener.family == socket.AF_UNIX:
@@ -112,6 +117,9 @@ class _SockDiag:
             self._socket.close()
             raise
         self._number = 0
+
+    def close(self) -> None:
+        self._socket.close()
 
     def sees(self, sock: socket.socket) -> bool:
         """Whether that socket is in the network namespace that is asked here."""
