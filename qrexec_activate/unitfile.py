@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 __all__ = [
     "LISTEN_KINDS",
@@ -94,6 +95,16 @@ def assignments(text: str) -> Iterator[Assignment]:
     systemd stops reading a file at a bad section header (no closing bracket, quotes, control characters) and at bytes
     that are no UTF-8 (here: surrogates, as errors="surrogateescape" leaves them), and keeps what came before.
     """
+    return iter(_read_assignments(text))
+
+
+@lru_cache(maxsize=32)
+def _read_assignments(text: str) -> tuple[Assignment, ...]:
+    """All instances of a template have its text in common, so that most texts are read once for each of them."""
+    return tuple(_assignments(text))
+
+
+def _assignments(text: str) -> Iterator[Assignment]:
     section = ""
     for number, joined in _logical_lines(text):
         line = joined.strip(_WHITESPACE)
@@ -141,9 +152,9 @@ class Declaration:
     """A listener that a file adds, and the name that the files give it.
 
     `inherited` says that `name` stands in no file of this listener, but is the unit's. `rival` is another name in the
-    same file of several listeners, so that each may have been meant for some of them. `borrowed` is the name that systemd would
-    report for a listener that no file names, where this name belongs to the listeners of another file. `doubts` are
-    files that came later, are not known as systemd read them, and may say otherwise.
+    same file of several listeners, so that each may have been meant for some of them. `borrowed` is the name that
+    systemd would report for a listener that no file names, where this name belongs to the listeners of another file.
+    `doubts` are files that came later, are not known as systemd read them, and may say otherwise.
     """
 
     kind: str

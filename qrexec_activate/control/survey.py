@@ -16,7 +16,7 @@ from ..errors import BadName
 from ..manager import Manager, open_manager
 from ..names import call_name, decode_escapes, parse_unit_name
 from ..routes import Claim, PassedSocket, Refusal, Route, SocketUnit, by_name, claims, unit_specifiers
-from ..unitfile import SourceFile, address_key, declared_listeners, expand_specifiers
+from ..unitfile import LISTEN_KINDS, SourceFile, address_key, assignments, declared_listeners, expand_specifiers
 from .netproc import Listening, listening
 from .unitdirs import UnitFiles, scan
 
@@ -315,9 +315,10 @@ def _only_file(unit: Unit) -> str:
 
 def _not_taken(unit: Unit, specifiers: Mapping[str, str]) -> Iterable[tuple[str, str, str]]:
     """Find listeners that a file declares and systemd has not loaded: (address, path, file and line)."""
-    declared = declared_listeners(unit.socket.files)
-    if len(declared.listeners) <= len(unit.socket.listen):
+    lines = sum(one.key in LISTEN_KINDS for file in unit.socket.files for one in assignments(file.text or ""))
+    if lines <= len(unit.socket.listen):
         return
+    declared = declared_listeners(unit.socket.files)
     values = unit_specifiers(unit.name, specifiers)
     loaded = [address_key(address) for _, address in unit.socket.listen]
     doubtful = []
