@@ -7,6 +7,7 @@ Nobody gets to see a traceback, unless they ask with --debug; the daemon's goes 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import traceback
 from pathlib import Path
@@ -175,7 +176,6 @@ def cli(ctx: click.Context) -> None:
 )
 @click.option(
     "--allow-uid",
-    "allow_uids",
     metavar="UID",
     type=UserId(),
     multiple=True,
@@ -191,7 +191,7 @@ def serve(
     max_connections: int,
     setup_timeout: float,
     exit_idle_time: float | None,
-    allow_uids: tuple[int, ...],
+    allow_uid: tuple[int, ...],
 ) -> None:
     """Serve the sockets that systemd passes, by calls of RPC. This is what the units run.
 
@@ -202,6 +202,9 @@ def serve(
 
     if unit is not None and argument is not None:
         raise UsageProblem("--unit and --argument exclude each other: a unit's instance name is the argument")
+    if not allow_uid and "QREXEC_ACTIVATE_ALLOW_UID" in os.environ:
+        # click takes an empty variable for none, and none lets everybody in.
+        raise UsageProblem("QREXEC_ACTIVATE_ALLOW_UID is empty; set it to the ids of users, or do not set it")
     settings = Settings(
         client=client,
         relay=Relay(relay),
@@ -209,7 +212,7 @@ def serve(
         max_connections=max_connections,
         setup_timeout=setup_timeout,
         exit_idle_time=exit_idle_time or None,
-        allow_uids=allow_uids,
+        allow_uids=allow_uid,
     )
     run(rpc, unit, argument, settings)
 
