@@ -31,7 +31,6 @@ from .orphans import find_orphans
 from .outcome import Ending, Outcome, format_seconds
 from .passed import format_address
 from .peers import Gate, GateProblem, borrowed, exposure
-from .peers import Gate, GateProblem, borrowed, exposure
 from .routes import Claim, PassedSocket, Refusal, Route
 from .settings import Settings
 
@@ -56,8 +55,6 @@ STARVED_PAUSE = 0.25
 STATUS_INTERVAL = 0.5
 #: The log speaks of connections reset at one refused listener not more often than this.
 REFUSAL_LOG_INTERVAL = 30.0
-#: ... and of connections that --allow-uid keeps out.
-KEPT_OUT_LOG_INTERVAL = 1.0
 #: ... and of connections that --allow-uid keeps out.
 KEPT_OUT_LOG_INTERVAL = 1.0
 #: What one turn of the accept loop looks at.
@@ -134,7 +131,6 @@ class Daemon:
         self.log = log
         self.client = Client(settings.client, settings.relay, _client_environment())
         self._gate = Gate(settings.allow_uids) if settings.allow_uids else None
-        self._gate = Gate(settings.allow_uids) if settings.allow_uids else None
         self.tally = Tally()
         self.connections: set[Connection] = set()
         self._listeners: dict[int, Listener] = {}
@@ -165,7 +161,6 @@ class Daemon:
         """Take over the passed sockets, and say of each whether it is served."""
         for passed, claim in zip(sockets, claims, strict=True):
             claim = self._guarded(passed, claim)
-            claim = self._guarded(passed, claim)
             if isinstance(claim, Refusal):
                 self.log(
                     Priority.ERROR,
@@ -193,20 +188,6 @@ class Daemon:
             else:
                 # Nothing can connect to it; it is refused by name and left alone.
                 self._unusable += 1
-
-    def _guarded(self, passed: PassedSocket, claim: Claim) -> Claim:
-        """Warn of a listener that others can reach; with --allow-uid, refuse one whose users cannot be told."""
-        if isinstance(claim, Refusal):
-            return claim
-        with borrowed(passed.fd) as sock:
-            if self._gate is None:
-                if danger := exposure(sock):
-                    self.log(
-                        Priority.NOTICE, f"{claim.address}: {danger}", LISTENER=claim.address, UNIT=claim.unit or None
-                    )
-            elif problem := self._gate.problem(sock):
-                return Refusal(claim.address, f"--allow-uid is set, and {problem}", claim.unit, claim.file)
-        return claim
 
     def _guarded(self, passed: PassedSocket, claim: Claim) -> Claim:
         """Warn of a listener that others can reach; with --allow-uid, refuse one whose users cannot be told."""
@@ -331,13 +312,6 @@ class Daemon:
                 self.give_place_back()
                 self._keep_out(listener, sock, _peer(sock, address), str(problem))
                 return
-        if self._gate is not None:
-            try:
-                self._gate.check(sock)
-            except GateProblem as problem:
-                self.give_place_back()
-                self._keep_out(listener, sock, _peer(sock, address), str(problem))
-                return
         connection = Connection(self, route, sock, next(self._numbers), _peer(sock, address))
         with contextlib.suppress(StartProblem, Starved):
             # Either is met again, and dealt with, in carry().
@@ -410,22 +384,6 @@ class Daemon:
                 f"reset a connection: {refusal}",
                 LISTENER=refusal.address,
                 UNIT=refusal.unit or None,
-            )
-
-    def _keep_out(self, listener: Listener, sock: socket.socket, peer: str, problem: str) -> None:
-        """Reset a connection of somebody who may not connect."""
-        reset(sock)
-        self.tally.reset += 1
-        self._status_changed.set()
-        # Whoever is kept out decides how often there is something to say.
-        if trio.current_time() - listener.spoke_at >= KEPT_OUT_LOG_INTERVAL:
-            listener.spoke_at = trio.current_time()
-            self.log(
-                Priority.WARNING,
-                f"reset a connection of {peer} on {listener.claim.address}: {problem}",
-                PEER=peer,
-                LISTENER=listener.claim.address,
-                UNIT=listener.claim.unit or None,
             )
 
     def _keep_out(self, listener: Listener, sock: socket.socket, peer: str, problem: str) -> None:
