@@ -66,4 +66,8 @@ def describe(fd: int, name: str) -> PassedSocket:
 
 def passed_sockets() -> list[PassedSocket]:
     """Return the sockets that systemd passed to this process, in order; empty where it passed none."""
-    return [describe(fd, name) for fd, name in sd_daemon.listen_fds_with_names(True).items()]
+    passed = sd_daemon.listen_fds_with_names(True)
+    # It takes them out of C's environment only, and children get Python's.
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    return [describe(fd, name) for fd, name in passed.items()]
