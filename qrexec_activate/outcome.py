@@ -45,7 +45,8 @@ def format_bytes(count: int) -> str:
     """Write a number of bytes for people: `512 B`, `1.5 MiB`."""
     size = float(count)
     for unit in _UNITS:
-        if size < 1024 or unit == _UNITS[-1]:
+        # 1,048,575 bytes are 1.0 MiB, not 1024.0 KiB.
+        if round(size, 1) < 1024 or unit == _UNITS[-1]:
             break
         size /= 1024
     return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
@@ -53,8 +54,8 @@ def format_bytes(count: int) -> str:
 
 def format_seconds(seconds: float) -> str:
     """Write a duration for people: `0.012 s`, `3 min 20 s`, `2 h 5 min`."""
-    if seconds < 60:
-        return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:.1f} s"
+    if round(seconds, 1) < 60:
+        return f"{seconds:.3f} s" if round(seconds, 3) < 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
