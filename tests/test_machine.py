@@ -71,7 +71,8 @@ def free_ports(count: int) -> list[int]:
             socket.create_server(("127.0.0.1", port)).close()
         except OSError:
             continue
-        ports.append(port)
+        if port not in ports:
+            ports.append(port)
     return ports
 
 
