@@ -24,13 +24,19 @@ __all__ = ["main"]
 _COMMANDS = {
     "add": "Let a local address reach a qube.",
     "add-rpc": "Write the units for an RPC of your own.",
+    "check": "Say what is wrong on the whole way, and how to mend it.",
+    "completion": "Print the completion script for a shell.",
     "demo": "Show it working on this machine, without Qubes.",
     "disconnect": "End open connections.",
+    "edit": "Edit the file of a route, and check it.",
     "list": "List every route, whoever wrote it.",
     "logs": "Show what became of connections.",
     "policy": "Print the policy that dom0 needs.",
+    "publish": "Let other qubes reach a socket of this one.",
+    "published": "List what other qubes can reach in this one.",
     "remove": "Remove a route, and leave the others alone.",
     "status": "Show the routes and what is alive on them.",
+    "unpublish": "Take back what was published.",
 }
 
 #: The user id that the kernel shows for all that have none in this user namespace, and the one that is none.

@@ -1,0 +1,136 @@
+"""qrexec-activate check: what is right and what is wrong on the whole way, and the command that mends it."""
+
+from __future__ import annotations
+
+import socket
+
+import click
+
+from ..unitfile import address_key
+from .checks import Level, Step, walk
+from .options import json_option, system_option
+from .survey import Entry, Survey
+from .table import BAD, DOUBTFUL, GOOD, print_json, printable, styled
+
+__all__ = ["command"]
+
+STYLES = {Level.OK: GOOD, Level.WARNING: DOUBTFUL, Level.ERROR: BAD}
+#: A call that is refused is reset within a fraction of a second; one that stays open so long has begun, or waits for
+#: a person's answer.
+TRY_PATIENCE = 5.0
+
+
+@click.command(
+    "check",
+    epilog="""\b
+Examples:
+    $ qrexec-activate check
+    $ qrexec-activate check --try
+    $ qrexec-activate check --json | jq '.steps[] | select(.level != "ok")'
+""",
+)
+@click.option("--try", "tries", is_flag=True, help="Also make one connection on each route, after asking.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before --try.")
+@click.option("-q", "--quiet", is_flag=True, help="Show only what is wrong.")
+@json_option
+@system_option
+@click.pass_context
+def command(ctx: click.Context, tries: bool, yes: bool, quiet: bool, as_json: bool, system: bool) -> None:
+    """Walk the whole way and say of each step whether it is right; with what is wrong comes the command that mends it.
+
+    Nothing is changed, and nothing is called unless you say --try. The exit code is 0, 1 if there are warnings, or 2 if
+    there are errors. It is of use on a machine without Qubes, too.
+    """
+    steps, now = walk(user=not system)
+    if not as_json:
+        for step in steps:
+            _show(step, quiet)
+    if tries and now is not None and (yes or as_json or _may_call(now)):
+        for entry in now.entries:
+            if not entry.refused and entry.listens:
+                steps.append(_try(entry))
+                if not as_json:
+                    _show(steps[-1], quiet)
+    worst = max(step.level for step in steps)
+    if as_json:
+        print_json(
+            {
+                "level": worst.word,
+                "steps": [
+                    {"area": one.area, "level": one.level.word, "text": one.text, "mend": one.mend or None}
+                    for one in steps
+                ],
+            }
+        )
+    else:
+        _conclude(steps)
+    ctx.exit(int(worst))
+
+
+def _show(step: Step, quiet: bool) -> None:
+    if quiet and step.level is Level.OK:
+        return
+    click.echo(f"{styled(f'{step.level.word:<8}', STYLES[step.level])}{step.area}: {printable(step.text)}")
+    if step.mend:
+        click.echo(f"{'':<8}$ {step.mend}")
+
+
+def _conclude(steps: list[Step]) -> None:
+    errors = sum(step.level is Level.ERROR for step in steps)
+    warnings = sum(step.level is Level.WARNING for step in steps)
+    if errors or warnings:
+        click.echo(f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}")
+    else:
+        click.echo("All is well")
+
+
+# ---------------------------------------------------------------------- --try
+
+
+def _may_call(now: Survey) -> bool:
+    count = sum(not entry.refused and bool(entry.listens) for entry in now.entries)
+    return bool(count) and click.confirm(
+        f"Connect to {count} route{'s' * (count != 1)}? Each may start a qube, or ask you in dom0", err=True
+    )
+
+
+def _try(entry: Entry) -> Step:
+    """Connect, send nothing, and see whether the connection lasts."""
+    route = f"{entry.listener} → {entry.target} {entry.call}"
+    mend = f"qrexec-activate logs {entry.listener}"
+    try:
+        with _connect(entry.listener) as sock:
+            sock.settimeout(TRY_PATIENCE)
+            try:
+                # Some services greet; others wait for the client, and say nothing.
+                greeting = sock.recv(1)
+            except TimeoutError:
+                return Step("try", Level.OK, f"{route}: connected, and open after {TRY_PATIENCE:.0f} s")
+    except ConnectionResetError:
+        return Step("try", Level.ERROR, f"{route}: the call was refused or failed", mend)
+    except OSError as error:
+        return Step("try", Level.ERROR, f"{route}: cannot connect: {error.strerror or error}", mend)
+    if greeting:
+        return Step("try", Level.OK, f"{route}: the service answers")
+    return Step("try", Level.WARNING, f"{route}: the service closed the connection without a word", mend)
+
+
+def _connect(listener: str) -> socket.socket:
+    key = address_key(listener)
+    if key is None:
+        raise OSError("its address is of a kind that cannot be tried from here")
+    family, host, port = key
+    if family == "ip":
+        # Who listens on all addresses listens on loopback, too.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return socket.create_connection((host, port), timeout=TRY_PATIENCE)
+    if family == "vsock":
+        raise OSError("a vsock address cannot be tried from this side")
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(TRY_PATIENCE)
+        sock.connect("\0" + host[1:] if family == "abstract" else host)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,70 @@
+"""qrexec-activate unpublish: take a name away from a socket."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from ..errors import ActivateError, UsageProblem
+from ..manager import open_manager
+from .dropins import finishing, is_idle, locked, remove_file, replace_file, without_lines
+from .options import debug_option
+from .publications import Publication, published, symlink_lines
+from .published import complete_names
+from .survey import read_file
+from .systemctl import Systemctl
+from .table import short_path
+from .unitdirs import own_folder
+
+__all__ = ["command"]
+
+
+@click.command(
+    "unpublish",
+    epilog="""\b
+Example:
+    $ qrexec-activate unpublish gpg-agent-ssh
+""",
+)
+@click.argument("name", shell_complete=complete_names)
+@debug_option
+def command(name: str) -> None:
+    """In a service qube, take away a name that publish gave: the link, and the line of the drop-in that makes it.
+
+    The socket itself, its unit and open connections stay.
+    """
+    with open_manager(user=True) as manager:
+        specifiers = manager.specifiers()
+        one = next((one for one in published(manager) if one.name == name), None)
+    if one is None:
+        raise UsageProblem(f"{name!r} is not published; qrexec-activate published shows what is")
+    link = Path(one.link)
+    if os.path.lexists(link) and not link.is_symlink():
+        raise UsageProblem(f"{link} is a socket itself, and no link: it goes when {one.unit or 'its program'} ends")
+    with locked(own_folder(user=True)), finishing():
+        if one.file:
+            _take_out(one, symlink_lines(one.file, one.unit, one.link, specifiers))
+        try:
+            link.unlink(missing_ok=True)
+        except OSError as error:
+            raise ActivateError(f"cannot remove {link}: {error.strerror}") from error
+        if one.file:
+            Systemctl(user=True).daemon_reload()
+    click.echo(f"{name} is not published any more")
+
+
+def _take_out(one: Publication, lines: set[int]) -> None:
+    if not one.file.startswith(f"{own_folder(user=True)}/"):
+        raise UsageProblem(
+            f"{one.file}, which makes {one.name}, is not among your own units: hide it there with"
+            " an empty file of the same name"
+        )
+    text = without_lines(read_file(one.file).text or "", lines)
+    if is_idle(text) and ".d/" in one.file:
+        remove_file(Path(one.file))
+        click.echo(f"Removed: {short_path(one.file)}")
+    else:
+        replace_file(Path(one.file), text)
+        click.echo(f"Changed: {short_path(one.file)}")
