@@ -30,6 +30,8 @@ async def scene(shared_machine: Machine, nursery: trio.Nursery) -> AsyncIterator
     try:
         yield scene
     finally:
+        # pytest shows it where the test has failed.
+        print(scene.log())
         scene.clean_up()
 
 

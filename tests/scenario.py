@@ -24,7 +24,7 @@ import trio
 
 from qrexec_activate.loopback.machine import Machine
 
-PATIENCE = 6.0
+PATIENCE = 15.0
 SERVICE = "qrexec-connect-tcp.service"
 
 Address = tuple[str, int] | str
@@ -344,14 +344,22 @@ class Scene:
     @contextlib.asynccontextmanager
     async def same_descriptors(self) -> AsyncIterator[None]:
         """After whatever happens in this block, the daemon has as many descriptors open as before."""
+        await self.nobody_stays()
+        await until("the daemon has nothing to do", self.is_idle)
         before, pid = self.descriptors(), self.pid()
         yield
         await self.nobody_stays()
-        await until(
-            "the daemon has closed everything",
-            lambda: self.descriptors() == before or self.pid() != pid,
-        )
+        try:
+            await until("the daemon has closed everything", lambda: self.descriptors() == before)
+        except AssertionError:
+            links = (f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd"))
+            open_now = sorted(os.readlink(link) for link in links)
+            raise AssertionError(f"{before} descriptors were open, now: {open_now}") from None
         assert self.pid() == pid, "the daemon is another one"
+
+    def is_idle(self) -> bool:
+        """Whether every connection has come to its end, by the daemon's own account."""
+        return " 0 connections open" in self.machine.property(SERVICE, "StatusText")
 
     # The end
 
