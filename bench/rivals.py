@@ -97,11 +97,19 @@ ACCEPT_LOG = """\
 StandardOutput=inherit
 StandardError=inherit
 """
+#: Started and stopped again and again here, which the default limit of 5 starts in 10 s would end.
 PROXYD_SOCKET = """\
+[Unit]
+StartLimitIntervalSec=0
+
 [Socket]
+TriggerLimitIntervalSec=0
 ListenStream={host}:{port}
 """
 PROXYD_SERVICE = """\
+[Unit]
+StartLimitIntervalSec=0
+
 [Service]
 Type=notify
 ExecStart={proxyd} --connections-max=4096 {to_host}:{to_port}
