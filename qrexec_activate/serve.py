@@ -34,7 +34,8 @@ _PREFIXES = {
 def _sockets(service: str) -> list[PassedSocket]:
     try:
         passed = passed_sockets()
-    except (OSError, ValueError, RuntimeError) as error:
+    # SystemError: systemd-python 235 stumbles over names that are no UTF-8.
+    except (OSError, ValueError, RuntimeError, SystemError) as error:
         raise UsageProblem(
             f"LISTEN_FDS, LISTEN_FDNAMES and the open descriptors do not agree ({error}); let systemd set them"
         ) from error
