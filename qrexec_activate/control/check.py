@@ -10,7 +10,7 @@ from ..unitfile import address_key
 from .checks import Level, Step, walk
 from .options import json_option, system_option
 from .survey import Entry, Survey
-from .table import BAD, DOUBTFUL, GOOD, print_json, printable, styled
+from .table import BAD, DOUBTFUL, GOOD, print_json, printable, styled, with_short_paths
 
 __all__ = ["command"]
 
@@ -70,7 +70,9 @@ def command(ctx: click.Context, tries: bool, yes: bool, quiet: bool, as_json: bo
 def _show(step: Step, quiet: bool) -> None:
     if quiet and step.level is Level.OK:
         return
-    click.echo(f"{styled(f'{step.level.word:<8}', STYLES[step.level])}{step.area}: {printable(step.text)}")
+    click.echo(
+        f"{styled(f'{step.level.word:<8}', STYLES[step.level])}{step.area}: {with_short_paths(printable(step.text))}"
+    )
     if step.mend:
         click.echo(f"{'':<8}$ {step.mend}")
 

@@ -258,6 +258,8 @@ def _reloads(context: Context) -> Iterator[Step]:
     units = sorted({*context.now.units, *context.now.daemons})
     rows = context.manager.unit_properties(units, "Unit", ["NeedDaemonReload"])
     stale = {unit for unit, row in zip(units, rows, strict=True) if row["NeedDaemonReload"]}
+    # systemd reads a unit that it could not load each time that it is asked for, and has nothing to compare with.
+    stale -= {unit.name for unit in context.now.units.values() if unit.load != "loaded"}
     stale |= {unit.name for unit in context.now.units.values() if unit.unread}
     if not stale:
         yield Step("units", Level.OK, "systemd has read all files as they are")

@@ -9,15 +9,15 @@ import click
 from .options import complete_routes, json_option, system_option
 from .select import select
 from .survey import Entry, survey
-from .table import BAD, DOUBTFUL, GOOD, print_json, print_rows, short_path
+from .table import BAD, DOUBTFUL, GOOD, print_json, print_rows, printable, short_path, with_short_paths
 
-__all__ = ["as_json", "command"]
+__all__ = ["HEADER", "NO_ROUTES", "command", "entry_as_json", "print_refusals", "row", "style"]
 
 HEADER = ("listener", "target", "service", "enabled", "state", "file")
 NO_ROUTES = "There are no routes yet. Make one: qrexec-activate add tcp 1234 QUBE"
 
 
-def as_json(entry: Entry) -> dict[str, Any]:
+def entry_as_json(entry: Entry) -> dict[str, Any]:
     """The shape that docs/json.md promises."""
     return {
         "listener": entry.listener,
@@ -64,7 +64,7 @@ def print_refusals(entries: list[Entry]) -> None:
     if refused:
         click.echo()
     for entry in refused:
-        click.echo(f"{entry.listener} is refused: {entry.refused}")
+        click.echo(with_short_paths(printable(f"{entry.listener} is refused: {entry.refused}")))
 
 
 @click.command(
@@ -87,12 +87,9 @@ def command(routes: tuple[str, ...], as_json: bool, system: bool) -> None:
     """
     entries = select(survey(user=not system).entries, routes)
     if as_json:
-        print_json([_as_json(entry) for entry in entries])
+        print_json([entry_as_json(entry) for entry in entries])
     elif entries:
         print_rows(HEADER, [row(entry) for entry in entries], style)
         print_refusals(entries)
     else:
         click.echo(NO_ROUTES, err=True)
-
-
-_as_json = as_json

@@ -17,8 +17,7 @@ from ..outcome import format_bytes, format_seconds
 from .connections import Connection, open_connections
 from .journalreader import Record, records
 from .list import HEADER as LIST_HEADER
-from .list import NO_ROUTES, print_refusals
-from .list import as_json as route_as_json
+from .list import NO_ROUTES, entry_as_json, print_refusals
 from .list import row as route_row
 from .list import style as route_style
 from .options import complete_routes, json_option, system_option
@@ -144,7 +143,7 @@ def _as_json(status: Status) -> dict[str, Any]:
         ],
         "routes": [
             {
-                **route_as_json(entry),
+                **entry_as_json(entry),
                 "open": sum(one.state == "open" for one in status.of(entry)),
                 "waiting": sum(one.state != "open" for one in status.of(entry)),
                 "last": _record_as_json(status.last.get((entry.unit, entry.listener))),

@@ -10,7 +10,18 @@ from typing import Any
 
 import click
 
-__all__ = ["BAD", "DOUBTFUL", "GOOD", "QUIET", "print_json", "print_rows", "short_path", "styled", "wants_colour"]
+__all__ = [
+    "BAD",
+    "DOUBTFUL",
+    "GOOD",
+    "QUIET",
+    "print_json",
+    "print_rows",
+    "short_path",
+    "styled",
+    "wants_colour",
+    "with_short_paths",
+]
 
 #: Styles by meaning, as rich and click.style() both know them.
 GOOD, DOUBTFUL, BAD, QUIET = "green", "yellow", "red", "bright_black"
@@ -38,6 +49,12 @@ def short_path(path: str) -> str:
     """Write the home folder as ~, as a person does."""
     home = os.environ.get("HOME", "")
     return f"~{path[len(home) :]}" if home not in ("", "/") and path.startswith(home + "/") else path
+
+
+def with_short_paths(text: str) -> str:
+    """Write the home folder as ~ wherever a text names something in it."""
+    home = os.environ.get("HOME", "")
+    return text.replace(f"{home}/", "~/") if home not in ("", "/") else text
 
 
 def print_json(value: Any) -> None:
