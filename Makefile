@@ -2,11 +2,14 @@
 # make check   everything that must be right before a change is published
 # make clean   remove what these made
 #
+# make fuzz    10 million random inputs for all that takes input from elsewhere, and the RPC services: hours
+# make soak    a load with faults, in which every client knows each byte that it must get; SOAK="--minutes 5"
+#
 # make deb, make rpm                    the packages, in dist/
 # make check-installed                  install the debs in Debian 12 and 13, boot these, and try everything
 # make install-client, install-service  without a package manager; with DESTDIR= for one
 
-.PHONY: demo check clean deb rpm check-installed
+.PHONY: demo check clean fuzz soak deb rpm check-installed
 
 demo:
 	@tools/setup demo
@@ -15,6 +18,15 @@ demo:
 check:
 	@tools/setup check
 	@tools/check
+
+# Guided by what the input covers where atheris is installed: .venv/bin/pip install atheris
+fuzz:
+	@tools/setup check
+	@.venv/bin/python fuzz/run
+
+soak:
+	@tools/setup check
+	@.venv/bin/python soak/run $(SOAK)
 
 clean:
 	rm -rf .venv .venv-debian .coverage .coverage.* htmlcov build dist *.egg-info
