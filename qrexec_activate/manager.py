@@ -367,15 +367,18 @@ def _read_file(path: str) -> tuple[int, str]:
     """Return when a file was last touched, in µs, and its text; raises OSError."""
     status = os.lstat(path)
     touched = max(status.st_mtime_ns, status.st_ctime_ns)
-    # Neither a FIFO nor a device may hold up the daemon.
-    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        target = os.fstat(file.fileno())
+    # A FIFO must not hold up the daemon.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        target = os.fstat(fd)
+        # systemd reads nothing from a folder, nor from a link to /dev/null, which masks a drop-in of its name elsewhere.
+        text = ""
         if stat.S_ISREG(target.st_mode):
             touched = max(touched, target.st_mtime_ns, target.st_ctime_ns)
-            text = file.read().decode(errors="surrogateescape")
-        else:
-            # A drop-in that is a link to /dev/null masks one of its name elsewhere; systemd reads nothing from it.
-            text = ""
+            with open(fd, "rb", closefd=False) as file:
+                text = file.read().decode(errors="surrogateescape")
+    finally:
+        os.close(fd)
     return touched // 1000, text
 
 
