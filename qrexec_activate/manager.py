@@ -371,7 +371,7 @@ def _read_file(path: str) -> tuple[int, str]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         target = os.fstat(fd)
-        # systemd reads nothing from a folder, nor from a link to /dev/null, which masks a drop-in of its name elsewhere.
+        # systemd reads nothing from a folder, nor from a link to /dev/null, which masks drop-ins of its name.
         text = ""
         if stat.S_ISREG(target.st_mode):
             touched = max(touched, target.st_mtime_ns, target.st_ctime_ns)

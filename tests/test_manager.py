@@ -643,6 +643,14 @@ def test_a_transient_unit_has_a_fragment_like_any_other(systemd: Manager, machin
         machine.systemctl("stop", "passing.socket")
 
 
+def test_properties_of_several_units_come_in_order(systemd: Manager, instance: str) -> None:
+    found = systemd.unit_properties([DAEMON, instance], "Unit", ["Id", "ActiveState", "NoSuchProperty"])
+    assert found == [
+        {"Id": DAEMON, "ActiveState": "inactive", "NoSuchProperty": None},
+        {"Id": instance, "ActiveState": "active", "NoSuchProperty": None},
+    ]
+
+
 def test_systemd_says_when_it_last_loaded_units(systemd: Manager, machine: Machine) -> None:
     (first,) = systemd.manager_properties("UnitsLoadTimestamp")
     machine.systemctl("daemon-reload")

@@ -569,7 +569,7 @@ def units(draw: st.DrawFn, name: str = UNIT, all_same: bool = False) -> tuple[So
 
 
 @given(units())
-@settings(max_examples=400)
+@settings(max_examples=250)
 def test_no_connection_ever_goes_to_a_qube_that_its_own_file_does_not_name(
     generated: tuple[SocketUnit, list[Loaded]],
 ) -> None:
@@ -589,7 +589,7 @@ def test_no_connection_ever_goes_to_a_qube_that_its_own_file_does_not_name(
 
 
 @given(units(all_same=True))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_every_listener_that_its_own_file_names_is_served(generated: tuple[SocketUnit, list[Loaded]]) -> None:
     socket_unit, loaded = generated
     # Two names in one file of two addresses are refused, as each may have been meant for one of them.
@@ -602,7 +602,7 @@ def test_every_listener_that_its_own_file_names_is_served(generated: tuple[Socke
 
 
 @given(units(), units(name="qrexec-connect-tcp@5678.socket"), st.randoms())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_no_passed_socket_ever_goes_to_the_qube_of_another_unit(
     one: tuple[SocketUnit, list[Loaded]], two: tuple[SocketUnit, list[Loaded]], rng: object
 ) -> None:
