@@ -259,7 +259,7 @@ def listen_variables(data: bytes) -> None:
         if "\0" not in value:
             os.environ[key] = value.replace("SELF", str(os.getpid()))
     try:
-        found = serve._sockets("my.Rpc")
+        found = serve._sockets()
     except UsageProblem as error:
         assert str(error)
         return

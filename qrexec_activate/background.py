@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -33,8 +34,9 @@ class Background(Generic[T]):
         try:
             try:
                 said: object = (work(), None)
-            except ActivateError as error:
+            except (ActivateError, SystemExit) as error:
                 said = (None, error)
+            sys.stdout.flush()
             with open(writer, "wb") as file:
                 pickle.dump(said, file)
         except BaseException as error:

@@ -1,21 +1,25 @@
 """qrexec-activate serve: from the passed sockets to a running daemon.
 
-Asks systemd which file opened which socket, once, before anything is accepted; in a fork, while trio is imported,
-so that neither D-Bus nor its memory stays with a process that lives as long as a session.
+Reads the command line, and asks systemd which file opened which socket, once, before anything is accepted; in a fork,
+while trio is imported, so that neither click nor D-Bus stays with a process that lives as long as a session.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import sys
+from typing import TYPE_CHECKING
 
 from .background import Background
-from .errors import UsageProblem
+from .errors import ActivateError, BadName, UsageProblem
 from .passed import passed_sockets
 from .routes import Claim, PassedSocket, by_name, by_unit
-from .settings import Settings
 
-__all__ = ["serve"]
+if TYPE_CHECKING:
+    from .serve_options import Request
+
+__all__ = ["main"]
 
 HOW_TO_START = (
     "no socket was passed: this command is started by systemd when a connection comes, not by hand."
@@ -31,17 +35,14 @@ _PREFIXES = {
 }
 
 
-def _sockets(service: str) -> list[PassedSocket]:
+def _sockets() -> list[PassedSocket]:
     try:
-        passed = passed_sockets()
+        return passed_sockets()
     # SystemError: systemd-python 235 stumbles over names that are no UTF-8.
     except (OSError, ValueError, RuntimeError, SystemError) as error:
         raise UsageProblem(
             f"LISTEN_FDS, LISTEN_FDNAMES and the open descriptors do not agree ({error}); let systemd set them"
         ) from error
-    if not passed:
-        raise UsageProblem(HOW_TO_START.format(service=service, socket=_PREFIXES.get(service, "a socket unit")))
-    return passed
 
 
 def _started_by_manager() -> bool:
@@ -49,10 +50,14 @@ def _started_by_manager() -> bool:
     return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
 
 
-def _claims(
-    service: str, unit: str | None, argument: str | None, sockets: list[PassedSocket], by_manager: bool
-) -> tuple[list[Claim], float | None]:
-    """Decide on every socket; also returns how long systemd gives the service to stop, where it is known."""
+def _decide(sockets: list[PassedSocket], by_manager: bool) -> tuple[Request, list[Claim]]:
+    """Decide on every socket. In the fork only: it imports what the daemon does without."""
+    from .serve_options import parse
+
+    request = parse(sys.argv[2:])
+    service, unit, argument, settings = request
+    if not sockets:
+        raise UsageProblem(HOW_TO_START.format(service=service, socket=_PREFIXES.get(service, "a socket unit")))
     if unit is None:
         shared_name = len({socket.name for socket in sockets}) < len(sockets)
         if by_manager and (argument is None or shared_name):
@@ -60,24 +65,24 @@ def _claims(
                 "systemd gives all sockets of a unit one name, so a service unit must say which one it is:"
                 " add --unit %n to ExecStart="
             )
-        return by_name(service, argument or "", sockets), None
-    # In the fork only.
+        return request, by_name(service, argument or "", sockets)
+
     from . import manager
 
     with manager.open_manager(user=manager.runs_in_user_manager()) as systemd:
         units = systemd.socket_units(systemd.trigger_units(unit), only_active=True)
         claims = by_unit(service, units, sockets, systemd.specifiers())
-        timeout = systemd.stop_timeout(unit)
+        if (timeout := systemd.stop_timeout(unit)) is not None:
+            request = request._replace(settings=dataclasses.replace(settings, stop_timeout=timeout))
         systemd.reset_start_limit(unit)
-    return claims, timeout
+    return request, claims
 
 
-def serve(service: str, unit: str | None, argument: str | None, settings: Settings) -> None:
-    """Serve the passed sockets until told to stop; raises ActivateError where that cannot be done."""
-    sockets = _sockets(service)
+def _serve() -> None:
+    sockets = _sockets()
     # Asked here, as the fork is not the process that systemd has started.
     by_manager = _started_by_manager()
-    resolving = Background(lambda: _claims(service, unit, argument, sockets, by_manager))
+    decision = Background(lambda: _decide(sockets, by_manager))
     try:
         # Here and not above: this is what takes time while the fork asks systemd.
         import trio
@@ -85,13 +90,20 @@ def serve(service: str, unit: str | None, argument: str | None, settings: Settin
         from .daemon import Daemon
         from .journal import Log
     finally:
-        claims, stop_timeout = resolving.result()
-    if stop_timeout is not None:
-        settings = dataclasses.replace(settings, stop_timeout=stop_timeout)
+        request, claims = decision.result()
 
     async def run() -> None:
-        daemon = Daemon(service, settings, Log())
+        daemon = Daemon(request.service, request.settings, Log())
         daemon.add_listeners(sockets, claims)
         await daemon.run()
 
     trio.run(run)
+
+
+def main() -> None:
+    """Serve the passed sockets until told to stop. An error that a person can mend is one line."""
+    try:
+        _serve()
+    except ActivateError as error:
+        print(f"qrexec-activate: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, (UsageProblem, BadName)) else 1)
