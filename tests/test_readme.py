@@ -11,7 +11,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +34,20 @@ class Section:
     policy: list[str] = field(default_factory=list)
 
 
-def readme(title: str) -> Section:
+def port(wanted: int, *hosts: str) -> int:
+    """The README's port; another one where something on this machine listens there already."""
+    for number in (wanted, *range(wanted + 10_000, 65_536)):
+        with ExitStack() as stack, suppress(OSError):
+            for host in hosts:
+                stack.enter_context(socket.create_server((host, number)))
+            return number
+    raise AssertionError("no port is free")
+
+
+def readme(title: str, **replaced: object) -> Section:
     text = (ROOT / "README.md").read_text()
+    for old, new in replaced.items():
+        text = text.replace(old.removeprefix("_"), str(new))
     body = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     assert body, f"the README has no section {title!r}"
     section = Section()
@@ -124,15 +136,16 @@ def follow(machine: Machine, section: Section, change: Callable[[str], str] = la
 
 
 def test_two_qubes_one_port(machine: Machine) -> None:
-    section = readme("Two qubes, one port")
-    assert set(section.files) == {f"qrexec-connect-tcp@1234.socket.d/{qube}.conf" for qube in ("gitweb", "work")}
+    number = port(1234, "127.0.0.1", "127.0.0.2")
+    section = readme("Two qubes, one port", _1234=number)
+    assert set(section.files) == {f"qrexec-connect-tcp@{number}.socket.d/{qube}.conf" for qube in ("gitweb", "work")}
     assert [line.split()[0] for line in section.policy] == ["qubes.ConnectTCP"] * 2
     for qube in ("gitweb", "work"):
         machine.add_qube(qube)
-    with serving("gitweb", (machine.address("gitweb"), 1234)), serving("work", (machine.address("work"), 1234)):
+    with serving("gitweb", (machine.address("gitweb"), number)), serving("work", (machine.address("work"), number)):
         follow(machine, section)
-        assert ask(("127.0.0.1", 1234)).startswith("gitweb heard me")
-        assert ask(("127.0.0.2", 1234)).startswith("work heard me")
+        assert ask(("127.0.0.1", number)).startswith("gitweb heard me")
+        assert ask(("127.0.0.2", number)).startswith("work heard me")
 
 
 def test_split_ssh(machine: Machine) -> None:
@@ -160,12 +173,13 @@ def test_split_ssh(machine: Machine) -> None:
 
 
 def test_a_source_address_of_its_own(machine: Machine) -> None:
-    section = readme("A source address of its own")
+    number = port(2049, "127.0.0.1", "127.0.0.9")
+    section = readme("A source address of its own", _2049=number)
     nfs = machine.add_qube("nfs")
     (nfs / "rpc" / "qubes.ConnectTCPBind").symlink_to(ROOT / "rpc" / "qubes.ConnectTCPBind")
-    with serving("nfs", ("127.0.0.1", 2049)):
-        follow(machine, section, lambda text: text.replace("127.0.0.1:2049", "127.0.0.9:2049"))
-        assert ask(("127.0.0.9", 2049)) == "nfs heard me from 127.0.1.1"
+    with serving("nfs", ("127.0.0.1", number)):
+        follow(machine, section, lambda text: text.replace(f"127.0.0.1:{number}", f"127.0.0.9:{number}"))
+        assert ask(("127.0.0.9", number)) == "nfs heard me from 127.0.1.1"
 
 
 def test_your_own_rpc(machine: Machine) -> None:
@@ -178,13 +192,14 @@ def test_your_own_rpc(machine: Machine) -> None:
 
 
 def test_the_policy_lines_are_what_lets_the_calls_through(machine: Machine) -> None:
-    section = readme("Two qubes, one port")
+    number = port(1234, "127.0.0.1", "127.0.0.2")
+    section = readme("Two qubes, one port", _1234=number)
     section.policy = [line for line in section.policy if "gitweb" in line]
     for qube in ("gitweb", "work"):
         machine.add_qube(qube)
-    with serving("gitweb", (machine.address("gitweb"), 1234)), serving("work", (machine.address("work"), 1234)):
+    with serving("gitweb", (machine.address("gitweb"), number)), serving("work", (machine.address("work"), number)):
         follow(machine, section)
-        assert ask(("127.0.0.1", 1234)).startswith("gitweb heard me")
+        assert ask(("127.0.0.1", number)).startswith("gitweb heard me")
         with pytest.raises(ConnectionResetError):
-            ask(("127.0.0.2", 1234))
+            ask(("127.0.0.2", number))
     assert "refused: by the policy in dom0" in machine.daemon_log.read_text()
