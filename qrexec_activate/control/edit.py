@@ -146,7 +146,8 @@ def _problems(now: Survey, unit: str, path: str, text: str) -> list[str]:
             continue
         if hindrance := obstacle(address, others, now.listening):
             problems.append(hindrance.words)
-    if not any(True for _ in assignments(text)) and text.strip():
+    says = [line for line in text.splitlines() if line.strip() and not line.strip().startswith(("[", "#", ";"))]
+    if says and next(assignments(text), None) is None:
         problems.append(
             "there is no setting in it: a unit file has lines like [Socket] and ListenStream=127.0.0.1:1234"
         )

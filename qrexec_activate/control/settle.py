@@ -28,8 +28,9 @@ def start(systemctl: Systemctl, unit: str, addresses: list[str]) -> None:
     try:
         systemctl.run("restart", unit)
     except ManagerError as error:
-        reason = why_not_started(addresses)
-        raise ActivateError(f"{unit} does not start: {reason}" if reason else str(error)) from None
+        if reason := why_not_started(addresses):
+            raise ActivateError(f"{unit} does not start: {reason}") from None
+        raise ActivateError(f"{error} ({systemctl.written('status', unit)} says more)") from None
 
 
 def why_not_started(addresses: list[str]) -> str:
