@@ -49,7 +49,7 @@ rpm:
 
 check-installed:
 	@tools/setup check
-	@.venv/bin/python -m pytest --installed tests/installed
+	@CHECK_INSTALLED=yes .venv/bin/python -m pytest tests/installed
 
 .PHONY: man completions install-client install-client-python install-client-data install-service
 

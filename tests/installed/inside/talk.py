@@ -1,0 +1,23 @@
+"""talk.py HOST PORT | PATH: connect, and print a line that comes, then an answer for each line of stdin; empty at the end."""
+
+import signal
+import socket
+import sys
+
+# Whatever happens, no test waits for ever.
+signal.alarm(120)
+if len(sys.argv) == 3:
+    sock = socket.create_connection((sys.argv[1], int(sys.argv[2])), 20)
+else:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(20)
+    sock.connect(sys.argv[1])
+with sock, sock.makefile("rw") as stream:
+    try:
+        print(stream.readline().strip(), flush=True)
+        for line in sys.stdin:
+            stream.write(line)
+            stream.flush()
+            print(stream.readline().strip(), flush=True)
+    except OSError as error:
+        print(type(error).__name__, flush=True)

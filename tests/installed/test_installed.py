@@ -1,0 +1,283 @@
+"""The packages in a booted Debian: installed by apt, used as the README says, upgraded, removed.
+
+Run by `make check-installed`, as root: it takes minutes, and the first time it fetches a Debian. The tests of one
+Debian follow each other, as the days of a qube do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from container import ROOT, USERS, Container, why_impossible
+
+#: `yes`: do it, and fail where it cannot be done. `if-possible`: skip there.
+WANTED = os.environ.get("CHECK_INSTALLED", "")
+UPGRADE = "0.1.0+upgrade"
+
+pytestmark = pytest.mark.skipif(not WANTED, reason="make check-installed does this")
+
+
+@pytest.fixture(scope="session")
+def possible() -> None:
+    if problem := why_impossible():
+        if WANTED == "if-possible":
+            pytest.skip(problem)
+        pytest.fail(problem)
+
+
+def build(folder: Path, *version: str) -> list[Path]:
+    subprocess.run([ROOT / "tools/build-deb", folder, *version], check=True, timeout=600)
+    return sorted(folder.glob("*.deb"))
+
+
+@pytest.fixture(scope="session")
+def debs(possible: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return build(tmp_path_factory.mktemp("debs"))
+
+
+@pytest.fixture(scope="session")
+def newer_debs(possible: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return build(tmp_path_factory.mktemp("newer"), UPGRADE)
+
+
+@pytest.fixture(scope="module", params=["bookworm", "trixie"])
+def debian(
+    request: pytest.FixtureRequest, debs: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Container]:
+    """A Debian with the packages; the first test boots it."""
+    container = Container(request.param, tmp_path_factory.mktemp(request.param))
+    container.install(debs)
+    container.prepare()
+    yield container
+    container.shut_down()
+
+
+def readme_section(title: str) -> str:
+    return (ROOT / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def do_as_the_readme_says(debian: Container, title: str) -> None:
+    """Write the files of a section that are for the client qube, and run its systemctl commands."""
+    path, text, commands = "", "", []
+    for line in [*readme_section(title).splitlines(), "."]:
+        if header := re.fullmatch(r"    # (?:(\w+): )?~/(\S+)", line) or not line.startswith("    ") and line:
+            if path:
+                debian.write(path, text, user="user")
+            path, text = "", ""
+            if isinstance(header, re.Match) and header[1] in (None, "work"):
+                path = f"/home/user/{header[2]}"
+        elif line.startswith("    systemctl --user"):
+            if path:
+                debian.write(path, text, user="user")
+            path, text = "", ""
+            commands.append(line.split())
+        elif path:
+            text += line[4:] + "\n"
+    assert commands, f"the README says nothing to do in {title}"
+    debian.user_systemctl("daemon-reload")
+    for command in commands:
+        # That is for the other qube.
+        if "gpg-agent-ssh.socket" not in command:
+            debian.run(*command, user="user")
+
+
+def daemon(debian: Container, prefix: str = "qrexec-connect-tcp", user: str = "user") -> str:
+    return debian.user_systemctl("show", "--value", "-p", "MainPID", f"{prefix}.service", user=user).strip()
+
+
+def drop_in(address: str, qube: str) -> str:
+    return f"[Socket]\nListenStream={address}\nFileDescriptorName={qube}\n"
+
+
+def add_route(debian: Container, unit: str, address: str, qube: str, user: str = "user") -> None:
+    debian.write(f"/home/{user}/.config/systemd/user/{unit}.d/{qube}.conf", drop_in(address, qube), user=user)
+    debian.user_systemctl("daemon-reload", user=user)
+    debian.user_systemctl("enable", "--now", unit, user=user)
+
+
+# -- the first day: an app qube
+
+
+def test_installing_enables_nothing(debian: Container) -> None:
+    debian.boot(read_only=True)
+    assert debian.run("qrexec-activate", "--version") == f"qrexec-activate {(ROOT / 'version').read_text()}"
+    for user in USERS:
+        assert debian.user_systemctl("list-units", "--all", "--no-legend", "qrexec-*", user=user) == ""
+    assert debian.run("systemctl", "list-units", "--all", "--no-legend", "qrexec-connect-*") == ""
+    assert debian.run("dpkg", "--verify", "qrexec-activate", "qrexec-activate-services") == ""
+
+
+def test_the_root_file_system_is_that_of_an_app_qube(debian: Container) -> None:
+    for folder in ("/etc", "/usr", "/opt"):
+        assert "Read-only" in debian.run("touch", f"{folder}/x", check=False)
+    debian.run("touch", "/rw/x", "/var/x", "/run/x", "/tmp/x")
+    debian.run("touch", "/home/user/x", user="user")
+
+
+def test_two_qubes_one_port(debian: Container) -> None:
+    do_as_the_readme_says(debian, "Two qubes, one port")
+    assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
+    assert debian.ask("127.0.0.2", "1234").startswith("work to ")
+
+
+def test_split_ssh_as_in_the_readme(debian: Container) -> None:
+    do_as_the_readme_says(debian, "Split SSH")
+    assert debian.ask("/run/user/1000/qrexec/gpg-agent-ssh") == "vault to a unix socket"
+
+
+def test_a_source_address_of_its_own(debian: Container) -> None:
+    do_as_the_readme_says(debian, "A source address of its own")
+    assert debian.ask("127.0.0.1", "2049") == "nfs to 127.0.1.1"
+
+
+def test_an_rpc_of_ones_own(debian: Container) -> None:
+    do_as_the_readme_says(debian, "Your own RPC")
+    assert debian.ask("/run/user/1000/backup") == "archive to a unix socket"
+
+
+def test_the_commands_of_the_control_plane(debian: Container) -> None:
+    def command(*arguments: str, check: bool = True) -> str:
+        return debian.run("qrexec-activate", *arguments, user="user", check=check)
+
+    command("add", "tcp", "80", "web", "--listen", "127.0.0.1:8080")
+    assert debian.ask("127.0.0.1", "8080").startswith("web to ")
+    assert "8080" in command("list")
+    command("remove", "tcp", "80", "web")
+    assert "8080" not in command("list")
+    assert "Refused" in debian.ask("127.0.0.1", "8080", check=False)
+
+
+def test_a_port_under_1024_for_the_whole_qube(debian: Container) -> None:
+    # In an app qube /etc does not last, and a runtime drop-in is what rc.local would write.
+    debian.write("/run/systemd/system/qrexec-connect-tcp@80.socket.d/web.conf", drop_in("127.0.0.1:80", "web"))
+    debian.run("systemctl", "daemon-reload")
+    debian.run("systemctl", "start", "qrexec-connect-tcp@80.socket")
+    assert debian.ask("127.0.0.1", "80", user="other").startswith("web to ")
+    pid = debian.run("systemctl", "show", "--value", "-p", "MainPID", "qrexec-connect-tcp.service").strip()
+    status = dict(line.split(":\t", 1) for line in debian.run("cat", f"/proc/{pid}/status").splitlines() if ":\t" in line)
+    who = debian.run("id", "--user", "qrexec-activate").strip()
+    assert status["Uid"].split() == [who] * 4
+    assert status["Groups"].split() == [debian.run("getent", "group", "qubes").split(":")[2]]
+    assert {status[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    assert status["NoNewPrivs"] == "1"
+    assert debian.run("tail", "-n", "1", "/var/lib/pretend/callers").startswith("qrexec-activate ")
+
+
+def test_no_number_of_changes_makes_a_system_socket_fail(debian: Container) -> None:
+    # Fewer starts than the unit allows, so that it takes less time to do more than that.
+    debian.write("/run/systemd/system/qrexec-connect-tcp.service.d/few.conf", "[Unit]\nStartLimitBurst=3\n")
+    debian.run("systemctl", "daemon-reload")
+    for _ in range(8):
+        debian.run("systemctl", "restart", "qrexec-connect-tcp@80.socket")
+        assert debian.ask("127.0.0.1", "80").startswith("web to ")
+    assert debian.run("systemctl", "is-failed", "qrexec-connect-tcp.service", check=False).strip() != "failed"
+
+
+# -- the second day: a standalone qube, or the template itself
+
+
+def test_a_reboot_finds_the_routes_back(debian: Container) -> None:
+    debian.boot(read_only=False)
+    assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
+    assert debian.ask("127.0.0.2", "1234").startswith("work to ")
+    assert debian.ask("/run/user/1000/qrexec/gpg-agent-ssh") == "vault to a unix socket"
+    assert debian.ask("127.0.0.1", "2049") == "nfs to 127.0.1.1"
+    assert debian.ask("/run/user/1000/backup") == "archive to a unix socket"
+
+
+def test_an_upgrade_loses_no_connection_and_leaves_no_old_daemon(debian: Container, newer_debs: list[Path]) -> None:
+    add_route(debian, "qrexec-connect-tcp@1234.socket", "127.0.0.3:1234", "work", user="other")
+    debian.write(
+        "/etc/systemd/system/qrexec-connect-tcp@80.socket.d/web.conf", drop_in("127.0.0.1:80", "web")
+    )
+    debian.run("systemctl", "daemon-reload")
+    debian.run("systemctl", "enable", "--now", "qrexec-connect-tcp@80.socket")
+    with (
+        debian.talk("127.0.0.1", "1234") as one,
+        debian.talk("127.0.0.3", "1234", user="other") as two,
+        debian.talk("/run/user/1000/backup") as three,
+        debian.talk("127.0.0.1", "80") as four,
+    ):
+        talks = [one, two, three, four]
+        assert [talk.greeting.split()[0] for talk in talks] == ["gitweb", "work", "archive", "web"]
+        before = old_daemons(debian)
+        assert "0" not in before
+        debian.put_while_booted(newer_debs)
+        debian.run("sh", "-ec", "apt-get install --yes --no-download /root/*upgrade*.deb")
+        assert UPGRADE in debian.run("qrexec-activate", "--version")
+        assert [talk.echo("still there") for talk in talks] == ["still there"] * 4
+        assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
+        assert debian.ask("127.0.0.3", "1234", user="other").startswith("work to ")
+        assert debian.ask("/run/user/1000/backup").startswith("archive to ")
+        assert debian.ask("127.0.0.1", "80").startswith("web to ")
+        after = old_daemons(debian)
+        assert "0" not in after
+        assert not set(before) & set(after)
+        assert [talk.echo("and now") for talk in talks] == ["and now"] * 4
+    for user in USERS:
+        assert debian.user_systemctl("is-enabled", "qrexec-connect-tcp@1234.socket", user=user) == "enabled\n"
+    assert debian.run("systemctl", "is-enabled", "qrexec-connect-tcp@80.socket") == "enabled\n"
+
+
+def old_daemons(debian: Container) -> list[str]:
+    return [
+        daemon(debian),
+        daemon(debian, user="other"),
+        daemon(debian, "my-rpc"),
+        debian.run("systemctl", "show", "--value", "-p", "MainPID", "qrexec-connect-tcp.service").strip(),
+    ]
+
+
+def test_an_upgrade_waits_for_connections_that_go_through_pipes(debian: Container) -> None:
+    relay = "[Service]\nEnvironment=QREXEC_ACTIVATE_RELAY=splice\n"
+    debian.write("/home/user/.config/systemd/user/qrexec-connect-tcp.service.d/relay.conf", relay, user="user")
+    debian.user_systemctl("daemon-reload")
+    debian.user_systemctl("stop", "qrexec-connect-tcp.service")
+    with debian.talk("127.0.0.1", "1234") as talk:
+        before = daemon(debian)
+        said = debian.run("sh", "-ec", "apt-get install --yes --no-download --reinstall /root/*upgrade*.deb")
+        assert "qrexec-connect-tcp.service (/run/user/1000)" in said
+        time.sleep(6)  # TimeoutStopSec= and more
+        assert talk.echo("still there") == "still there"
+        assert daemon(debian) == before
+
+
+def test_removal_leaves_no_unit_and_breaks_no_login(debian: Container) -> None:
+    debian.run("apt-get", "remove", "--yes", "qrexec-activate", "qrexec-activate-services")
+    for user in USERS:
+        active = debian.user_systemctl("list-units", "--no-legend", "--plain", "--state=active", "qrexec-*", user=user)
+        assert active == ""
+        debian.user_systemctl("daemon-reload", user=user)
+        assert "qrexec-connect" not in debian.user_systemctl("list-unit-files", user=user, check=False).replace(
+            # What the user has enabled, and what a drop-in's folder is named for, is the user's own.
+            "qrexec-connect-tcp@1234.socket", ""
+        )
+    assert debian.run("systemctl", "list-units", "--no-legend", "--state=active", "qrexec-connect-*") == ""
+    assert "ConnectionRefused" in debian.ask("127.0.0.1", "1234", check=False)
+    assert debian.run("find", "/usr", "-name", "*qrexec-connect*") == ""
+    debian.run("systemctl", "restart", "user@1000.service")
+    assert debian.user_systemctl("is-system-running", check=False).strip() == "running"
+
+
+def test_purging_leaves_the_users_own_files_alone(debian: Container) -> None:
+    mine = debian.run("sh", "-ec", "cd /home; find . -path '*systemd*' | sort; cat */.config/systemd/user/*.d/*.conf")
+    debian.run("apt-get", "purge", "--yes", "qrexec-activate", "qrexec-activate-services")
+    found = "find /etc /usr /var/lib/systemd -name '*qrexec-connect*' -o -name '*qrexec-activate*' -o -name 'qubes.Con*'"
+    left = debian.run("sh", "-ec", found).split()
+    # An administrator's own drop-in.
+    assert left == ["/etc/systemd/system/qrexec-connect-tcp@80.socket.d"]
+    assert mine == debian.run(
+        "sh", "-ec", "cd /home; find . -path '*systemd*' | sort; cat */.config/systemd/user/*.d/*.conf"
+    )
+
+
+def test_installing_again_finds_the_routes_back(debian: Container) -> None:
+    debian.run("sh", "-ec", "apt-get install --yes --no-download /root/*upgrade*.deb")
+    debian.run("systemctl", "restart", "user@1000.service")
+    assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
