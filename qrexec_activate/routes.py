@@ -182,9 +182,10 @@ class _Loaded:
         key = address_key(shown)
         if key is None:
             return []
-        if key[:2] == ("ip", "0.0.0.0") and key not in self.owners:
+        bare = ("ip", "::", key[2])
+        if key[:2] == ("ip", "0.0.0.0") and key not in self.owners and bare not in self.opened:
             # A bare port is IPv6 any, or IPv4 any where the kernel has no IPv6.
-            return [owner for owner in self.owners.get(("ip", "::", key[2]), []) if not owner.address.startswith("[")]
+            return [owner for owner in self.owners.get(bare, []) if not owner.address.startswith("[")]
         return self.owners.get(key, [])
 
     def decide(self, kind: str, address: str) -> Claim:
@@ -268,7 +269,7 @@ class _Loaded:
         """
         return (
             len(self.declared.untrusted) == 1
-            and None not in self.owners
+            and all(key is not None and key in self.opened for key in self.owners)
             and bool(self.strays)
             and all(only_adds(file) for file in doubts)
         )

@@ -342,6 +342,21 @@ def test_a_changed_file_beside_one_in_a_strange_form_refuses_what_came_before_it
         assert "was changed" in reason(claim)
 
 
+def test_a_changed_file_beside_an_address_that_systemd_prints_strangely_refuses_what_came_before_it() -> None:
+    other = changed(WORK, "ListenStream=127.0.0.3:1234", "FileDescriptorName=work")
+    third = drop_in("a", "ListenStream=127.0.0.2:1234", "FileDescriptorName=a")
+    for claim in decide(unit(GITWEB, third, other, listen=("127.0.0.1:1234", "new-kind:1"), fd_name="work")):
+        assert "was changed" in reason(claim)
+
+
+def test_ipv4_any_of_a_changed_file_does_not_pass_for_the_bare_port_of_another() -> None:
+    six = drop_in("a", "ListenStream=1234", "FileDescriptorName=six")
+    four = changed(drop_in("b"), "ListenStream=0.0.0.0:1234", "FileDescriptorName=four")
+    served, refused = decide(unit(six, four, listen=["[::]:1234", "0.0.0.0:1234"], fd_name="four"))
+    assert target(served) == "six"
+    assert "/d/b.conf was changed" in reason(refused)
+
+
 def test_a_name_for_the_whole_unit_counts_beside_a_changed_file_only_if_systemd_has_it() -> None:
     fragment = SourceFile("/units/x.socket", text("FileDescriptorName=home"))
     bare = drop_in("z", "ListenStream=127.0.0.1:1234")
