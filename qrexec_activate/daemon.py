@@ -219,9 +219,9 @@ class Daemon:
                     nursery.start_soon(self._look_after_setups)
                     nursery.start_soon(self._report)
                     nursery.start_soon(self._adopt)
-                    sd_daemon.notify(f"READY=1\nSTATUS={self.status()}")
+                    _notify(f"READY=1\nSTATUS={self.status()}")
                     await self._accept()
-                sd_daemon.notify("STOPPING=1")
+                _notify("STOPPING=1")
                 await self._wind_up()
                 nursery.cancel_scope.cancel()
         for connection in self.connections:
@@ -430,7 +430,7 @@ class Daemon:
 
     def _feed_watchdog(self) -> None:
         if self._watchdog is not None:
-            sd_daemon.notify("WATCHDOG=1")
+            _notify("WATCHDOG=1")
 
     # ------------------------------------------------------------------ connections
 
@@ -631,10 +631,18 @@ class Daemon:
         while True:
             await self._status_changed.wait()
             self._status_changed = trio.Event()
-            if (status := self.status()) != self._last_status:
+            if (status := self.status()) != self._last_status and _notify(f"STATUS={status}"):
                 self._last_status = status
-                sd_daemon.notify(f"STATUS={status}")
             await trio.sleep(STATUS_INTERVAL)
+
+
+def _notify(state: str) -> bool:
+    """Tell systemd; False where the machine is too short of descriptors even for that, which is no reason to end."""
+    try:
+        sd_daemon.notify(state)
+    except OSError:
+        return False
+    return True
 
 
 def _count(number: int, thing: str) -> str:
