@@ -435,9 +435,7 @@ class Connection:
         if code is None or code < 0 or not self.look_if_established():
             return None
         with contextlib.suppress(OSError):
-            half_close(self._sock)
-            self._sock.setblocking(False)
-            if _drop_input(self._sock) and _unsent(self._sock):
+            if half_close(self._sock) and _drop_input(self._sock) and _unsent(self._sock):
                 return None
         self._host.setup_ends(self)
         outcome = self._over(Ending.CLIENT_EXITED, code)
@@ -534,7 +532,8 @@ class Connection:
         """
         said = child.said()
         if (
-            self._host.client.takes_socket is None
+            # Not whether that is known by now: several first calls may be under way.
+            child.kept_stderr
             and self.established_at is None
             and code == 2
             and _NO_OPTION in said
@@ -645,6 +644,9 @@ class Connection:
 
         async def pump_down() -> None:
             await pump(splice.pump_down)
+            # What is cut off must not look like an end.
+            if self._interrupted is not Ending.STOPPED:
+                half_close(self._sock)
             delivered.set()
 
         async with trio.open_nursery() as pumps:
@@ -653,8 +655,9 @@ class Connection:
             outcome = await self._tries()
             assert outcome is not None
             over = outcome.established and outcome.ending is Ending.CLIENT_EXITED
-            # What qrexec-client-vm wrote last is still in the pipe.
-            if over and not await self._unless_interrupted(delivered.wait):
+            # What qrexec-client-vm wrote last is still in the pipe. Once that is delivered, both sides are done, which
+            # looks like a hang-up.
+            if over and not (await self._unless_interrupted(delivered.wait) or delivered.is_set()):
                 outcome.ending = self._reason()
             pumps.cancel_scope.cancel()
         outcome.bytes_to_qube, outcome.bytes_from_qube = splice.to_qube, splice.from_qube
@@ -681,19 +684,23 @@ class Connection:
         Closing a TCP socket with unread input, or input that comes later, sends a reset that destroys what the
         client has not read yet. So what the client still sends is dropped here until it has everything.
         """
-        half_close(self._sock)
-        self._sock.setblocking(False)
+        if not half_close(self._sock):
+            return
         with trio.move_on_after(FAREWELL), contextlib.suppress(OSError):
             while _drop_input(self._sock) and _unsent(self._sock):
                 with trio.move_on_after(FAREWELL_LOOK):
                     await trio.lowlevel.wait_readable(self._sock)
 
 
+#: Where dropped bytes go.
+_NOWHERE = bytearray(1 << 16)
+
+
 def _drop_input(sock: socket.socket) -> bool:
     """Take and drop what has come; False once the client has half-closed."""
     for _ in range(64):
         try:
-            if not sock.recv(1 << 16):
+            if not sock.recv_into(_NOWHERE, 0, socket.MSG_DONTWAIT):
                 return False
         except BlockingIOError:
             return True

@@ -113,12 +113,11 @@ class Splice:
             await self._drop("up")
 
     async def pump_down(self) -> None:
-        """Move bytes from the child to the client until the child closes its stdout, then half-close the socket."""
+        """Move bytes from the child to the client until the child closes its stdout."""
         source, sink = self._ends["down"], self._sock.fileno()
         while count := await _move(source, sink, reading_socket=False):
             self.from_qube += count
             await trio.lowlevel.checkpoint()
-        half_close(self._sock)
 
 
 async def _move(source: int, sink: int, *, reading_socket: bool) -> int:
@@ -156,10 +155,12 @@ async def discard(sock: socket.socket) -> None:
             raise ClientGone from error
 
 
-def half_close(sock: socket.socket) -> None:
-    """Send FIN. A client that is gone already is no error here: whoever reads or writes next sees it."""
+def half_close(sock: socket.socket) -> bool:
+    """Send FIN; False where the socket is closed both ways already. A client that is gone is no error here."""
     try:
         sock.shutdown(socket.SHUT_WR)
     except OSError as error:
         if error.errno not in _GONE:
             raise
+        return False
+    return True
