@@ -28,11 +28,13 @@ PATIENCE = 60.0
 PROMPT = re.compile(r" {4}([a-z][a-z0-9-]*)\$ (.*)")
 VENDOR_UNITS = Path("/usr/lib/systemd/user")
 
-#: What qrexec-agent does for a script with force-user, and the loopback does not.
+#: What qrexec-agent does for a script with force-user, and the loopback does not: it runs in the qube's own manager, as
+#: the loopback itself runs confined in the daemon of the calling qube.
 AS_USER = """\
 #!/bin/sh
-exec setpriv --reuid={user} --regid={user} --init-groups --inh-caps=-all \
-    env HOME={run} XDG_RUNTIME_DIR={run} {script} "$@"
+export XDG_RUNTIME_DIR={run} DBUS_SESSION_BUS_ADDRESS=unix:path={run}/bus
+exec systemd-run --user --quiet --collect --wait --pipe --unit=qrexec-call-$$ --working-directory={home} \\
+    setpriv --reuid={user} --regid={user} --init-groups env HOME={home} {script} "$@"
 """
 
 _taken: set[str] = set()
@@ -106,10 +108,13 @@ class Qube:
                 place.write_text(self.local(path.read_text()))
                 place.chmod(path.stat().st_mode & 0o777)
                 if "StandardInput=socket\n" in place.read_text():
-                    # A machine sends what all services print to its log, by a drop-in that this one takes the place of.
-                    log = self.machine.directory / "units" / f"{place.name}.d" / "log.conf"
-                    log.parent.mkdir()
-                    log.write_text(f"[Service]\nStandardError=append:{self.machine.daemon_log}\n")
+                    self._answer(place.name)
+
+    def _answer(self, unit: str) -> None:
+        # A machine sends what all services print to its log, by a drop-in that this one takes the place of.
+        log = self.machine.directory / "units" / f"{unit}.d" / "log.conf"
+        log.parent.mkdir()
+        log.write_text(f"[Service]\nStandardError=append:{self.machine.daemon_log}\n")
 
     def add_service(self, name: str) -> None:
         """Give the qube one of this project's RPC services, reaching this qube's own 127.0.0.1."""
@@ -118,11 +123,18 @@ class Qube:
         script.chmod(0o755)
         shutil.copy(ROOT / "rpc" / "rpc-config" / name, self.rpc_config)
 
-    def force_user(self, service: str, user: str, run: Path, script: Path) -> None:
-        """Let calls of one service run as another user, whose runtime folder is `run`: an rpc-config says so."""
-        shim = self.rpc / service
-        shim.write_text(AS_USER.format(user=user, run=run, script=script))
-        shim.chmod(0o755)
+    def force_users(self, folder: Path) -> None:
+        """Do for services with force-user in rpc-config what qrexec-agent does, and the loopback does not.
+
+        They are copied to `folder`, which those users can read: a machine's own is closed to them.
+        """
+        self._answer("qrexec-call-.service")
+        for config in self.rpc_config.iterdir():
+            if user := re.search(r"^force-user=(\S+)$", config.read_text(), re.MULTILINE):
+                script = Path(shutil.copy(self.rpc / config.name, folder))
+                (self.rpc / config.name).write_text(
+                    AS_USER.format(user=user[1], home=folder, script=script, run=self.machine.runtime)
+                )
 
     def vendor_units(self, *names: str) -> None:
         """Units that a Debian package ships, which a private machine has not by itself."""

@@ -11,6 +11,7 @@ import pytest
 from recipe import Qube, Recipe, require
 
 MEBIBYTES = 100
+AUTHOR = ["-c", "user.name=Me", "-c", "user.email=me@work"]
 QUICKLY = [
     "-c",
     "core.compression=0",
@@ -64,6 +65,7 @@ def exchange(work: Qube, clone: str, source: Path) -> None:
 WAYS = {"git's daemon": "by-daemon", "ssh": "by-ssh", "HTTP, with gitweb": "by-http"}
 
 
+@pytest.mark.limit(300)
 @pytest.mark.parametrize("section", WAYS)
 def test_push_clone_and_fetch(recipe: Recipe, source: Path, section: str) -> None:
     clone = WAYS[section]
