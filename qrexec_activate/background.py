@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from .errors import ActivateError
@@ -19,12 +20,19 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """Runs `work` in a fork from construction on. Must be made before there are threads; result() must be called."""
+    """Runs `work` in a fork from construction on. Must be made before there are threads; result() must be called.
 
-    def __init__(self, work: Callable[[], T]) -> None:
+    The fork closes `without` at once: copies of listening sockets that outlived this process would keep systemd from
+    binding their addresses again. So that it gets to do so, SIGTERM waits until result() has returned.
+    """
+
+    def __init__(self, work: Callable[[], T], *, without: Iterable[int] = ()) -> None:
         self._reader, writer = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self._pid = os.fork()
         if self._pid == 0:
+            for fd in without:
+                os.close(fd)
             self._run(work, writer)
         os.close(writer)
 
@@ -49,6 +57,7 @@ class Background(Generic[T]):
         with open(self._reader, "rb") as file:
             said = file.read()
         os.waitpid(self._pid, 0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if not said:
             raise ActivateError("could not find out from systemd what to serve; see the line before")
         value: T

@@ -82,7 +82,7 @@ def _serve() -> None:
     sockets = _sockets()
     # Asked here, as the fork is not the process that systemd has started.
     by_manager = _started_by_manager()
-    decision = Background(lambda: _decide(sockets, by_manager))
+    decision = Background(lambda: _decide(sockets, by_manager), without=[socket.fd for socket in sockets])
     try:
         # Here and not above: this is what takes time while the fork asks systemd.
         import trio
