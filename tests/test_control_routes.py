@@ -324,6 +324,14 @@ def test_what_would_be_refused_is_not_written(desk: Desk, script: str, said: str
     assert desk.routes() == {f"127.0.0.1:{desk.port}": "gitweb"}
 
 
+def test_a_file_that_opens_no_address_can_be_edited_by_its_path(desk: Desk) -> None:
+    desk.run("add", "tcp", str(desk.port), "gitweb")
+    path = desk.drop_in(desk.tcp, "typo", "[Socket]", f"ListenStreem=127.0.0.2:{desk.port}", "FileDescriptorName=work")
+    printed = desk.run("edit", str(path), environment=editor(desk, 'sed -i s/Streem/Stream/ "$1"'))
+    assert printed == f"127.0.0.2:{desk.port} now reaches work, by qubes.ConnectTCP+{desk.port}\n"
+    assert desk.routes() == {f"127.0.0.1:{desk.port}": "gitweb", f"127.0.0.2:{desk.port}": "work"}
+
+
 def test_an_edit_that_changes_nothing_restarts_nothing(desk: Desk) -> None:
     desk.run("add", "tcp", str(desk.port), "gitweb")
     since = desk.machine.property(desk.tcp, "ActiveEnterTimestampMonotonic")

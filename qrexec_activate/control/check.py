@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
+import time
 
 import click
 
+from ..errors import ActivateError
 from ..unitfile import address_key
 from .checks import Level, Step, walk
+from .journalreader import records
 from .options import json_option, system_option
 from .survey import Entry, Survey
 from .table import BAD, DOUBTFUL, GOOD, print_json, printable, styled, with_short_paths
@@ -18,6 +23,8 @@ STYLES = {Level.OK: GOOD, Level.WARNING: DOUBTFUL, Level.ERROR: BAD}
 #: A call that is refused is reset within a fraction of a second; one that stays open so long has begun, or waits for
 #: a person's answer.
 TRY_PATIENCE = 5.0
+#: The record of a connection that has ended comes at once; where there is no journal, it never comes.
+RECORD_PATIENCE = 2.0
 
 
 @click.command(
@@ -48,7 +55,7 @@ def command(ctx: click.Context, tries: bool, yes: bool, quiet: bool, as_json: bo
     if tries and now is not None and (yes or as_json or _may_call(now)):
         for entry in now.entries:
             if not entry.refused and entry.listens:
-                steps.append(_try(entry))
+                steps.append(_try(entry, user=not system))
                 if not as_json:
                     _show(steps[-1], quiet)
     worst = max(step.level for step in steps)
@@ -96,12 +103,13 @@ def _may_call(now: Survey) -> bool:
     )
 
 
-def _try(entry: Entry) -> Step:
+def _try(entry: Entry, *, user: bool) -> Step:
     """Connect, send nothing, and see whether the connection lasts."""
     route = f"{entry.listener} → {entry.target} {entry.call}"
     mend = f"qrexec-activate logs {entry.listener}"
     try:
         with _connect(entry.listener) as sock:
+            peer = f"pid {os.getpid()} " if sock.family == socket.AF_UNIX else _written(sock.getsockname())
             sock.settimeout(TRY_PATIENCE)
             try:
                 # Some services greet; others wait for the client, and say nothing.
@@ -114,7 +122,29 @@ def _try(entry: Entry) -> Step:
         return Step("try", Level.ERROR, f"{route}: cannot connect: {error.strerror or error}", mend)
     if greeting:
         return Step("try", Level.OK, f"{route}: the service answers")
+    # A unix socket shows no reset to a client that has sent nothing, so the daemon's record has to tell.
+    if failure := _failure(entry, peer, user):
+        return Step("try", Level.ERROR, f"{route}: {failure}", mend)
     return Step("try", Level.WARNING, f"{route}: the service closed the connection without a word", mend)
+
+
+def _written(name: tuple[object, ...]) -> str:
+    host, port, *_ = name
+    return f"[{host}]:{port} " if ":" in str(host) else f"{host}:{port} "
+
+
+def _failure(entry: Entry, peer: str, user: bool) -> str:
+    """What the journal says of this connection, if its call was never established; empty if it was, or nobody knows."""
+    deadline = time.monotonic() + RECORD_PATIENCE
+    with contextlib.suppress(ActivateError):
+        while time.monotonic() < deadline:
+            with records(user=user, since=f"-{TRY_PATIENCE + RECORD_PATIENCE:.0f}s", latest_first=True) as found:
+                for record in found:
+                    fields = record.fields
+                    if fields.get("LISTENER") == entry.listener and f"{fields.get('PEER', '')} ".startswith(peer):
+                        return record.message.partition(f"{entry.call}: ")[2] if fields["ESTABLISHED"] == "0" else ""
+            time.sleep(0.1)
+    return ""
 
 
 def _connect(listener: str) -> socket.socket:

@@ -24,7 +24,7 @@ from typing import Any
 
 from ..errors import ActivateError
 from ..manager import Manager, open_manager
-from ..unitfile import AddressKey, address_key
+from ..unitfile import AddressKey, address_key, assignments, declared_listeners
 from .address import is_open_to_others
 from .journalreader import Record, records
 from .kinds import KINDS
@@ -50,6 +50,8 @@ LOOK_BACK = 500
 #: The exit code of qrexec-client-vm where policy refuses the call.
 REFUSED = "126"
 
+#: What refusals say where the files are right, and systemd has yet to read them.
+_STALE = re.compile(r"after systemd read it|has not read|is gone|as systemd has loaded|but systemd has loaded")
 _COMPLAINT = re.compile(r"(/[^:]+):(\d+): (.+)")
 
 
@@ -317,9 +319,8 @@ def _route(context: Context, entry: Entry) -> Step:
 
     written = context.systemctl.written
     if entry.refused:
-        by_reload = "daemon-reload" in entry.refused and "mend" not in entry.refused and "add File" not in entry.refused
-        mend = f"qrexec-activate edit {shlex.quote(entry.listener)}" if entry.file else ""
-        if by_reload or not mend:
+        mend = f"qrexec-activate edit {shlex.quote(entry.listener)}"
+        if not entry.file or _STALE.search(entry.refused):
             mend = f"{written('daemon-reload')} && {written('restart', entry.unit)}"
         return step(Level.ERROR, f"{entry.listener} is refused: {entry.refused}", mend)
     route = f"{entry.listener} → {entry.target} {entry.call}"
@@ -369,7 +370,8 @@ def _clashes(context: Context) -> Iterator[Step]:
     for key, entry in keyed:
         # Addresses exclude each other only where family and port, or the path, are the same.
         by_port.setdefault((key[0], key[2] if key[0] == "ip" else key[1]), []).append((key, entry))
-    found = False
+    # Within a unit, systemd itself tells no two of them apart, and the refusal has said so.
+    found = any("different qubes" in entry.refused for entry in context.now.entries)
     for group in by_port.values():
         for (one_key, one), (other_key, other) in combinations(group, 2):
             if one_key != other_key and not overlaps(one_key, other_key):
@@ -384,6 +386,24 @@ def _clashes(context: Context) -> Iterator[Step]:
             )
     if context.now.entries and not found:
         yield Step("routes", Level.OK, "no two routes claim one address")
+
+
+def _overrides(context: Context) -> Iterator[Step]:
+    """A file that names a qube and opens no address names it for all files before it, meant or not."""
+    for unit in context.now.units.values():
+        files = {file.path: file for file in unit.socket.files}
+        for one in declared_listeners(unit.socket.files).listeners:
+            if one.name is None or one.name.path == one.path:
+                continue
+            own = [item.value for item in assignments(files[one.path].text or "") if item.key == "FileDescriptorName"]
+            if own and own[-1] != one.name.text:
+                yield Step(
+                    "routes",
+                    Level.WARNING,
+                    f"{one.name.path} opens no address, so {one.address} reaches {one.name.text} and not {own[-1]},"
+                    f" which {one.path} names",
+                    f"qrexec-activate edit {shlex.quote(one.path)}",
+                )
 
 
 def _exposure(context: Context) -> Iterator[Step]:
@@ -547,6 +567,7 @@ _LOOKS: tuple[Callable[[Context], Iterator[Step]], ...] = (
     _syntax,
     _routes,
     _clashes,
+    _overrides,
     _exposure,
     _targets,
     _services,

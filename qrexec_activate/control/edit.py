@@ -23,7 +23,7 @@ from .dropins import finishing, locked, replace_file
 from .options import complete_routes, system_option
 from .select import select
 from .settle import is_active, start, stop
-from .survey import Daemon, Entry, Survey, foresee, read_file, source_files, survey, take_survey
+from .survey import Daemon, Survey, foresee, read_file, source_files, survey, take_survey
 from .systemctl import Systemctl
 from .table import short_path
 from .unitdirs import own_folder
@@ -49,7 +49,7 @@ def command(route: str, system: bool) -> None:
     you can edit it again, or leave the file as it was.
     """
     user = not system
-    path, unit = _file_of(select(survey(user=user).entries, [route]), route, own_folder(user=user))
+    path, unit = _file_of(survey(user=user), route, own_folder(user=user))
     before = read_file(path).text
     if before is None:
         raise ActivateError(f"{path} {read_file(path).problem}")
@@ -75,14 +75,24 @@ def command(route: str, system: bool) -> None:
                 raise ActivateError(f"{short_path(path)} is as it was")
 
 
-def _file_of(entries: list[Entry], route: str, folder: Path) -> tuple[str, str]:
+def _file_of(now: Survey, route: str, folder: Path) -> tuple[str, str]:
+    """Find the file that is meant, and its unit: also one that opens no address, which check may have complained of."""
+    path = Path(route).expanduser()
+    for unit in now.units.values():
+        if str(path) in (*(file.path for file in unit.socket.files), *unit.unread) and "@." not in path.parent.name:
+            return _checked(str(path), unit.name, folder)
+    entries = select(now.entries, [route])
     files = {(entry.file, entry.unit) for entry in entries if entry.file}
     if not files:
         raise UsageProblem(f"{route!r} has no file that could be edited; see systemctl cat {entries[0].unit}")
     if len(files) > 1:
         names = ", ".join(sorted({entry.listener for entry in entries}))
         raise UsageProblem(f"{route!r} may mean {len(files)} files: name one of {names}")
-    ((path, unit),) = files
+    ((file, unit_name),) = files
+    return _checked(file, unit_name, folder)
+
+
+def _checked(path: str, unit: str, folder: Path) -> tuple[str, str]:
     if not path.startswith(f"{folder}/"):
         raise UsageProblem(
             f"{path} is not among the units in {folder}: copy it there under the same name, and edit that"
