@@ -2,6 +2,7 @@
 # make check   everything that must be right before a change is published
 # make clean   remove what these made
 #
+# make bench   measure it next to what one would use otherwise: bench/results.md; seven minutes on a quiet machine
 # make fuzz    10 million random inputs for all that takes input from elsewhere, and the RPC services: hours
 # make soak    a load with faults, in which every client knows each byte that it must get; SOAK="--minutes 5"
 #
@@ -9,7 +10,7 @@
 # make check-installed                  install the debs in Debian 12 and 13, boot these, and try everything
 # make install-client, install-service  without a package manager; with DESTDIR= for one
 
-.PHONY: demo check clean fuzz soak deb rpm check-installed
+.PHONY: demo check clean bench fuzz soak deb rpm check-installed
 
 demo:
 	@tools/setup demo
@@ -18,6 +19,10 @@ demo:
 check:
 	@tools/setup check
 	@tools/check
+
+bench:
+	@tools/setup check
+	@.venv/bin/python -m bench
 
 # Guided by what the input covers where atheris is installed: .venv/bin/pip install atheris
 fuzz:
