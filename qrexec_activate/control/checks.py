@@ -511,12 +511,15 @@ def _known_qubes() -> set[str]:
 def _refused_lately(context: Context) -> set[str]:
     """Targets whose last call was refused, as far as the journal goes."""
     last: dict[str, Record] = {}
+    # The journal may hold records of another manager of the same user.
+    routes = {(entry.unit, entry.listener) for entry in context.now.entries}
     with contextlib.suppress(ActivateError), records(user=context.now.user, latest_first=True) as found:
         for count, record in enumerate(found):
             if count >= LOOK_BACK:
                 break
-            if record.connection:
-                last.setdefault(record.fields.get("QREXEC_TARGET", ""), record)
+            fields = record.fields
+            if record.connection and (fields.get("UNIT"), fields.get("LISTENER")) in routes:
+                last.setdefault(fields.get("QREXEC_TARGET", ""), record)
     return {
         target
         for target, record in last.items()
