@@ -166,6 +166,8 @@ class Container:
             for service in ("qubes.ConnectUnix", "qubes.ConnectTCPBind"):
                 (top / "rpc" / service).symlink_to(f"/etc/qubes-rpc/{service}")
                 (top / "rpc-config" / service).symlink_to(f"/etc/qubes/rpc-config/{service}")
+        # A socket gets the name of the call first, unless this says otherwise.
+        (pretend / "qubes/archive/rpc-config/my.Rpc").write_text("skip-service-descriptor=true\n")
         (pretend / "name").write_text("client\n")
         (pretend / "policy").write_text(POLICY)
         (pretend / "servers").write_text(json.dumps(SERVERS))
