@@ -5,7 +5,7 @@ from __future__ import annotations
 from recipe import Recipe, listens, require, until
 
 BROWSER = (
-    "chromium-headless-shell --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars --window-size=800,400 "
+    "chromium-headless-shell --no-sandbox --disable-gpu --disable-dev-shm-usage --window-size=800,400 "
     # A browser takes *.localhost for 127.0.0.1, which in here is another address.
     "--host-resolver-rules='MAP *.localhost 127.0.0.1' --virtual-time-budget=10000 --timeout=30000"
 )

@@ -1,4 +1,4 @@
-"""PostgreSQL: who is which role is decided by the kernel and the policy, by unix socket and TCP; a million rows pass."""
+"""PostgreSQL: the kernel and the policy decide who is which role, by unix socket and TCP; a million rows pass."""
 
 from __future__ import annotations
 
