@@ -54,7 +54,8 @@ rpm:
 
 check-installed:
 	@tools/setup check
-	@CHECK_INSTALLED=yes .venv/bin/python -m pytest tests/installed
+	@tools/packages-setup
+	@CHECK_INSTALLED=yes .venv/bin/python -m pytest tests/installed tests/test_packaging.py tests/test_man.py
 
 .PHONY: man completions install-client install-client-python install-client-data install-service
 
@@ -89,9 +90,9 @@ install-client-data: man completions
 	install -D -m 644 -t $(man_dir)/man8 build/man/qrexec-activate-serve.8
 	install -D -m 644 -t $(doc_dir) README.md $(wildcard SECURITY.md)
 	install -D -m 644 -t $(doc_dir)/docs docs/*.md
-	install -D -m 644 -t $(doc_dir)/examples/policy.d examples/policy.d/*
-	install -d $(doc_dir)/examples/salt
-	cp -R --no-preserve=mode,ownership,timestamps salt/. $(doc_dir)/examples/salt
+	install -d $(doc_dir)/examples
+	cp -R examples/. salt $(doc_dir)/examples
+	chmod -R u=rwX,go=rX $(doc_dir)/examples
 
 # Debian's zsh looks in vendor-completions, Fedora's in site-functions.
 ZSH_FOLDER ?= $(if $(wildcard /etc/debian_version),vendor-completions,site-functions)

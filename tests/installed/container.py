@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = Path(__file__).resolve().parent / "inside"
-CACHE = Path("/var/cache/qrexec-activate")
+CACHE = Path(os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate"))
 MIRROR = "http://deb.debian.org/debian"
 #: What is there before the packages; all else they have to bring along.
 BASE = "systemd,systemd-sysv,libpam-systemd,dbus"
@@ -67,8 +67,10 @@ def why_impossible() -> str | None:
         return "only root can boot a container: run it as root, or with sudo"
     for command in ("systemd-nspawn", "debootstrap", "nsenter", "unshare"):
         if shutil.which(command) is None:
-            return f"{command} is not installed: run tools/setup check"
-    tried = subprocess.run(["unshare", "-m", "sh", "-ec", _cgroup_script()], capture_output=True, text=True, check=False)
+            return f"{command} is not installed: run tools/packages-setup"
+    tried = subprocess.run(
+        ["unshare", "-m", "sh", "-ec", _cgroup_script()], capture_output=True, text=True, check=False
+    )
     return f"no cgroup2 can be mounted: {tried.stderr.strip()}" if tried.returncode else None
 
 

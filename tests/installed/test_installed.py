@@ -6,49 +6,21 @@ Debian follow each other, as the days of a qube do.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from container import ROOT, USERS, Container, why_impossible
-
-#: `yes`: do it, and fail where it cannot be done. `if-possible`: skip there.
-WANTED = os.environ.get("CHECK_INSTALLED", "")
-UPGRADE = "0.1.0+upgrade"
+from container import ROOT, USERS, Container
+from debs import UPGRADE, WANTED
 
 pytestmark = pytest.mark.skipif(not WANTED, reason="make check-installed does this")
 
 
-@pytest.fixture(scope="session")
-def possible() -> None:
-    if problem := why_impossible():
-        if WANTED == "if-possible":
-            pytest.skip(problem)
-        pytest.fail(problem)
-
-
-def build(folder: Path, *version: str) -> list[Path]:
-    subprocess.run([ROOT / "tools/build-deb", folder, *version], check=True, timeout=600)
-    return sorted(folder.glob("*.deb"))
-
-
-@pytest.fixture(scope="session")
-def debs(possible: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return build(tmp_path_factory.mktemp("debs"))
-
-
-@pytest.fixture(scope="session")
-def newer_debs(possible: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return build(tmp_path_factory.mktemp("newer"), UPGRADE)
-
-
 @pytest.fixture(scope="module", params=["bookworm", "trixie"])
 def debian(
-    request: pytest.FixtureRequest, debs: list[Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, possible: None, debs: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Container]:
     """A Debian with the packages; the first test boots it."""
     container = Container(request.param, tmp_path_factory.mktemp(request.param))
@@ -66,7 +38,7 @@ def do_as_the_readme_says(debian: Container, title: str) -> None:
     """Write the files of a section that are for the client qube, and run its systemctl commands."""
     path, text, commands = "", "", []
     for line in [*readme_section(title).splitlines(), "."]:
-        if header := re.fullmatch(r"    # (?:(\w+): )?~/(\S+)", line) or not line.startswith("    ") and line:
+        if header := re.fullmatch(r"    # (?:(\w+): )?~/(\S+)", line) or (not line.startswith("    ") and line):
             if path:
                 debian.write(path, text, user="user")
             path, text = "", ""
@@ -160,7 +132,9 @@ def test_a_port_under_1024_for_the_whole_qube(debian: Container) -> None:
     debian.run("systemctl", "start", "qrexec-connect-tcp@80.socket")
     assert debian.ask("127.0.0.1", "80", user="other").startswith("web to ")
     pid = debian.run("systemctl", "show", "--value", "-p", "MainPID", "qrexec-connect-tcp.service").strip()
-    status = dict(line.split(":\t", 1) for line in debian.run("cat", f"/proc/{pid}/status").splitlines() if ":\t" in line)
+    status = dict(
+        line.split(":\t", 1) for line in debian.run("cat", f"/proc/{pid}/status").splitlines() if ":\t" in line
+    )
     who = debian.run("id", "--user", "qrexec-activate").strip()
     assert status["Uid"].split() == [who] * 4
     groups = {debian.run("getent", "group", name).split(":")[2] for name in ("qubes", "qrexec-activate")}
@@ -194,9 +168,7 @@ def test_a_reboot_finds_the_routes_back(debian: Container) -> None:
 
 def test_an_upgrade_loses_no_connection_and_leaves_no_old_daemon(debian: Container, newer_debs: list[Path]) -> None:
     add_route(debian, "qrexec-connect-tcp@1234.socket", "127.0.0.3:1234", "work", user="other")
-    debian.write(
-        "/etc/systemd/system/qrexec-connect-tcp@80.socket.d/web.conf", drop_in("127.0.0.1:80", "web")
-    )
+    debian.write("/etc/systemd/system/qrexec-connect-tcp@80.socket.d/web.conf", drop_in("127.0.0.1:80", "web"))
     debian.run("systemctl", "daemon-reload")
     debian.run("systemctl", "enable", "--now", "qrexec-connect-tcp@80.socket")
     with (
@@ -257,7 +229,8 @@ def test_removal_leaves_no_unit_and_breaks_no_login(debian: Container) -> None:
         debian.user_systemctl("daemon-reload", user=user)
         assert "qrexec-connect" not in debian.user_systemctl("list-unit-files", user=user, check=False).replace(
             # What the user has enabled, and what a drop-in's folder is named for, is the user's own.
-            "qrexec-connect-tcp@1234.socket", ""
+            "qrexec-connect-tcp@1234.socket",
+            "",
         )
     assert debian.run("systemctl", "list-units", "--no-legend", "--state=active", "qrexec-connect-*") == ""
     assert "ConnectionRefused" in debian.ask("127.0.0.1", "1234", check=False)
@@ -269,7 +242,9 @@ def test_removal_leaves_no_unit_and_breaks_no_login(debian: Container) -> None:
 def test_purging_leaves_the_users_own_files_alone(debian: Container) -> None:
     mine = debian.run("sh", "-ec", "cd /home; find . -path '*systemd*' | sort; cat */.config/systemd/user/*.d/*.conf")
     debian.run("apt-get", "purge", "--yes", "qrexec-activate", "qrexec-activate-services")
-    found = "find /etc /usr /var/lib/systemd -name '*qrexec-connect*' -o -name '*qrexec-activate*' -o -name 'qubes.Con*'"
+    found = (
+        "find /etc /usr /var/lib/systemd -name '*qrexec-connect*' -o -name '*qrexec-activate*' -o -name 'qubes.Con*'"
+    )
     left = debian.run("sh", "-ec", found).split()
     # An administrator's own drop-in.
     assert left == ["/etc/systemd/system/qrexec-connect-tcp@80.socket.d"]

@@ -19,7 +19,9 @@ from pathlib import Path
 
 HERE = Path("/var/lib/pretend")
 AGENT = Path("/run/qubes/qrexec-agent.sock")
-CLIENT = "import sys; sys.path.insert(0, '/var/lib/pretend'); from qrexec_activate.loopback.client_vm import main; main()"
+CLIENT = (
+    "import sys; sys.path.insert(0, '/var/lib/pretend'); from qrexec_activate.loopback.client_vm import main; main()"
+)
 
 
 class Greeter(socketserver.BaseRequestHandler):

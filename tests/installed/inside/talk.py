@@ -1,4 +1,7 @@
-"""talk.py HOST PORT | PATH: connect, and print a line that comes, then an answer for each line of stdin; empty at the end."""
+"""talk.py HOST PORT | PATH: connect, and print a line that comes; then for each line of stdin the answer.
+
+An empty line stands for the end of the connection.
+"""
 
 import signal
 import socket

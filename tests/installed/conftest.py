@@ -1,0 +1,27 @@
+"""The packages, and whether this machine can try them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from container import why_impossible
+from debs import UPGRADE, WANTED, build
+
+
+@pytest.fixture(scope="session")
+def possible() -> None:
+    if problem := why_impossible():
+        if WANTED == "if-possible":
+            pytest.skip(problem)
+        pytest.fail(problem)
+
+
+@pytest.fixture(scope="session")
+def debs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return build(tmp_path_factory.mktemp("debs"))
+
+
+@pytest.fixture(scope="session")
+def newer_debs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return build(tmp_path_factory.mktemp("newer"), UPGRADE)

@@ -1,0 +1,19 @@
+"""The packages that the tests in this folder look at: built once, from this tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from container import ROOT
+
+#: `yes`: do it, and fail where it cannot be done. `if-possible`: skip there. Not set: skip all of it.
+WANTED = os.environ.get("CHECK_INSTALLED", "")
+UPGRADE = "0.1.0+upgrade"
+
+
+def build(folder: Path, *version: str) -> list[Path]:
+    """Build the Debian packages into a folder."""
+    subprocess.run([ROOT / "tools/build-deb", folder, *version], check=True, timeout=600)
+    return sorted(folder.glob("*.deb"))

@@ -1,0 +1,96 @@
+"""The packages as files: what they hold, that two builds are one, and what lintian and rpmlint say."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from container import ROOT
+from debs import WANTED, build
+
+pytestmark = pytest.mark.skipif(not WANTED, reason="make check-installed does this")
+
+
+def output(*argv: str | Path) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, f"{argv}:\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def files_of_deb(deb: Path) -> set[str]:
+    lines = output("dpkg-deb", "--contents", deb).splitlines()
+    return {line.split()[5][1:] for line in lines if not line.startswith("d")}
+
+
+def test_two_builds_are_one(debs: list[Path], tmp_path: Path) -> None:
+    def hashes(paths: list[Path]) -> dict[str, str]:
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+    again = build(tmp_path)
+    assert len(again) == 2
+    assert hashes(again) == hashes(debs)
+
+
+def test_lintian_finds_nothing(debs: list[Path]) -> None:
+    changes = next(debs[0].parent.glob("*.changes"))
+    said = output("lintian", "--allow-root", "--fail-on=error,warning", "--info", changes)
+    assert not re.findall("^[EW]:.*", said, re.MULTILINE)
+
+
+def test_the_service_side_needs_no_python(debs: list[Path]) -> None:
+    services = next(deb for deb in debs if deb.name.startswith("qrexec-activate-services"))
+    assert output("dpkg-deb", "--field", services, "Depends").strip() == "socat"
+    assert not [path for path in files_of_deb(services) if "python" in path]
+
+
+def test_nothing_is_taken_for_the_real_qrexec(debs: list[Path]) -> None:
+    for deb in debs:
+        for path in files_of_deb(deb):
+            assert "qrexec-client-vm" not in path
+            if "loopback" in path:
+                assert path.startswith("/usr/lib/python3/dist-packages/qrexec_activate/")
+
+
+def test_the_launcher_starts_at_once(debs: list[Path], tmp_path: Path) -> None:
+    output("dpkg-deb", "--extract", debs[1], tmp_path)
+    launcher = (tmp_path / "usr/bin/qrexec-activate").read_text()
+    assert launcher.startswith("#! /usr/bin/python3 -s\n")
+    assert "from qrexec_activate.__main__ import main" in launcher
+    assert "pkg_resources" not in launcher
+
+
+def comparable(paths: set[str]) -> set[str]:
+    """Paths as both kinds of packages have them: what each kind puts elsewhere by its own rules is put together."""
+    found = set()
+    for path in paths:
+        path = re.sub(r"/usr/lib/python3[^/]*/(dist|site)-packages", "/python", path)
+        path = path.replace("/zsh/site-functions/", "/zsh/vendor-completions/")
+        path = re.sub(r"(/usr/share/man/.*)\.gz$", r"\1", path)
+        if re.search(r"\.dist-info/|/(changelog|NEWS)[^/]*gz$|/copyright$|/usr/share/licenses/|__pycache__", path):
+            continue
+        found.add(path)
+    return found
+
+
+@pytest.fixture(scope="module")
+def rpms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rpms")
+    subprocess.run([ROOT / "tools/build-rpm", folder], check=True, timeout=600)
+    return folder
+
+
+def test_rpms_hold_what_debs_hold(debs: list[Path], rpms: Path) -> None:
+    for deb in debs:
+        name = deb.name.split("_")[0]
+        rpm = next(path for path in rpms.glob("*.noarch.rpm") if re.match(rf"{name}-\d", path.name))
+        lines = output("rpm", "--query", "--package", "--list", "--verbose", rpm).splitlines()
+        in_rpm = {line.split()[-1] for line in lines if not line.startswith("d")}
+        assert comparable(in_rpm) == comparable(files_of_deb(deb))
+
+
+def test_rpmlint_finds_nothing_that_is_not_explained(rpms: Path) -> None:
+    said = output("rpmlint", "--config", ROOT / "packaging/rpmlint.toml", *rpms.glob("*.rpm"), *rpms.glob("*.spec"))
+    assert " 0 errors, 0 warnings" in said, said

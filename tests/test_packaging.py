@@ -1,0 +1,47 @@
+"""What the packages say of themselves agrees, wherever it is written down."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from qrexec_activate.loopback import policy
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSION = (ROOT / "version").read_text().strip()
+
+
+def test_the_changelog_is_of_this_version() -> None:
+    assert (ROOT / "debian/changelog").read_text().startswith(f"qrexec-activate ({VERSION}) ")
+
+
+def test_both_kinds_of_packages_need_what_the_python_package_needs() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    # The one that has another name there.
+    needed = {re.split("[><=]", name)[0].replace("systemd-python", "systemd") for name in project["dependencies"]}
+    control = (ROOT / "debian/control").read_text()
+    depends = control.split("\nPackage: qrexec-activate\n")[1].split("\nRecommends:")[0]
+    assert {name.removeprefix("python3-") for name in re.findall(r"python3-\w+", depends)} == needed
+    # Fedora's generators read the metadata themselves; to build, it takes the same.
+    spec = (ROOT / "rpm_spec/qrexec-activate.spec.in").read_text()
+    assert set(re.findall(r"^BuildRequires: +python3-(\w+)", spec, re.MULTILINE)) - {"devel"} == needed
+
+
+def test_both_kinds_of_packages_recommend_the_qrexec_that_hands_over() -> None:
+    assert "Recommends: qubes-core-qrexec (>= 4.2.19)" in (ROOT / "debian/control").read_text()
+    spec = (ROOT / "rpm_spec/qrexec-activate.spec.in").read_text()
+    assert re.search(r"^Recommends: +qubes-core-qrexec-vm >= 4\.2\.19$", spec, re.MULTILINE)
+
+
+def test_example_policies_are_policies() -> None:
+    for path in (ROOT / "examples/policy.d").iterdir():
+        rules = policy.parse(path.read_text())
+        assert rules, path
+
+
+def test_qubes_builder_finds_what_it_builds() -> None:
+    text = (ROOT / ".qubesbuilder").read_text()
+    assert (ROOT / "debian/control").exists()
+    for spec in re.findall(r"- (rpm_spec/\S+)", text):
+        assert (ROOT / f"{spec}.in").exists()
