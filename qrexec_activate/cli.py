@@ -7,8 +7,6 @@ traceback, unless they ask with --debug.
 from __future__ import annotations
 
 import importlib
-import traceback
-from pathlib import Path
 
 import click
 
@@ -65,6 +63,7 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
     if not value or ctx.resilient_parsing:
         return
     from importlib import metadata
+    from pathlib import Path
 
     try:
         version = metadata.version("qrexec-activate")
@@ -98,6 +97,8 @@ def main() -> None:
         cli(prog_name="qrexec-activate", obj=invocation)
     except Exception as error:
         if invocation.debug:
+            import traceback
+
             traceback.print_exc()
         click.echo(f"qrexec-activate: {_in_words(error)}", err=True)
         raise SystemExit(2 if isinstance(error, (UsageProblem, BadName)) else 1) from None
