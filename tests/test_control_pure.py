@@ -117,6 +117,26 @@ def test_what_the_kernel_does_not_tell_is_not_known() -> None:
     assert now.holds("vsock::80") is None
 
 
+def test_a_port_that_needs_privileges_is_told_from_one_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("socket.socket.bind", bind)
+    wanted = addresses.parse_address("127.0.0.1:80", None, SPECIFIERS)
+    found = addresses.obstacle(wanted, [], Listening({}))
+    assert found is not None
+    assert found.trouble is addresses.Trouble.PRIVILEGED
+    assert "net.ipv4.ip_unprivileged_port_start" in found.words
+
+
+def test_a_file_that_is_no_socket_is_not_removed_for_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    wanted = addresses.parse_address(f"{tmp_path}/file", None, SPECIFIERS)
+    found = addresses.obstacle(wanted, [], Listening({}))
+    assert found is not None
+    assert "no socket" in found.words
+
+
 # ---------------------------------------------------------------------- names
 
 

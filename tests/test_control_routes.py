@@ -394,6 +394,27 @@ def test_without_routes_the_way_to_the_first_is_shown(desk: Desk) -> None:
     assert desk.json("list") == []
 
 
+def test_odd_things_among_the_units_are_passed_over(desk: Desk) -> None:
+    top = desk.machine.unit_dir
+    desk.run("add", "tcp", str(desk.port), "gitweb")
+    (top / "white space.socket").touch()
+    (top / ".socket").touch()
+    (top / "my-folder.socket").mkdir()
+    (top / "my-file.socket.d").touch()
+    (top / "my-loop.socket").symlink_to("my-loop.socket")
+    (top / "qrexec-connect-tcp@7.socket.d").mkdir()
+    (top / "qrexec-connect-tcp@7.socket.d" / "link.conf").symlink_to("/nowhere")
+    (top / "qrexec-connect-tcp@8.socket.d").mkdir()
+    (top / "qrexec-connect-tcp@8.socket.d" / "binary.conf").write_bytes(bytes(range(256)))
+    os.makedirs(os.fsencode(top) + b"/qrexec-connect-tcp@\xff.socket.d")
+    (top / "qrexec-connect-tcp@\udcff.socket.d" / "a.conf").write_text("[Socket]\nListenStream=%t/x\n")
+    desk.machine.systemctl("daemon-reload")
+    assert desk.routes() == {f"127.0.0.1:{desk.port}": "gitweb"}
+    for command in (["status"], ["check"], ["policy"], ["add", "tcp", str(desk.port), "work"], ["remove", "work"]):
+        assert desk.try_(*command).returncode in (0, 1, 2)
+    assert desk.routes() == {f"127.0.0.1:{desk.port}": "gitweb"}
+
+
 # ---------------------------------------------------------------------- errors, completion, output
 
 
