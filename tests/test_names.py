@@ -25,7 +25,7 @@ from qrexec_activate.names import (
 )
 
 #: Text that may hold lone surrogates, as undecodable bytes of a command line do.
-ANY_TEXT = st.text(st.characters(codec=None, exclude_categories=()), max_size=60)
+ANY_TEXT = st.text(st.characters(blacklist_categories=()), max_size=60)
 REAL_TEXT = st.text(max_size=60)
 QUBES = st.from_regex(r"[A-Za-z][A-Za-z0-9_.-]{0,30}", fullmatch=True)
 TARGETS = st.one_of(st.sampled_from(["@default", "@dispvm", "dom0"]), QUBES, QUBES.map("@dispvm:{}".format))

@@ -23,7 +23,7 @@ from qrexec_activate.unitfile import (
     written_key,
 )
 
-ANY_TEXT = st.text(st.characters(codec=None, exclude_categories=()), max_size=80)
+ANY_TEXT = st.text(st.characters(blacklist_categories=()), max_size=80)
 LINES = st.lists(
     st.sampled_from(
         [
