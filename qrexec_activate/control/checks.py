@@ -511,9 +511,11 @@ def _known_qubes() -> set[str]:
 def _refused_lately(context: Context) -> set[str]:
     """Targets whose last call was refused, as far as the journal goes."""
     last: dict[str, Record] = {}
-    # The journal may hold records of another manager of the same user.
     routes = {(entry.unit, entry.listener) for entry in context.now.entries}
-    with contextlib.suppress(ActivateError), records(user=context.now.user, latest_first=True) as found:
+    with (
+        contextlib.suppress(ActivateError),
+        records(user=context.now.user, control_group=context.now.control_group, latest_first=True) as found,
+    ):
         for count, record in enumerate(found):
             if count >= LOOK_BACK:
                 break

@@ -28,6 +28,7 @@ FIELDS = (
     "ESTABLISHED",
     "EXIT_CODE",
     "DURATION_USEC",
+    "_SYSTEMD_CGROUP",
     "_SYSTEMD_UNIT",
     "_SYSTEMD_USER_UNIT",
 )
@@ -61,9 +62,18 @@ class Record:
 
 @contextmanager
 def records(
-    *, user: bool, follow: bool = False, since: str | None = None, after: str | None = None, latest_first: bool = False
+    *,
+    user: bool,
+    control_group: str = "",
+    follow: bool = False,
+    since: str | None = None,
+    after: str | None = None,
+    latest_first: bool = False,
 ) -> Iterator[Iterator[Record]]:
-    """Yield the records of this manager's daemons; raises ActivateError where the journal cannot be read."""
+    """Yield the records of this manager's daemons; raises ActivateError where the journal cannot be read.
+
+    A user may have several managers; the control group tells them apart, where it is known.
+    """
     words = ["journalctl", "--quiet", "--no-pager", "--output=json", f"--output-fields={','.join(FIELDS)}"]
     words += ["--follow"] if follow else []
     words += ["--reverse"] if latest_first else []
@@ -80,7 +90,9 @@ def records(
     with process:
         try:
             assert process.stdout is not None
-            yield (record for line in process.stdout if (record := _parse(line)) and _is_of(record, user))
+            yield (
+                record for line in process.stdout if (record := _parse(line)) and _is_of(record, user, control_group)
+            )
             if process.poll():
                 assert process.stderr is not None
                 raise ActivateError(f"journalctl: {' '.join(process.stderr.read().split()) or process.returncode}")
@@ -112,9 +124,10 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _is_of(record: Record, user: bool) -> bool:
+def _is_of(record: Record, user: bool, control_group: str) -> bool:
     """Whether a record is of a daemon of the user's manager, or else of the system's."""
-    of_system = "_SYSTEMD_USER_UNIT" not in record.fields and record.fields.get("_SYSTEMD_UNIT", "").endswith(
-        ".service"
-    )
-    return user is not (of_system and not record.fields["_SYSTEMD_UNIT"].startswith("user@"))
+    fields = record.fields
+    if user and control_group and (own := fields.get("_SYSTEMD_CGROUP")):
+        return own.startswith(f"{control_group}/")
+    of_system = "_SYSTEMD_USER_UNIT" not in fields and fields.get("_SYSTEMD_UNIT", "").endswith(".service")
+    return user is not (of_system and not fields["_SYSTEMD_UNIT"].startswith("user@"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import click
 
+from ..errors import ManagerError
+from ..manager import open_manager
 from .journalreader import Record, records
 from .options import complete_routes, system_option
 from .table import BAD, DOUBTFUL, QUIET, printable, styled
@@ -42,7 +45,8 @@ def command(
         return everything or bool(record.connection) or record.is_warning
 
     newest = None
-    with records(user=not system, since=since, latest_first=True) as found:
+    group = _control_group(user=not system)
+    with records(user=not system, control_group=group, since=since, latest_first=True) as found:
         shown: list[Record] = []
         for record in found:
             newest = newest or record.cursor
@@ -53,9 +57,17 @@ def command(
     for record in reversed(shown):
         _show(record)
     if follow:
-        with records(user=not system, follow=True, after=newest) as found:
+        with records(user=not system, control_group=group, follow=True, after=newest) as found:
             for record in filter(is_wanted, found):
                 _show(record)
+
+
+def _control_group(*, user: bool) -> str:
+    """That of the manager; empty where it does not answer, which is when one wants the log all the more."""
+    with contextlib.suppress(ManagerError), open_manager(user=user) as manager:
+        (group,) = manager.manager_properties("ControlGroup")
+        return str(group or "")
+    return ""
 
 
 def _show(record: Record) -> None:

@@ -122,7 +122,10 @@ def _last_records(now: Survey) -> dict[tuple[str, str], Record]:
     last: dict[tuple[str, str], Record] = {}
     if not now.entries:
         return last
-    with contextlib.suppress(ActivateError), records(user=now.user, latest_first=True) as found:
+    with (
+        contextlib.suppress(ActivateError),
+        records(user=now.user, control_group=now.control_group, latest_first=True) as found,
+    ):
         for count, record in enumerate(found):
             if count >= LOOK_BACK:
                 break
