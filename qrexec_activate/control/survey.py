@@ -80,6 +80,8 @@ class Entry:
         names = {self.listener, self.unit, self.unit.removesuffix(".socket"), self.call, self.target, self.file}
         if self.instance:
             names.add(self.instance)
+        if self.file.endswith(".conf"):
+            names.add(PurePath(self.file).stem)
         return word in names
 
 
