@@ -16,8 +16,8 @@ from qrexec_activate.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
-    "qrexec-activate.1",
     "qrexec-activate-serve.8",
+    "qrexec-activate.1",
     "qrexec-connect@.socket.5",
     "qubes.ConnectTCPBind.8",
     "qubes.ConnectUnix.8",

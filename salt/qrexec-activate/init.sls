@@ -19,3 +19,7 @@ include:
 {% else %}
   - qrexec-activate.routes
 {% endif %}
+
+# For Salt it is an error to have nothing to do, as in a qube without a route.
+qrexec-activate:
+  test.nop: []

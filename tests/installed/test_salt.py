@@ -28,7 +28,7 @@ class Minion:
         self.folder = folder
         self.home = folder / "home"
         self.policies = folder / "policy.d"
-        for name in ("pillar", "conf", "root"):
+        for name in ("pillar", "conf", "root", "policy.d"):
             (folder / name).mkdir()
         (folder / "pillar/top.sls").write_text("base:\n  '*': [qrexec-activate, kind]\n")
         self.pillar(EXAMPLE.read_text())

@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 
 HERE = Path("/var/lib/pretend")
-AGENT = Path("/run/qubes/qrexec-agent.sock")
+AGENT = Path("/run/qubes/qrexec-agent")
 CLIENT = (
     "import sys; sys.path.insert(0, '/var/lib/pretend'); from qrexec_activate.loopback.client_vm import main; main()"
 )
