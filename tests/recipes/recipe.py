@@ -25,7 +25,7 @@ from qrexec_activate.loopback.machine import Machine, MachineError
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 PATIENCE = 60.0
-PROMPT = re.compile(r" {4}([a-z][a-z0-9-]*)\$ (.*)")
+PROMPT = re.compile(r" {4}([a-z][a-z0-9-]*)([$#]) (.*)")
 VENDOR_UNITS = Path("/usr/lib/systemd/user")
 
 #: What qrexec-agent does for a script with force-user, and the loopback does not: it runs in the qube's own manager, as
@@ -85,6 +85,8 @@ class Qube:
         self.host = free_host()
         self.environment = dict(machine.environment)
         self.etc = machine.directory / "etc"
+        #: What runs a command of root's, if anything can.
+        self.as_root: Callable[[str], str] | None = None
         self.rpc = self.etc / "qubes-rpc"
         self.rpc_config = self.etc / "qubes" / "rpc-config"
         for folder in (self.rpc, self.rpc_config):
@@ -268,14 +270,18 @@ class Recipe:
         assert section in texts, f"{self.folder.name}: its README has no section {section!r}"
         text = texts[section]
         found = [match.groups() for line in text.replace("\\\n", "").splitlines() if (match := PROMPT.fullmatch(line))]
-        return [(qube, " ".join(command.split())) for qube, command in found]
+        return [(f"{qube}{prompt}", " ".join(command.split())) for qube, prompt, command in found]
 
     def follow(self, section: str = "", timeout: float = PATIENCE) -> dict[str, str]:
         """Type what the README says, in its order; what each command printed."""
         said: dict[str, str] = {}
-        for qube, command in self.commands(section):
+        for prompt, command in self.commands(section):
+            qube = self.qubes[prompt[:-1]]
             try:
-                said[command] = self.qubes[qube].run(command, timeout=timeout)
+                if prompt.endswith("$"):
+                    said[command] = qube.run(command, timeout=timeout)
+                elif qube.as_root:
+                    said[command] = qube.as_root(command)
             except MachineError as error:
                 logs = "".join(f"\n-- log of {name}:\n{other.log[-2000:]}" for name, other in self.qubes.items())
                 raise MachineError(f"{error}{logs}") from None

@@ -1,0 +1,187 @@
+"""Asterisk 22 in a booted Debian sid: each of its three sockets starts it, and is reached from `work`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from recipe import EXAMPLES, PATIENCE, Recipe, require, until
+
+CACHE = Path(os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate")) / "recipes" / "asterisk"
+NEEDS_ROOT = "it boots a system in a container"
+#: A container in a machine that may itself be one: cgroups of its own, and all that it writes is gone afterwards.
+BOOT = """
+set -e
+mount -t tmpfs none {top}
+mkdir {top}/upper {top}/work {top}/root
+mount -t overlay overlay -o lowerdir={cache},upperdir={top}/upper,workdir={top}/work {top}/root
+cp -r {files}/. {top}/root/etc/
+umount -R /sys/fs/cgroup
+mount -t cgroup2 none /sys/fs/cgroup
+SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn --quiet -D {top}/root --machine={name} --register=no \
+    --keep-unit --private-network --kill-signal=SIGRTMIN+3 --console=pipe --boot
+"""
+MANAGER_LOGIN = (
+    b"Action: Login\r\nUsername: work\r\nSecret: work\r\n\r\nAction: CoreSettings\r\n\r\nAction: Logoff\r\n\r\n"
+)
+
+
+class Container:
+    """The booted system of the qube `pbx`."""
+
+    def __init__(self, folder: Path) -> None:
+        name = f"qa-{os.getpid()}"
+        script = BOOT.format(top=folder, cache=CACHE, files=EXAMPLES / "asterisk" / "pbx" / "etc", name=name)
+        self.log = folder.with_suffix(".log").open("wb")
+        self.process = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", script], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log
+        )
+        self.leader = 0
+
+    def wait(self) -> None:
+        until("the container boots", lambda: self.process.poll() is not None or self.find_leader())
+        if self.process.poll() is not None:
+            said = Path(self.log.name).read_text(errors="replace").strip().splitlines()[-1:]
+            pytest.skip(f"recipe asterisk: no container boots here: {said}")
+        until(
+            "systemd runs in it",
+            lambda: self.run("systemctl is-system-running", check=False).split()[:1] in (["running"], ["degraded"]),
+        )
+
+    def find_leader(self) -> int:
+        """The container's first process; systemd-nspawn has other children on its way there."""
+        children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
+        for pid in children.stdout.split():
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                if status.partition("NSpid:")[2].splitlines()[0].split()[1:] == ["1"] and "Name:\tsystemd\n" in status:
+                    self.leader = int(pid)
+        return self.leader
+
+    def run(self, command: str, *, check: bool = True) -> str:
+        argv = ["nsenter", f"--target={self.leader}", "--all", "/bin/sh", "-c", command]
+        result = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert not check or result.returncode == 0, f"pbx# {command}: {result.stderr}"
+        return result.stdout
+
+    def close(self) -> None:
+        if self.leader and self.process.poll() is None:
+            # As halt -p: its first process ends all others.
+            subprocess.run(["kill", "-s", "RTMIN+4", str(self.leader)], check=False)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def pbx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+    require("asterisk", "systemd-nspawn", "nsenter", "socat", str(CACHE), root=NEEDS_ROOT)
+    container = Container(tmp_path_factory.mktemp("pbx"))
+    try:
+        container.wait()
+        yield container
+    finally:
+        container.close()
+
+
+@pytest.fixture(scope="module")
+def recipe(pbx: Container) -> Iterator[Recipe]:
+    with Recipe("asterisk", substitutes={"/run/asterisk": f"/proc/{pbx.leader}/root/run/asterisk"}) as recipe:
+        qube = recipe["pbx"]
+        qube.as_root = pbx.run
+        # The container's loopback is not this machine's: its ports are reached by a socket.
+        (qube.rpc_config / "qubes.ConnectTCP").write_text("skip-service-descriptor=true\n")
+        for port in (5038, 8088):
+            bridge = qube.machine.directory / f"port-{port}"
+            argv = ["nsenter", f"--target={pbx.leader}", "--net", "socat"]
+            argv += [f"UNIX-LISTEN:{bridge},fork", f"TCP:127.0.0.1:{port}"]
+            process = subprocess.Popen(argv)
+            recipe.callback(process.wait)
+            recipe.callback(process.terminate)
+            (qube.rpc / f"qubes.ConnectTCP+{port}").symlink_to(bridge)
+            until("the port is bridged", bridge.exists)
+        recipe.follow("The exchange")
+        recipe.follow("Reach it")
+        yield recipe
+
+
+def ask(address: tuple[str, int] | str, question: bytes) -> str:
+    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as client:
+        client.settimeout(PATIENCE)
+        client.connect(address)
+        client.sendall(question)
+        answer = b""
+        while chunk := client.recv(1 << 16):
+            answer += chunk
+    return answer.decode(errors="replace")
+
+
+def state(pbx: Container) -> str:
+    return pbx.run("systemctl is-active asterisk.service", check=False).strip()
+
+
+@pytest.fixture
+def stopped(pbx: Container, recipe: Recipe) -> None:
+    if state(pbx) != "inactive":
+        # One that still starts is waited for: it does not end before.
+        pbx.run("systemctl start asterisk.service && systemctl stop asterisk.service")
+    assert state(pbx) == "inactive"
+
+
+def test_its_command_line(pbx: Container, recipe: Recipe, stopped: None) -> None:
+    path = str(recipe["work"].machine.runtime / "qrexec" / "asterisk.ctl")
+    # What `asterisk -rx` sends. Its commands come by and by while it starts.
+    until("it answers", lambda: "Asterisk 22" in ask(path, b"cli quit after core show version\0"))
+    until("it has started", lambda: state(pbx) == "active")
+    mode = pbx.run("stat --format='%U %G %a' /run/asterisk/asterisk.ctl").split()
+    assert mode == ["asterisk", "asterisk", "660"]
+
+
+def test_its_manager_interface(pbx: Container, recipe: Recipe, stopped: None) -> None:
+    answer = ask((recipe["work"].host, 5038), MANAGER_LOGIN)
+    assert "Authentication accepted" in answer
+    assert "AsteriskVersion: 22" in answer
+    until("it has started", lambda: state(pbx) == "active")
+
+
+def test_its_web_server(pbx: Container, recipe: Recipe, stopped: None) -> None:
+    answer = ask((recipe["work"].host, 8088), b"GET /httpstatus HTTP/1.0\r\nConnection: close\r\n\r\n")
+    assert "Asterisk HTTP Status" in answer
+    until("it has started", lambda: state(pbx) == "active")
+
+
+def test_stopping_does_not_start_it_again(pbx: Container, stopped: None) -> None:
+    pbx.run("systemctl start asterisk.service && systemctl stop asterisk.service && sleep 1")
+    assert state(pbx) == "inactive"
+    assert pbx.run("systemctl show --value -p ExecStop asterisk.service").strip() == ""
+
+
+def test_a_socket_that_it_does_not_use_is_reported(pbx: Container, stopped: None) -> None:
+    # All were used up to now.
+    assert "does not use it" not in pbx.run("journalctl --identifier=asterisk")
+    pbx.run("sed -i 's/^enabled = yes/enabled = no/' /etc/asterisk/http.conf && systemctl start asterisk.service")
+    said = pbx.run("journalctl --identifier=asterisk --priority=warning")
+    assert "asterisk-http.socket: Asterisk was given 127.0.0.1:8088 and does not use it" in said
+    assert "asterisk-manager.socket" not in said
+
+
+def test_its_units_are_well_formed(tmp_path: Path) -> None:
+    """Also where no container boots, as far as this machine's systemd can tell."""
+    require("asterisk", "systemd-analyze")
+    units = EXAMPLES / "asterisk" / "pbx" / "etc" / "systemd" / "system"
+    shutil.copytree(units, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "asterisk.service").write_text("[Service]\nType=notify\nExecStart=/bin/true\n")
+    (tmp_path / "asterisk.service.d" / "here.conf").write_text("[Service]\nExecStartPost=\n")
+    names = sorted(path.name for path in units.glob("*.socket"))
+    argv = ["systemd-analyze", "verify", "--man=no", *(str(tmp_path / name) for name in names)]
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    ours = [line for line in result.stderr.splitlines() if "asterisk" in line]
+    assert (len(names), ours) == (3, [])
