@@ -49,7 +49,7 @@ def desk(journal_machine: Machine) -> Iterator[Desk]:
         finally:
             server.shutdown()
             thread.join()
-            desk.tidy()
+            desk.leave()
 
 
 def until(what: str, condition: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ from qrexec_activate.loopback.machine import Machine
 def desk(shared_machine: Machine) -> Iterator[Desk]:
     desk = Desk(shared_machine)
     yield desk
-    desk.tidy()
+    desk.leave()
 
 
 # ---------------------------------------------------------------------- add
@@ -99,25 +99,25 @@ def test_the_system_manager_is_asked_for_its_own_folder(desk: Desk) -> None:
     assert "$ systemctl enable qrexec-connect-unix@notes.socket" in printed
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("tcp", "80x", "work"), "is no port"),
-        (("tcp", "080", "work"), "is no port"),
-        (("tcp", "1234", "9work"), "begins with a letter"),
-        (("tcp", "1234", "@adminvm"), "the keywords are"),
-        (("unix", ".hidden", "work"), "may not begin with a dot"),
-        (("unix", "a/b", "work"), "would silently turn into"),
-        (("tcp-bind", "2049", "work"), "is no PORT-ADDRESS"),
-        (("nope", "x", "work"), "add-rpc nope"),
-        (("tcp", "1234", "work", "--listen", "8080"), "open to other machines"),
-        (("tcp", "1234", "work", "--listen", "192.0.2.1"), "cannot be listened on"),
-        (("unix", "x", "work", "--listen", "/etc/passwd/x"), "cannot be made"),
-        (("tcp", "1234", "work", "--listen", "%t/" + "x" * 120), "too long"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_anything_is_written(desk: Desk, words: tuple[str, ...], said: str) -> None:
-    assert said in desk.fails("add", *words)
+IMPOSSIBLE = [
+    (("tcp", "80x", "work"), "is no port"),
+    (("tcp", "080", "work"), "is no port"),
+    (("tcp", "1234", "9work"), "begins with a letter"),
+    (("tcp", "1234", "@adminvm"), "the keywords are"),
+    (("unix", ".hidden", "work"), "may not begin with a dot"),
+    (("unix", "a/b", "work"), "would silently turn into"),
+    (("tcp-bind", "2049", "work"), "is no PORT-ADDRESS"),
+    (("nope", "x", "work"), "add-rpc nope"),
+    (("tcp", "1234", "work", "--listen", "8080"), "open to other machines"),
+    (("tcp", "1234", "work", "--listen", "192.0.2.1"), "cannot be listened on"),
+    (("unix", "x", "work", "--listen", "/etc/passwd/x"), "cannot be made"),
+    (("tcp", "1234", "work", "--listen", "%t/" + "x" * 120), "too long"),
+]
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(desk: Desk) -> None:
+    for words, said in IMPOSSIBLE:
+        assert said in desk.fails("add", *words), words
     assert desk.files() == set()
 
 
@@ -304,23 +304,23 @@ def test_editing_changes_the_right_file_and_restarts_its_unit(desk: Desk) -> Non
     assert desk.active() == set()
 
 
-@pytest.mark.parametrize(
-    ("script", "said"),
-    [
-        ('sed -i s/gitweb/-evil/ "$1"', "would take it for an option"),
-        ('echo nonsense >"$1"', "there is no setting in it"),
-        ("exit 3", "ended with exit code 3"),
-        ('sed -i /FileDesc/d "$1"', "no file sets FileDescriptorName="),
-    ],
-)
-def test_what_would_be_refused_is_not_written(desk: Desk, script: str, said: str) -> None:
+BAD_EDITS = [
+    ('sed -i s/gitweb/-evil/ "$1"', "would take it for an option"),
+    ('echo nonsense >"$1"', "there is no setting in it"),
+    ("exit 3", "ended with exit code 3"),
+    ('sed -i /FileDesc/d "$1"', "no file sets FileDescriptorName="),
+]
+
+
+def test_what_would_be_refused_is_not_written(desk: Desk) -> None:
     desk.run("add", "tcp", str(desk.port), "gitweb")
     path = desk.machine.unit_dir / f"{desk.tcp}.d" / "gitweb.conf"
     before = path.read_text()
-    result = desk.try_("edit", "gitweb", environment=editor(desk, script))
-    assert result.returncode == 1
-    assert said in result.stderr
-    assert path.read_text() == before
+    for script, said in BAD_EDITS:
+        result = desk.try_("edit", "gitweb", environment=editor(desk, script))
+        assert result.returncode == 1, script
+        assert said in result.stderr
+        assert path.read_text() == before
     assert desk.routes() == {f"127.0.0.1:{desk.port}": "gitweb"}
 
 
@@ -443,35 +443,35 @@ def test_a_reader_that_goes_away_is_no_error(desk: Desk) -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_get_a_script(desk: Desk, shell: str) -> None:
-    script = desk.run("completion", shell)
-    assert f"{shell}_complete" in script
-    assert "_QREXEC_ACTIVATE_COMPLETE" in script
+def test_shells_get_a_script(desk: Desk) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        script = desk.run("completion", shell)
+        assert f"{shell}_complete" in script
+        assert "_QREXEC_ACTIVATE_COMPLETE" in script
 
 
-@pytest.mark.parametrize(
-    ("words", "offered"),
-    [
-        (["ch"], {"check"}),
-        (["remove", "127."], {"127.0.0.1:PORT"}),
-        (["status", "git"], {"gitweb"}),
-        (["policy", "qrexec-connect-tcp"], {"qrexec-connect-tcp@PORT.socket"}),
-        (["add", "tcp", "1", "g"], {"gitweb"}),
-        (["add", "tcp", "1", "@d"], {"@default", "@dispvm"}),
-        (["publish", "x", "--unit", "qrexec-connect-tcp@"], {"qrexec-connect-tcp@PORT.socket"}),
-    ],
-)
-def test_what_is_in_use_is_completed(desk: Desk, words: list[str], offered: set[str]) -> None:
+COMPLETIONS = [
+    (["ch"], {"check"}),
+    (["remove", "127."], {"127.0.0.1:PORT"}),
+    (["status", "git"], {"gitweb"}),
+    (["policy", "qrexec-connect-tcp"], {"qrexec-connect-tcp@PORT.socket"}),
+    (["add", "tcp", "1", "g"], {"gitweb"}),
+    (["add", "tcp", "1", "@d"], {"@default", "@dispvm"}),
+    (["publish", "x", "--unit", "qrexec-connect-tcp@"], {"qrexec-connect-tcp@PORT.socket"}),
+]
+
+
+def test_what_is_in_use_is_completed(desk: Desk) -> None:
     desk.run("add", "tcp", str(desk.port), "gitweb")
-    environment = {
-        "_QREXEC_ACTIVATE_COMPLETE": "bash_complete",
-        "COMP_WORDS": " ".join(["qrexec-activate", *words]),
-        "COMP_CWORD": str(len(words)),
-    }
-    printed = desk.try_(environment=environment).stdout
-    values = {line.partition(",")[2] for line in printed.splitlines()}
-    assert values == {value.replace("PORT", str(desk.port)) for value in offered}
+    for words, offered in COMPLETIONS:
+        environment = {
+            "_QREXEC_ACTIVATE_COMPLETE": "bash_complete",
+            "COMP_WORDS": " ".join(["qrexec-activate", *words]),
+            "COMP_CWORD": str(len(words)),
+        }
+        printed = desk.try_(environment=environment).stdout
+        values = {line.partition(",")[2] for line in printed.splitlines()}
+        assert values == {value.replace("PORT", str(desk.port)) for value in offered}, words
 
 
 def test_colour_is_for_terminals_and_those_who_want_it(desk: Desk) -> None:

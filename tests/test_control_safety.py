@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from qrexec_activate.loopback.machine import Machine
 
 #: How often add and remove are killed. More find nothing else, and take 0.4 s each.
-KILLS = 12
+KILLS = 8
 
 
 @pytest.fixture
 def desk(shared_machine: Machine) -> Iterator[Desk]:
     desk = Desk(shared_machine)
     yield desk
-    desk.tidy()
+    desk.leave()
 
 
 def needed(desk: Desk, routes: set[tuple[int, str]]) -> tuple[set[str], set[str]]:

@@ -20,7 +20,7 @@ RUNS = 7
 def desk(shared_machine: Machine) -> Iterator[Desk]:
     desk = Desk(shared_machine)
     yield desk
-    desk.tidy()
+    desk.leave()
 
 
 def processor_time(words: list[str], environment: dict[str, str]) -> float:
