@@ -67,8 +67,9 @@ completions:
 
 install-client: install-client-python install-client-data
 
+# The units run /usr/bin/qrexec-activate; Debian's pip would put it into /usr/local.
 install-client-python:
-	$(PYTHON) -m pip install --no-deps --no-build-isolation --prefix=/usr --root=$(or $(DESTDIR),/) .
+	DEB_PYTHON_INSTALL_LAYOUT=deb $(PYTHON) -m pip install --no-deps --no-build-isolation --prefix=/usr --root=$(or $(DESTDIR),/) .
 
 install-client-data: man completions
 	install -d $(unit_dir)/user $(unit_dir)/system $(unit_dir)/user-preset $(unit_dir)/system-preset

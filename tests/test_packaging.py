@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
+
+import pytest
 
 from qrexec_activate.loopback import policy
 
@@ -45,3 +49,10 @@ def test_qubes_builder_finds_what_it_builds() -> None:
     assert (ROOT / "debian/control").exists()
     for spec in re.findall(r"- (rpm_spec/\S+)", text):
         assert (ROOT / f"{spec}.in").exists()
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed: tools/setup check")
+def test_shellcheck_finds_nothing_in_what_runs_at_an_upgrade() -> None:
+    scripts = [ROOT / "packaging/managers", *(ROOT / "debian").glob("*.p*")]
+    assert len(scripts) == 4
+    subprocess.run(["shellcheck", *scripts], check=True)
