@@ -24,7 +24,7 @@ import trio
 
 from qrexec_activate.loopback.machine import Machine
 
-PATIENCE = 15.0
+PATIENCE = 60.0
 SERVICE = "qrexec-connect-tcp.service"
 
 Address = tuple[str, int] | str
