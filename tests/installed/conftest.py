@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from container import why_impossible
-from debs import UPGRADE, WANTED, build
+from debs import UPGRADE, WANTED, build, export
 
 
 @pytest.fixture(scope="session")
@@ -18,10 +18,17 @@ def possible() -> None:
 
 
 @pytest.fixture(scope="session")
-def debs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return build(tmp_path_factory.mktemp("debs"))
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tree")
+    export(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def newer_debs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return build(tmp_path_factory.mktemp("newer"), UPGRADE)
+def debs(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return build(tree, tmp_path_factory.mktemp("debs"))
+
+
+@pytest.fixture(scope="session")
+def newer_debs(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return build(tree, tmp_path_factory.mktemp("newer"), UPGRADE)

@@ -13,7 +13,12 @@ WANTED = os.environ.get("CHECK_INSTALLED", "")
 UPGRADE = "0.1.0+upgrade"
 
 
-def build(folder: Path, *version: str) -> list[Path]:
-    """Build the Debian packages into a folder."""
-    subprocess.run([ROOT / "tools/build-deb", folder, *version], check=True, timeout=600)
+def export(folder: Path) -> None:
+    """Copy the tree, so that all packages are of one state of it."""
+    subprocess.run([ROOT / "tools/export-tree", folder], check=True, timeout=600)
+
+
+def build(tree: Path, folder: Path, *version: str) -> list[Path]:
+    """Build the Debian packages of a tree into a folder."""
+    subprocess.run([tree / "tools/build-deb", folder, *version], check=True, timeout=600)
     return sorted(folder.glob("*.deb"))

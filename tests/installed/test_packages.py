@@ -25,11 +25,11 @@ def files_of_deb(deb: Path) -> set[str]:
     return {line.split()[5][1:] for line in lines if not line.startswith("d")}
 
 
-def test_two_builds_are_one(debs: list[Path], tmp_path: Path) -> None:
+def test_two_builds_are_one(tree: Path, debs: list[Path], tmp_path: Path) -> None:
     def hashes(paths: list[Path]) -> dict[str, str]:
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
-    again = build(tmp_path)
+    again = build(tree, tmp_path)
     assert len(again) == 2
     assert hashes(again) == hashes(debs)
 
@@ -76,9 +76,9 @@ def comparable(paths: set[str]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def rpms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rpms(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rpms")
-    subprocess.run([ROOT / "tools/build-rpm", folder], check=True, timeout=600)
+    subprocess.run([tree / "tools/build-rpm", folder], check=True, timeout=600)
     return folder
 
 
