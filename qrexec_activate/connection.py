@@ -50,6 +50,8 @@ HANG_UP_LOOK = 0.25
 #: How long what was sent may take to reach a client that went on sending after the service had ended.
 FAREWELL = 30.0
 
+#: A spliced connection is half-closed so long after the output of qrexec-client-vm, unless it has ended by then.
+KILLED_GRACE = 0.02
 #: At a stop of the daemon, a spliced qrexec-client-vm has so long between SIGTERM and SIGKILL.
 STOP_GRACE = 0.2
 #: What is kept of the stderr of a call that shows whether qrexec-client-vm takes a socket.
@@ -636,18 +638,22 @@ class Connection:
         self._pumping = True
         delivered = trio.Event()
 
-        async def pump(move: Callable[[], Awaitable[None]]) -> None:
+        async def pump(move: Callable[[], Awaitable[None]]) -> bool:
             try:
                 await move()
             except ClientGone:
                 self.interrupt(Ending.CLIENT_GONE)
+                return False
+            return True
 
         async def pump_down() -> None:
-            await pump(splice.pump_down)
-            # What is cut off must not look like an end.
+            if not await pump(splice.pump_down):
+                return
+            delivered.set()
+            # If qrexec-client-vm was killed, its end follows at once, and what is cut off must not look like an end.
+            await trio.sleep(KILLED_GRACE)
             if self._interrupted is not Ending.STOPPED:
                 half_close(self._sock)
-            delivered.set()
 
         async with trio.open_nursery() as pumps:
             pumps.start_soon(pump, splice.pump_up)

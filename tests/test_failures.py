@@ -127,6 +127,7 @@ async def test_a_call_that_breaks_off_midway_says_so(scene: Scene) -> None:
     await scene.nobody_stays()
 
 
+@pytest.mark.usefixtures("relay")
 async def test_a_client_that_is_killed_midway_is_a_reset(scene: Scene) -> None:
     """Nobody could tell a clean end from half an answer."""
     address = await scene.route(echo)
