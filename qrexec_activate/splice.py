@@ -22,6 +22,8 @@ __all__ = ["ClientGone", "Splice", "discard", "half_close", "unread"]
 CHUNK = 1 << 20
 #: Pipes of this size where the kernel allows it (the sum per user is limited); the default is 64 KiB.
 PIPE_SIZE = 1 << 20
+#: struct linger: what close() does. A reset destroys what the client has not read yet, so not where all went well.
+_RESET_AT_CLOSE, _NO_LINGER = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 _GONE = {errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.ENOTCONN}
 
@@ -54,6 +56,8 @@ class Splice:
             self._ends["child_in"], self._ends["up"] = _pipe()
             self._ends["down"], self._ends["child_out"] = _pipe()
             sock.setblocking(False)
+            # If this daemon is killed, the kernel closes the socket: that must not look like the end of the service.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
             # Only our own ends: O_NONBLOCK on the child's would look as if the call were established.
             os.set_blocking(self._ends["up"], False)
             os.set_blocking(self._ends["down"], False)
@@ -158,6 +162,7 @@ async def discard(sock: socket.socket) -> None:
 def half_close(sock: socket.socket) -> bool:
     """Send FIN; False where the socket is closed both ways already. A client that is gone is no error here."""
     try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         sock.shutdown(socket.SHUT_WR)
     except OSError as error:
         if error.errno not in _GONE:
