@@ -374,17 +374,18 @@ class Daemon:
         with contextlib.suppress(OSError):
             for _ in range(BATCH):
                 sock, _ = listener.sock.accept()
+                # Said before it is done: whoever sees the reset finds the reason in the log.
+                if trio.current_time() - listener.spoke_at >= REFUSAL_LOG_INTERVAL:
+                    listener.spoke_at = trio.current_time()
+                    self.log(
+                        Priority.WARNING,
+                        f"reset a connection: {refusal}",
+                        LISTENER=refusal.address,
+                        UNIT=refusal.unit or None,
+                    )
                 reset(sock)
                 self.tally.reset += 1
                 self._status_changed.set()
-        if trio.current_time() - listener.spoke_at >= REFUSAL_LOG_INTERVAL:
-            listener.spoke_at = trio.current_time()
-            self.log(
-                Priority.WARNING,
-                f"reset a connection: {refusal}",
-                LISTENER=refusal.address,
-                UNIT=refusal.unit or None,
-            )
 
     def _keep_out(self, listener: Listener, sock: socket.socket, peer: str, problem: str) -> None:
         """Reset a connection of somebody who may not connect."""
