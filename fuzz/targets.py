@@ -91,8 +91,8 @@ def routing(data: bytes) -> None:
         routes.PassedSocket(number, fd_name, kind, address) for number, (kind, address) in enumerate(entries, 3)
     ]
     try:
-        claims = routes.claims("my.Rpc", loaded, {"t": "/run/user/1000", "h": "/home/user"})
-        decided = routes.by_unit("my.Rpc", [loaded], passed_ones, {"t": "/run/user/1000"})
+        claims = routes.claims("my.Rpc", loaded, _MANAGER)
+        decided = routes.by_unit("my.Rpc", [loaded], passed_ones, _MANAGER)
     except BadName as error:
         # Only a unit that systemd itself would not load: its name is from D-Bus.
         one_line(error)
@@ -106,7 +106,7 @@ def routing(data: bytes) -> None:
             continue
         assert _TARGET.fullmatch(claim.target)
         assert _QREXEC_TEXT.fullmatch(claim.argument)
-        assert claim.target in _may_be_named(sources, claim.file, fd_name), f"{claim} is named by nobody"
+        assert claim.target in _may_be_named(loaded, claim.file), f"{claim} is named by nobody"
 
 
 def _is_unit_name(word: str) -> bool:
@@ -117,9 +117,10 @@ def _is_unit_name(word: str) -> bool:
     return True
 
 
-def _may_be_named(files: tuple[SourceFile, ...], own: str, fd_name: str) -> Iterator[str]:
+def _may_be_named(unit: routes.SocketUnit, own: str) -> Iterator[str]:
     """The targets that a listener of this file may reach, found in a way of its own: line by line, in no context."""
-    for number, file in enumerate(files):
+    specifiers = routes.unit_specifiers(unit.name, _MANAGER)
+    for number, file in enumerate(unit.files):
         assert file.text is not None
         read = [item for item in unitfile.assignments(file.text) if item.section == "Socket"]
         listens = any(item.key in unitfile.LISTEN_KINDS and item.value for item in read)
@@ -127,16 +128,13 @@ def _may_be_named(files: tuple[SourceFile, ...], own: str, fd_name: str) -> Iter
             for item in read:
                 if item.key == "FileDescriptorName":
                     with contextlib.suppress(BadName):
-                        yield names.decode_escapes(item.value.replace("%%", "%"))
-                        # What specifiers stand for, systemd says.
-                        if "%" in item.value:
-                            yield names.decode_escapes(fd_name)
-                            expanded = unitfile.expand_specifiers(item.value, _EXPANDED)
-                            yield names.decode_escapes(expanded or "")
+                        # What other specifiers stand for, systemd says.
+                        expanded = unitfile.expand_specifiers(item.value, specifiers)
+                        yield names.decode_escapes(unit.fd_name if expanded is None else expanded)
 
 
-#: Any specifier may have been expanded; the cases of the corpus use these.
-_EXPANDED = {"i": "1234", "t": "/run/user/1000", "h": "/home/user"}
+#: What specifiers stand for in the manager of the cases.
+_MANAGER = {"t": "/run/user/1000", "h": "/home/user"}
 
 
 # -- names

@@ -278,7 +278,7 @@ def test_every_connection_goes_where_its_file_says_whatever_is_done(machine: Mac
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
             deadline=None,
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
             # What fails depends on what processes do, and is worth seeing as it was.
             derandomize=False,
             database=None,
