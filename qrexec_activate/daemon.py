@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import trio
-from systemd import daemon as sd_daemon
 
 from .connection import HANG_UP_LOOK, STARVED, Client, Connection, StartProblem, Starved, reset
 from .journal import Log, Priority
@@ -138,6 +137,7 @@ class Daemon:
         self._parked: dict[str, list[int]] = {}
         self._open: Counter[str] = Counter()
         self._watch = Watch()
+        self._notifier = _Notifier()
         self._client_gone: dict[Connection, float] = {}
         self._some_client_gone = trio.Event()
         self._places = trio.Semaphore(settings.max_setups)
@@ -219,14 +219,15 @@ class Daemon:
                     nursery.start_soon(self._look_after_setups)
                     nursery.start_soon(self._report)
                     nursery.start_soon(self._adopt)
-                    _notify(f"READY=1\nSTATUS={self.status()}")
+                    self._notifier.tell(f"READY=1\nSTATUS={self.status()}")
                     await self._accept()
-                _notify("STOPPING=1")
+                self._notifier.tell("STOPPING=1")
                 await self._wind_up()
                 nursery.cancel_scope.cancel()
         for connection in self.connections:
             connection.abandon()
         self._watch.close()
+        self._notifier.close()
         self._ready.close()
         if self._gate is not None:
             self._gate.close()
@@ -431,7 +432,7 @@ class Daemon:
 
     def _feed_watchdog(self) -> None:
         if self._watchdog is not None:
-            _notify("WATCHDOG=1")
+            self._notifier.tell("WATCHDOG=1")
 
     # ------------------------------------------------------------------ connections
 
@@ -632,18 +633,32 @@ class Daemon:
         while True:
             await self._status_changed.wait()
             self._status_changed = trio.Event()
-            if (status := self.status()) != self._last_status and _notify(f"STATUS={status}"):
+            if (status := self.status()) != self._last_status and self._notifier.tell(f"STATUS={status}"):
                 self._last_status = status
             await trio.sleep(STATUS_INTERVAL)
 
 
-def _notify(state: str) -> bool:
-    """Tell systemd; False where the machine is too short of descriptors even for that, which is no reason to end."""
-    try:
-        sd_daemon.notify(state)
-    except OSError:
-        return False
-    return True
+class _Notifier:
+    """The way to tell systemd something. Its socket stays open: the watchdog is fed also when descriptors run out."""
+
+    def __init__(self) -> None:
+        address = os.environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
+
+    def tell(self, state: str) -> bool:
+        """Whether systemd was told; that it could not be is no reason to end."""
+        if self._sock is None:
+            return True
+        try:
+            self._sock.sendto(state.encode(), self._address)
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
 
 
 def _count(number: int, thing: str) -> str:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import trio
-from scenario import Scene
+from scenario import Scene, measured
 
 from qrexec_activate.loopback.machine import Machine
-
-
-def measured() -> dict[str, str]:
-    """What makes coverage measure the daemons, too."""
-    return {key: value for key, value in os.environ.items() if key.startswith("COVERAGE_")}
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,11 @@ Handler = Callable[[trio.SocketStream], Awaitable[None]]
 _hosts = (f"127.{random.randint(128, 250)}.{high}.{low}" for high in itertools.count(1) for low in range(1, 255))
 
 
+def measured() -> dict[str, str]:
+    """What makes coverage measure the daemons, too."""
+    return {key: value for key, value in os.environ.items() if key.startswith("COVERAGE_")}
+
+
 def free_port() -> int:
     """A port that is free on every local address, outside the range from which clients get theirs."""
     for _ in range(1000):

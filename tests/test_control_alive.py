@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import measured
 from control import PATIENCE, Desk
+from scenario import measured
 
 from qrexec_activate.loopback.machine import Machine, start_journald
 

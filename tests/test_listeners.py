@@ -12,8 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 import trio
-from conftest import measured
-from scenario import PATIENCE, Scene, ask, connect, free_port, is_reset, receive_all, says, until, written
+from scenario import PATIENCE, Scene, ask, connect, free_port, is_reset, measured, receive_all, says, until, written
 
 #: This machine itself; Python 3.11 has no name for it.
 VMADDR_CID_LOCAL = 1

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import trio
-from conftest import measured
-from scenario import SERVICE, Scene, ask, connect, echo, echoes, is_reset, until, written
+from scenario import SERVICE, Scene, ask, connect, echo, echoes, is_reset, measured, until, written
 
 from qrexec_activate.loopback.machine import Machine, start_journald
 
