@@ -194,9 +194,11 @@ class _Loaded:
             files = [item for item in self.declared.listeners if item.kind == kind and self._may_be(item, address)]
             where, path = (files[-1].where, files[-1].path) if files else (self.unit.name, "")
             return Refusal(address, f"{where}: {no_stream(kind)}", self.unit.name, path)
-        if self.problem:
-            return Refusal(address, f"{self.unit.name}: {self.problem}", self.unit.name)
         owners = self._owners_of(address)
+        if self.problem:
+            opener = f" (opened by {owners[-1].where})" if owners else ""
+            path = owners[-1].path if owners else ""
+            return Refusal(address, f"{self.unit.name}{opener}: {self.problem}", self.unit.name, path)
         if not owners or self.opened[address_key(address)] > len(owners):
             return Refusal(address, self._nobody(address), self.unit.name)
         claims = [self._claim(address, owner) for owner in owners]

@@ -228,8 +228,11 @@ def test_an_address_that_systemd_prints_in_a_strange_form_is_refused() -> None:
 
 
 def test_a_name_that_systemd_has_loaded_otherwise_refuses_the_whole_unit() -> None:
-    for claim in decide(unit(GITWEB, WORK, listen=BOTH, fd_name="vault")):
-        assert reason(claim) == (f"{UNIT}: its files set FileDescriptorName=work, but systemd has vault; {RELOAD}")
+    for claim, opener in zip(decide(unit(GITWEB, WORK, listen=BOTH, fd_name="vault")), ("gitweb", "work"), strict=True):
+        assert reason(claim) == (
+            f"{UNIT} (opened by /d/{opener}.conf:2): its files set FileDescriptorName=work, but systemd has vault;"
+            f" {RELOAD}"
+        )
 
 
 def test_a_name_that_systemd_ignores_is_told_with_how_to_write_it() -> None:
@@ -255,11 +258,11 @@ def test_a_misspelt_target_is_refused_with_file_and_line() -> None:
     )
 
 
-def test_a_port_that_is_none_is_refused_by_unit() -> None:
+def test_a_port_that_is_none_is_refused_by_unit_and_file() -> None:
     (claim,) = decide(unit(GITWEB, listen=BOTH[:1], fd_name="gitweb", name="qrexec-connect-tcp@http.socket"))
     assert reason(claim) == (
-        "qrexec-connect-tcp@http.socket: 'http' is no port: write a number from 1 to 65535 without leading zeros;"
-        " the argument is what stands between @ and .socket, so use a unit of another name"
+        "qrexec-connect-tcp@http.socket (opened by /d/gitweb.conf:2): 'http' is no port: write a number from 1 to 65535"
+        " without leading zeros; the argument is what stands between @ and .socket, so use a unit of another name"
     )
     (claim,) = decide(unit(GITWEB, listen=BOTH[:1], fd_name="gitweb", name="nonsense"))
     assert "no unit name" in reason(claim)
@@ -267,7 +270,7 @@ def test_a_port_that_is_none_is_refused_by_unit() -> None:
 
 def test_a_unit_that_systemd_could_not_load_is_refused() -> None:
     (claim,) = decide(unit(GITWEB, listen=BOTH[:1], fd_name="gitweb", problem="systemd could not load it"))
-    assert reason(claim) == f"{UNIT}: systemd could not load it; {RELOAD}"
+    assert reason(claim) == f"{UNIT} (opened by /d/gitweb.conf:2): systemd could not load it; {RELOAD}"
 
 
 def test_the_system_manager_gets_commands_of_its_own_and_odd_names_are_quoted() -> None:
