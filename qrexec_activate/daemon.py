@@ -50,6 +50,9 @@ STOP_PATIENCE = 4.0
 STOP_MARGIN = 0.6
 #: How long accept pauses when the machine is short of descriptors or memory.
 STARVED_PAUSE = 0.25
+#: A shortage is over, and the next one worth a line in the log, after so long without another failure. Meanwhile some
+#: connections go through, and more wait.
+SHORTAGE_OVER = 10.0
 #: STATUS is not sent more often than this.
 STATUS_INTERVAL = 0.5
 #: The log speaks of connections reset at one refused listener not more often than this.
@@ -147,7 +150,7 @@ class Daemon:
         self._some_ended = trio.Event()
         self._status_changed = trio.Event()
         self._last_status = ""
-        self._is_starved = False
+        self._starved_at = -math.inf
         self._looks_often = False
         self._nap = trio.CancelScope()
         self._idle_since = 0.0
@@ -305,7 +308,6 @@ class Daemon:
                 self.log(Priority.ERROR, f"{route.address} accepts no more: {error.strerror}; restart {route.unit}")
             return
         # No checkpoint from here to the start of qrexec-client-vm: what is accepted is started.
-        self._is_starved = False
         if self._gate is not None:
             try:
                 self._gate.check(sock)
@@ -519,8 +521,8 @@ class Daemon:
             self.give_place_back()
 
     def starved(self, error: Exception) -> None:
-        if not self._is_starved:
-            self._is_starved = True
+        before, self._starved_at = self._starved_at, trio.current_time()
+        if self._starved_at - before > SHORTAGE_OVER:
             self.log(Priority.WARNING, f"connections wait, as the machine is short of something: {error}")
 
     def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
