@@ -18,7 +18,7 @@ from typing import Any
 
 from qrexec_activate.loopback.machine import Machine
 
-from .rivals import CHARGEN, DISCARD, ECHO, LISTEN, Many, Programs, Rival
+from .rivals import CHARGEN, DISCARD, ECHO, LISTEN, Many, Programs, Rival, Routes
 
 __all__ = ["AT_ONCE", "FULL", "MEASURES", "QUICK", "STREAMS", "Bench", "Sizes"]
 
@@ -30,9 +30,9 @@ STREAMS = {
     "both": ("both ways", ECHO, "both", 1),
     "eight": ("8 streams from the qube", CHARGEN, "from", 8),
 }
-MEASURES = ("first-byte", "connections", "throughput", "cold", "memory", "listeners")
-#: Rounds end early rather than take the run past its limit; memory and listeners need the rest.
-TAIL = 75.0
+MEASURES = ("first-byte", "connections", "throughput", "cold", "memory", "listeners", "commands")
+#: Rounds end early rather than take the run past its limit; what is measured once needs the rest.
+TAIL = 90.0
 #: How long the processes of one measure may take to be gone before the next.
 SETTLE = 10.0
 #: What was asked for is over long before; a load that hangs is ended.
@@ -49,12 +49,31 @@ class Sizes:
     colds: int
     held: tuple[int, ...]
     listeners: tuple[int, ...]
+    routes: tuple[int, ...]
     #: The whole run takes no longer.
     limit: float
 
 
-FULL = Sizes(rounds=5, firsts=200, seconds=1.0, colds=15, held=(100, 1000), listeners=(1, 100, 1000), limit=480)
-QUICK = Sizes(rounds=1, firsts=30, seconds=0.2, colds=2, held=(10, 100), listeners=(1, 100), limit=120)
+FULL = Sizes(
+    rounds=5,
+    firsts=200,
+    seconds=1.0,
+    colds=15,
+    held=(100, 1000),
+    listeners=(1, 100, 1000),
+    routes=(100, 2000),
+    limit=480,
+)
+QUICK = Sizes(
+    rounds=1,
+    firsts=30,
+    seconds=0.2,
+    colds=2,
+    held=(10, 100),
+    listeners=(1, 100),
+    routes=(10, 100),
+    limit=120,
+)
 
 
 class LoadFailed(Exception):
@@ -105,6 +124,9 @@ class Bench:
         if "listeners" in only and any(rival.name == "hand-over" for rival in self._rivals):
             say("listeners")
             self._listeners()
+        if "commands" in only:
+            say("commands")
+            self._commands()
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._began
@@ -147,10 +169,7 @@ class Bench:
         """From the first connection to its first byte, beside the import of trio by the same interpreter."""
         machine = self._machine
         for number in range(self._sizes.colds):
-            began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", "import trio"], env=machine.environment, cwd=machine.home, check=True)
-            took = round((time.perf_counter() - began) * 1e9)
-            self.results.append({"measure": "import-trio", "rival": "python3", "round": number, "p50": took})
+            self._python("import-trio", number, "-c", "import trio")
             for rival in self._rivals:
                 if rival.units:
                     machine.systemctl("stop", rival.units[ECHO])
@@ -187,7 +206,31 @@ class Bench:
                 time.sleep(0.3)
                 self.results.append(result | _memory(many.pids()))
 
+    def _commands(self) -> None:
+        """The commands for people: --help beside the import of click, and list with many routes."""
+        for number in range(self._sizes.colds):
+            self._python("import-click", number, "-c", "import click")
+            self._python("help", number, "-m", "qrexec_activate", "--help")
+        with contextlib.closing(Routes(self._machine)) as routes:
+            for count in self._sizes.routes:
+                routes.have(count)
+                for number in range(self._sizes.rounds):
+                    self._python(f"list-{count}", number, "-m", "qrexec_activate", "list")
+
     # ------------------------------------------------------------------ helpers
+
+    def _python(self, measure: str, number: int, *words: str) -> None:
+        """Run the interpreter, and keep how long it took."""
+        began = time.perf_counter()
+        subprocess.run(
+            [sys.executable, *words],
+            env=self._machine.environment,
+            cwd=self._machine.home,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        took = round((time.perf_counter() - began) * 1e9)
+        self.results.append({"measure": measure, "rival": "python3", "round": number, "p50": took})
 
     @contextlib.contextmanager
     def _taken(self, measure: str, rival: Rival, **where: int) -> Iterator[dict[str, Any]]:

@@ -132,6 +132,8 @@ def targets(figures: Figures) -> list[Target]:
     connections, listeners = figures.memory(ours, "uss"), figures.listeners("uss")
     resident = figures.memory(ours, "rss")
     cold = figures.ratio("cold", ours, "p50", "python3", "import-trio")
+    help_ = figures.ratio("help", "python3", "p50", "python3", "import-click")
+    lists = {count: figures.median(f"list-{count}", "python3", "p50") for count in (100, 2000)}
     return [
         *found,
         Target("CPU per GiB in the daemon, hand-over: none", most, "≤", NO_CPU, " s"),
@@ -139,6 +141,11 @@ def targets(figures: Figures) -> list[Target]:
         Target("memory per listener", growth(listeners), "≤", 4, " KiB"),
         Target("memory without a connection", resident[0] / 1024 if 0 in resident else None, "≤", 28, " MiB"),
         Target("cold first byte / import trio", cold, "≤", 1.35, times),
+        Target("`--help` / import click", help_, "≤", 1.3, times),
+        *(
+            Target(f"`list` with {count:,} routes", None if took is None else took / 1e9, "≤", bound, " s")
+            for (count, took), bound in zip(lists.items(), (0.3, 1.5), strict=True)
+        ),
     ]
 
 

@@ -244,6 +244,34 @@ class Many:
         self._started = False
 
 
+class Routes:
+    """As many routes as one likes, each a socket unit of its own, of a service that no connection starts."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._prefix = f"{PREFIX}-routes"
+        copy_units(machine, self._prefix)
+        self._units: list[str] = []
+
+    def have(self, count: int) -> None:
+        """Write and start what is missing."""
+        new = [f"{self._prefix}@{10_000 + number}.socket" for number in range(len(self._units), count)]
+        for unit in new:
+            text = f"[Socket]\nListenStream=%t/routes/{unit}\nFileDescriptorName=work\n"
+            self._machine.write_drop_in(unit, "work", text)
+        self._units += new
+        self._machine.systemctl("daemon-reload")
+        self._machine.systemctl("start", *new)
+
+    def close(self) -> None:
+        """Stop and remove them; with contextlib.closing() at the end of a block."""
+        if self._units:
+            self._machine.systemctl("stop", *self._units)
+        for unit in self._units:
+            shutil.rmtree(self._machine.unit_dir / f"{unit}.d")
+        self._machine.systemctl("daemon-reload")
+
+
 # ------------------------------------------------------------------ the others
 
 

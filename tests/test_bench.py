@@ -49,7 +49,14 @@ def made_up_results() -> list[dict[str, object]]:
                 more = {"mib_per_second": 1000 / slow, "cpu_per_gib": 0.0}
                 results.append({"measure": f"throughput-{name}", **more, **where})
             results.append({"measure": "cold", "p50": 13e7, **where})
-        results.append({"measure": "import-trio", "rival": "python3", "round": turn, "p50": 1e8})
+        for measure, took in (
+            ("import-trio", 1e8),
+            ("import-click", 1e8),
+            ("help", 12e7),
+            ("list-100", 2e8),
+            ("list-2000", 16e8),
+        ):
+            results.append({"measure": measure, "rival": "python3", "round": turn, "p50": took})
     for rival in RIVALS:
         for count in (0, 1000):
             results.append({"measure": "memory", "rival": rival, "open": count, "rss": 20480, "uss": 10240 + 9 * count})
@@ -72,6 +79,9 @@ def test_targets_are_judged_by_the_ratios_of_each_round() -> None:
     assert judged["memory per listener"] == (2.0, True)
     assert judged["memory without a connection"] == (20.0, True)
     assert judged["cold first byte / import trio"] == (1.3, True)
+    assert judged["`--help` / import click"] == (1.2, True)
+    assert judged["`list` with 100 routes"] == (0.2, True)
+    assert judged["`list` with 2,000 routes"] == (1.6, False)
 
 
 def test_what_was_not_measured_is_not_judged() -> None:
@@ -105,7 +115,7 @@ def test_the_plot_is_an_image_of_every_bar() -> None:
 
 
 def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    only = ("limit", "hand-over", "first-byte", "connections", "throughput", "memory")
+    only = ("limit", "hand-over", "first-byte", "connections", "throughput", "memory", "commands")
     argv = [sys.executable, "-m", "bench", "--quick", "--output", str(tmp_path / "kept")]
     argv += [word for name in only for word in ("--only", name)]
     # What it compiles lies there and nowhere else, so that what it leaves behind can be told from another run's.
@@ -114,13 +124,14 @@ def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
     kept = json.loads((tmp_path / "kept" / "results.json").read_text())
-    assert {one["rival"] for one in kept["results"]} == {"limit", "hand-over"}
+    assert {one["rival"] for one in kept["results"]} == {"limit", "hand-over", "python3"}
     measured = {one["measure"] for one in kept["results"]}
     assert measured == {
         "first-byte",
         *(f"connections-{at_once}" for at_once in AT_ONCE),
         *(f"throughput-{name}" for name in STREAMS),
         "memory",
+        *("import-click", "help", "list-10", "list-100"),
     }
     rows = table_rows((tmp_path / "kept" / "results.md").read_text())
     assert done.stdout == (tmp_path / "kept" / "results.md").read_text()
