@@ -1,4 +1,4 @@
-"""What makes the commands quick: they import little, and ask systemd about all routes at once. The bench takes times."""
+"""What makes commands quick: they import little, and ask systemd about all routes at once. The bench takes times."""
 
 from __future__ import annotations
 
