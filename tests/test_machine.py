@@ -316,16 +316,16 @@ def test_a_stopped_instance_closes_its_port_and_no_other() -> None:
         assert ask(ports[1]) == "work"
 
 
-def test_a_daemon_that_cannot_start_ends_up_failed_within_a_minute() -> None:
+def test_a_daemon_that_cannot_start_ends_up_failed_after_a_few_starts() -> None:
     port = free_ports(1)[0]
     with machine(["/bin/false"]) as m:
         unit = add_instance(m, "work", port)
         m.systemctl("start", unit)
-        started = time.monotonic()
         # It waits in the socket, so that every start is followed by another.
-        with socket.create_connection(("127.0.0.1", port), timeout=60) as sock, pytest.raises(ConnectionResetError):
+        with socket.create_connection(("127.0.0.1", port), timeout=120) as sock, pytest.raises(ConnectionResetError):
             sock.recv(1)
-        assert time.monotonic() - started < 60
+        # Some 80 starts of 0.25 s: within a minute.
+        assert int(m.property("qrexec-connect-tcp.service", "NRestarts")) <= 80
         assert m.property("qrexec-connect-tcp.service", "ActiveState") == "failed"
         assert m.property(unit, "Result") == "service-start-limit-hit"
 
