@@ -61,9 +61,9 @@ class Desk:
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    def fails(self, *words: str, code: int | None = None) -> str:
+    def fails(self, *words: str, code: int | None = None, environment: dict[str, str] | None = None) -> str:
         """Run a command that must fail, and return its one line."""
-        result = self.try_(*words)
+        result = self.try_(*words, environment=environment)
         assert result.returncode == code if code is not None else result.returncode != 0, result.stdout
         assert result.stderr.startswith("qrexec-activate: ")
         assert result.stderr.count("\n") == 1, result.stderr

@@ -6,25 +6,41 @@ again at the next login; one that was made by hand does not.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ActivateError, BadName
-from ..manager import Manager
+from ..errors import ActivateError, BadName, ManagerError
+from ..manager import Manager, open_manager
 from ..names import check_argument
 from ..routes import unit_specifiers
 from ..unitfile import address_key, assignments, expand_specifiers
 from .netproc import listening
 from .survey import read_file
+from .systemctl import Systemctl
+from .unitdirs import own_folder
 
-__all__ = ["FOLDER", "RPC", "Publication", "check_name", "folder", "published", "symlink_lines", "where_installed"]
+__all__ = [
+    "FOLDER",
+    "RPC",
+    "Publication",
+    "check_name",
+    "folder",
+    "managers",
+    "published",
+    "symlink_lines",
+    "where_installed",
+]
 
 RPC = "qubes.ConnectUnix"
 FOLDER = f"%t/{RPC}"
+#: Where services of the whole qube are, which the system's systemd holds.
+SYSTEM_FOLDER = Path("/run", RPC)
 #: The address of a unix socket holds 107 bytes, of which the service needs two.
 MAX_NAME = 105
 #: Where qrexec looks for services, those that win first.
@@ -44,10 +60,14 @@ class Publication:
     file: str
     alive: bool
     problem: str
+    #: Whether it is the system's systemd that makes it.
+    for_system: bool = False
 
 
-def folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """The folder in which qubes.ConnectUnix looks for names."""
+def folder(*, user: bool = True, environment: Mapping[str, str] = os.environ) -> Path:
+    """The folder in which qubes.ConnectUnix looks for names: first the user's, then the system's."""
+    if not user:
+        return SYSTEM_FOLDER
     return Path(environment.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}", RPC)
 
 
@@ -64,11 +84,31 @@ def check_name(name: str) -> str:
     return name
 
 
+@contextlib.contextmanager
+def managers() -> Iterator[list[Manager]]:
+    """The systemd managers that may publish something: the user's, and the system's where there is something of it."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        if _names(SYSTEM_FOLDER) or glob.glob(f"{own_folder(user=False)}/qrexec-publish-*.socket"):
+            found.append(stack.enter_context(open_manager(user=False)))
+        try:
+            found.insert(0, stack.enter_context(open_manager(user=True)))
+        except ManagerError:
+            # sudo gives root no manager of its own.
+            if os.geteuid() != 0 or not found:
+                raise
+        yield found
+
+
 def published(manager: Manager) -> list[Publication]:
     """Return what is there, and what units promise to make, by name."""
-    place = folder()
+    place = folder(user=manager.user)
     promised = _promised(manager, place)
     now = listening()
+
+    def restart(unit: str) -> str:
+        return Systemctl(user=manager.user).written("restart", unit)
+
     found = []
     for name in sorted({*_names(place), *promised}):
         unit, file = promised.get(name, ("", ""))
@@ -77,14 +117,14 @@ def published(manager: Manager) -> list[Publication]:
         alive = bool(socket) and bool(now.holds(socket))
         if not alive and not problem:
             problem = f"nobody listens on {socket}"
-            problem += f": systemctl --user restart {unit}" if unit else "; start the program that should"
+            problem += f": {restart(unit)}" if unit else "; start the program that should"
         elif problem and unit:
-            problem += f": systemctl --user restart {unit}"
+            problem += f": {restart(unit)}"
         try:
             check_name(name)
         except BadName as error:
             problem = str(error)
-        found.append(Publication(name, str(link), socket, unit, file, alive, problem))
+        found.append(Publication(name, str(link), socket, unit, file, alive, problem, not manager.user))
     return found
 
 

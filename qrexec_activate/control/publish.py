@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,7 +17,9 @@ from .netproc import listening
 from .options import complete_units, debug_option
 from .policy import FILE as POLICY_FILE
 from .policy import policy_line, this_qube
-from .publications import FOLDER, RPC, check_name, folder, published, socket_path, where_installed
+from .publications import FOLDER, RPC, check_name, folder, managers, published, socket_path, where_installed
+from .services import Service, creation
+from .steps import audit, do_all
 from .systemctl import Systemctl
 from .table import short_path
 from .unitdirs import own_folder
@@ -23,6 +27,7 @@ from .unitdirs import own_folder
 __all__ = ["command"]
 
 CLIENT_QUBE = "CLIENT-QUBE"
+DEFAULT_IDLE = "5min"
 
 
 @click.command(
@@ -31,6 +36,7 @@ CLIENT_QUBE = "CLIENT-QUBE"
 Examples:
     $ qrexec-activate publish gpg-agent-ssh --unit gpg-agent-ssh.socket
     $ qrexec-activate publish notes --unix /run/user/1000/notes.sock
+    $ qrexec-activate publish wiki --exec "python3 -m http.server 8000" --port 8000 --idle 5min
 """,
 )
 @click.argument("name")
@@ -38,21 +44,122 @@ Examples:
     "--unit", metavar="NAME.socket", help="The socket of this unit, from now on.", shell_complete=complete_units
 )
 @click.option("--unix", "path", metavar="PATH", help="The socket of this path, until you log out.")
+@click.option("--exec", "program", metavar="COMMAND", help="A program that runs while other qubes use it.")
+@click.option("--port", type=int, help="With --exec: it listens on this port of 127.0.0.1 by itself.")
+@click.option("--idle", metavar="TIME", help="With --exec: it is ended after so long without a connection. [5min]")
+@click.option(
+    "--user", metavar="USER", help="With --exec: make a Linux user for it, and units of the system (as root)."
+)
+@click.option("--database", is_flag=True, help="With --user: make a PostgreSQL role and database of the user's name.")
+@click.option("--domain", metavar="HOST", help="With --exec: Caddy, which runs in this qube, offers it by this name.")
+@click.option(
+    "--count", type=click.IntRange(1, 1000), help="With --exec: so many at once, for a trial: NAME-1 and so on."
+)
+@click.option("--dry-run", is_flag=True, help="With --exec: show what would be done, and change nothing.")
 @debug_option
-def command(name: str, unit: str | None, path: str | None) -> None:
+def command(
+    name: str,
+    unit: str | None,
+    path: str | None,
+    program: str | None,
+    count: int | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
     """In a service qube, let other qubes reach a unix socket by qubes.ConnectUnix+NAME.
 
     With --unit, a drop-in with Symlinks= makes the name whenever the socket unit starts. With --unix, it is a symbolic
     link, and gone with the folder when you log out.
+
+    With --exec, systemd holds the socket, and starts COMMAND with the first connection. COMMAND is split into words as
+    by a shell, but no shell runs it. It is passed the socket (LISTEN_FDS), and with --idle ended when nobody uses it;
+    without, it ends by itself. With --port or --unix it opens that address itself, and is ended when nobody uses it.
+    {name}, {number} and {port} stand for those of each of --count services.
     """
     check_name(name)
+    if program is not None:
+        if unit is not None or (options["port"] is not None and path is not None):
+            raise UsageProblem("with --exec give one of --port and --unix, or neither; and no --unit")
+        if options["database"] and not options["user"]:
+            raise UsageProblem("--database needs --user: PostgreSQL tells by the Linux user who is who")
+        _publish_services(_services(name, program, path or "", count, **options), dry_run=dry_run)
+        return
+    if dry_run or count or any(value not in (None, False) for value in options.values()):
+        raise UsageProblem("--port, --idle, --user, --database, --domain, --count and --dry-run are for --exec")
     if (unit is None) == (path is None):
-        raise UsageProblem("give either --unit NAME.socket or --unix PATH")
-    if unit is not None:
-        _publish_unit(name, unit if unit.endswith(".socket") else f"{unit}.socket")
-    else:
-        _publish_path(name, path or "")
+        raise UsageProblem("give either --unit NAME.socket or --unix PATH, or a program by --exec COMMAND")
+    with audit(f"publishing {name}", done=f"published {name}: {unit or path}", QREXEC_NAME=name):
+        if unit is not None:
+            _publish_unit(name, unit if unit.endswith(".socket") else f"{unit}.socket")
+        else:
+            _publish_path(name, path or "")
     _report(name)
+
+
+def _services(
+    name: str,
+    program: str,
+    path: str,
+    count: int | None,
+    *,
+    port: int | None,
+    idle: str | None,
+    user: str | None,
+    database: bool,
+    domain: str | None,
+) -> list[Service]:
+    """One service, or as many as are wanted, each with a name, address, user and domain of its own."""
+    listens_itself = port is not None or bool(path)
+    services = []
+    for number in range(1, (count or 1) + 1):
+        one = f"-{number}" if count else ""
+        its_port = None if port is None else port + number - 1
+        words = {"{name}": f"{name}{one}", "{number}": str(number), "{port}": str(its_port or "")}
+        services.append(
+            Service(
+                name=check_name(f"{name}{one}"),
+                command=_filled(program, words),
+                idle=idle or (DEFAULT_IDLE if listens_itself else ""),
+                port=its_port,
+                path=_filled(path, words),
+                user=f"{user}{one}" if user else "",
+                database=database,
+                domain=f"{number}.{domain}" if domain and count else domain or "",
+            )
+        )
+    if len({service.path for service in services}) < len(services) and path:
+        raise UsageProblem("with --count, --unix must hold {name} or {number}: each program listens for itself")
+    return services
+
+
+def _filled(text: str, words: dict[str, str]) -> str:
+    for placeholder, word in words.items():
+        text = text.replace(placeholder, word)
+    return text
+
+
+def _publish_services(services: list[Service], *, dry_run: bool) -> None:
+    steps = creation(services)
+    if dry_run:
+        click.echo("\n".join(step.text for step in steps if step.text))
+        return
+    one = services[0]
+    if one.for_system and os.geteuid() != 0:
+        raise UsageProblem("--user needs root: say the same with sudo")
+    with managers() as found:
+        taken = {there.name for manager in found for there in published(manager)} & {new.name for new in services}
+    if taken:
+        raise UsageProblem(f"{min(taken)} is published already: qrexec-activate unpublish it first")
+    with contextlib.ExitStack() as acts, locked(one.folder), finishing():
+        for service in services:
+            what = service.about
+            acts.enter_context(audit(f"publishing {what}", done=f"published {what}", QREXEC_NAME=service.name))
+        do_all(steps)
+    for service in services:
+        click.echo(f"{RPC}+{service.name} starts {service.command}")
+        for file in service.files():
+            click.echo(f"File: {short_path(str(file))}")
+    _report_policy([service.name for service in services])
 
 
 def _publish_unit(name: str, unit: str) -> None:
@@ -119,7 +226,12 @@ def _report(name: str) -> None:
         one = next((one for one in published(manager) if one.name == name), None)
     if one is not None:
         click.echo(f"{RPC}+{name} leads to {one.socket or 'nothing yet'}: {'alive' if one.alive else one.problem}")
+    _report_policy([name])
+
+
+def _report_policy(names: list[str]) -> None:
     if not where_installed(RPC):
         click.echo(f"{RPC} is not installed in this qube: install the package qrexec-activate-services", err=True)
     click.echo(f"In dom0, {POLICY_FILE} needs ({CLIENT_QUBE} stands for the qube that calls):")
-    click.echo(f"    {' '.join(policy_line(RPC, name, CLIENT_QUBE, this_qube()))}")
+    for name in names:
+        click.echo(f"    {' '.join(policy_line(RPC, name, CLIENT_QUBE, this_qube()))}")

@@ -13,6 +13,8 @@ from .dropins import finishing, is_idle, locked, remove_file, replace_file, with
 from .options import debug_option
 from .publications import Publication, published, symlink_lines
 from .published import complete_names
+from .services import Service, removal
+from .steps import audit, undo_all
 from .survey import read_file
 from .systemctl import Systemctl
 from .table import short_path
@@ -29,12 +31,37 @@ Example:
 """,
 )
 @click.argument("name", shell_complete=complete_names)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before a user's files and a database are deleted.")
 @debug_option
-def command(name: str) -> None:
+def command(name: str, yes: bool) -> None:
     """In a service qube, take away a name that publish gave: the link, and the line of the drop-in that makes it.
 
-    The socket itself, its unit and open connections stay.
+    The socket itself, its unit and open connections stay. A program that was published with --exec ends, and all that
+    was made for it goes: its units, its name in Caddy, its Linux user with all its files, and its database.
     """
+    if service := Service.read(name, for_system=False) or Service.read(name, for_system=True):
+        _end(service, yes=yes)
+    else:
+        with audit(f"unpublishing {name}", done=f"unpublished {name}", QREXEC_NAME=name):
+            _take_back(name)
+    click.echo(f"{name} is not published any more")
+
+
+def _end(service: Service, *, yes: bool) -> None:
+    if service.for_system and os.geteuid() != 0:
+        raise UsageProblem(f"{service.name} belongs to the system: sudo qrexec-activate unpublish {service.name}")
+    if service.user and not yes:
+        what = f"the Linux user {service.user} with all its files" + (" and its database" * service.database)
+        click.confirm(f"This deletes {what}. Go on?", abort=True, err=True)
+    files = service.files()
+    doing = audit(f"unpublishing {service.about}", done=f"unpublished {service.about}", QREXEC_NAME=service.name)
+    with locked(service.folder), finishing(), doing:
+        undo_all(removal(service))
+    for file in files:
+        click.echo(f"Removed: {short_path(str(file))}")
+
+
+def _take_back(name: str) -> None:
     with open_manager(user=True) as manager:
         specifiers = manager.specifiers()
         one = next((one for one in published(manager) if one.name == name), None)
@@ -52,7 +79,6 @@ def command(name: str) -> None:
             raise ActivateError(f"cannot remove {link}: {error.strerror}") from error
         if one.file:
             Systemctl(user=True).daemon_reload()
-    click.echo(f"{name} is not published any more")
 
 
 def _take_out(one: Publication, lines: set[int]) -> None:
