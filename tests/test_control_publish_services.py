@@ -95,8 +95,8 @@ def desk(shared_machine: Machine) -> Iterator[Desk]:
     try:
         yield desk
     finally:
-        for one in desk.json("published"):
-            desk.try_("unpublish", one["name"], "--yes")
+        if names := [one["name"] for one in desk.json("published")]:
+            desk.run("unpublish", *names)
         desk.leave()
 
 
@@ -269,16 +269,16 @@ def test_check_goes_the_whole_way(desk: Desk) -> None:
 
 def test_a_program_that_ends_at_once_ends_the_connection_too(desk: Desk) -> None:
     desk.run("publish", "bad", "--exec", "/bin/false", "--idle", "1min")
-    for _ in range(2):
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(PATIENCE)
-            client.connect(address(desk, "bad"))
-            with contextlib.suppress(ConnectionResetError):
-                assert client.recv(1) == b""
-        until("it is over", lambda: desk.scene.state("qrexec-publish-bad.service") in ("inactive", "failed"))
-        assert (only(desk)["alive"], only(desk)["state"]) == (True, "failed")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(address(desk, "bad"))
+        # By the proxy, which ends with its program, or by systemd, which gives up after 20 tries.
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+    until("it is over", lambda: only(desk)["state"] == "failed")
     result = desk.try_("published", "--check")
-    assert (result.returncode, "its program does not stay" in result.stdout) == (1, True)
+    assert result.returncode == 1
+    assert "\nbad: " in result.stdout
 
 
 def test_each_act_is_in_the_journal(desk: Desk) -> None:

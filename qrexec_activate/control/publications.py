@@ -87,16 +87,18 @@ def check_name(name: str) -> str:
 @contextlib.contextmanager
 def managers() -> Iterator[list[Manager]]:
     """The systemd managers that may publish something: the user's, and the system's where there is something of it."""
+    system = bool(_names(SYSTEM_FOLDER) or glob.glob(f"{own_folder(user=False)}/qrexec-publish-*.socket"))
     with contextlib.ExitStack() as stack:
         found = []
-        if _names(SYSTEM_FOLDER) or glob.glob(f"{own_folder(user=False)}/qrexec-publish-*.socket"):
-            found.append(stack.enter_context(open_manager(user=False)))
         try:
-            found.insert(0, stack.enter_context(open_manager(user=True)))
+            found.append(stack.enter_context(open_manager(user=True)))
         except ManagerError:
             # sudo gives root no manager of its own.
-            if os.geteuid() != 0 or not found:
+            if os.geteuid() != 0:
                 raise
+            system = True
+        if system:
+            found.append(stack.enter_context(open_manager(user=False)))
         yield found
 
 

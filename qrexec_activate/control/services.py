@@ -315,9 +315,9 @@ def creation(services: Sequence[Service]) -> list[Step]:
     return _steps(services, Service.units)
 
 
-def removal(service: Service) -> list[Step]:
-    """What, undone, takes a service away with all that was made for it."""
-    return _steps([service], lambda _: {file.name: "" for file in service.files()})
+def removal(services: Sequence[Service]) -> list[Step]:
+    """What, undone, takes services away, all of the same manager, with all that was made for them."""
+    return _steps(services, lambda service: {file.name: "" for file in service.files()})
 
 
 def _steps(services: Sequence[Service], units: Callable[[Service], Mapping[str, str]]) -> list[Step]:

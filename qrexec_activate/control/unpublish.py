@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -30,33 +31,39 @@ Example:
     $ qrexec-activate unpublish gpg-agent-ssh
 """,
 )
-@click.argument("name", shell_complete=complete_names)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_names)
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before a user's files and a database are deleted.")
 @debug_option
-def command(name: str, yes: bool) -> None:
+def command(names: tuple[str, ...], yes: bool) -> None:
     """In a service qube, take away a name that publish gave: the link, and the line of the drop-in that makes it.
 
     The socket itself, its unit and open connections stay. A program that was published with --exec ends, and all that
     was made for it goes: its units, its name in Caddy, its Linux user with all its files, and its database.
     """
-    if service := Service.read(name, for_system=False) or Service.read(name, for_system=True):
-        _end(service, yes=yes)
-    else:
-        with audit(f"unpublishing {name}", done=f"unpublished {name}", QREXEC_NAME=name):
-            _take_back(name)
-    click.echo(f"{name} is not published any more")
+    services = {name: Service.read(name, for_system=False) or Service.read(name, for_system=True) for name in names}
+    for for_system in (False, True):
+        if same := [one for one in services.values() if one and one.for_system == for_system]:
+            _end(same, yes=yes)
+    for name, service in services.items():
+        if service is None:
+            with audit(f"unpublishing {name}", done=f"unpublished {name}", QREXEC_NAME=name):
+                _take_back(name)
+        click.echo(f"{name} is not published any more")
 
 
-def _end(service: Service, *, yes: bool) -> None:
-    if service.for_system and os.geteuid() != 0:
-        raise UsageProblem(f"{service.name} belongs to the system: sudo qrexec-activate unpublish {service.name}")
-    if service.user and not yes:
-        what = f"the Linux user {service.user} with all its files" + (" and its database" * service.database)
-        click.confirm(f"This deletes {what}. Go on?", abort=True, err=True)
-    files = service.files()
-    doing = audit(f"unpublishing {service.about}", done=f"unpublished {service.about}", QREXEC_NAME=service.name)
-    with locked(service.folder), finishing(), doing:
-        undo_all(removal(service))
+def _end(services: list[Service], *, yes: bool) -> None:
+    one = services[0]
+    if one.for_system and os.geteuid() != 0:
+        raise UsageProblem(f"{one.name} belongs to the system: sudo qrexec-activate unpublish {one.name}")
+    if one.for_system and not yes:
+        what = ", ".join(f"{one.user} with all its files" + " and its database" * one.database for one in services)
+        click.confirm(f"This deletes the Linux user {what}. Go on?", abort=True, err=True)
+    files = [file for service in services for file in service.files()]
+    with contextlib.ExitStack() as acts, locked(one.folder), finishing():
+        for service in services:
+            what = service.about
+            acts.enter_context(audit(f"unpublishing {what}", done=f"unpublished {what}", QREXEC_NAME=service.name))
+        undo_all(removal(services))
     for file in files:
         click.echo(f"Removed: {short_path(str(file))}")
 

@@ -85,8 +85,9 @@ class Qube:
         self.host = free_host()
         self.environment = dict(machine.environment)
         self.etc = machine.directory / "etc"
-        #: What runs a command of root's, if anything can.
+        #: What runs a command of root's, if anything can; and one of the user's, where that is not this machine.
         self.as_root: Callable[[str], str] | None = None
+        self.as_user: Callable[[str], str] | None = None
         self.rpc = self.etc / "qubes-rpc"
         self.rpc_config = self.etc / "qubes" / "rpc-config"
         for folder in (self.rpc, self.rpc_config):
@@ -110,9 +111,9 @@ class Qube:
                 place.write_text(self.local(path.read_text()))
                 place.chmod(path.stat().st_mode & 0o777)
                 if "StandardInput=socket\n" in place.read_text():
-                    self._answer(place.name)
+                    self.add_log(place.name)
 
-    def _answer(self, unit: str) -> None:
+    def add_log(self, unit: str) -> None:
         # A machine sends what all services print to its log, by a drop-in that this one takes the place of.
         log = self.machine.directory / "units" / f"{unit}.d" / "log.conf"
         log.parent.mkdir()
@@ -130,7 +131,7 @@ class Qube:
 
         They are copied to `folder`, which those users can read: a machine's own is closed to them.
         """
-        self._answer("qrexec-call-.service")
+        self.add_log("qrexec-call-.service")
         for config in self.rpc_config.iterdir():
             if user := re.search(r"^force-user=(\S+)$", config.read_text(), re.MULTILINE):
                 script = Path(shutil.copy(self.rpc / config.name, folder))
@@ -279,7 +280,7 @@ class Recipe:
             qube = self.qubes[prompt[:-1]]
             try:
                 if prompt.endswith("$"):
-                    said[command] = qube.run(command, timeout=timeout)
+                    said[command] = qube.as_user(command) if qube.as_user else qube.run(command, timeout=timeout)
                 elif qube.as_root:
                     said[command] = qube.as_root(command)
             except MachineError as error:

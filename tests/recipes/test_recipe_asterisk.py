@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import socket
 import subprocess
@@ -11,80 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from booted import Container
 from recipe import EXAMPLES, PATIENCE, Recipe, require, until
 
-CACHE = Path(os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate")) / "recipes" / "asterisk"
-NEEDS_ROOT = "it boots a system in a container"
-#: A container in a machine that may itself be one: cgroups of its own, and all that it writes is gone afterwards.
-BOOT = """
-set -e
-mount -t tmpfs none {top}
-mkdir {top}/upper {top}/work {top}/root
-mount -t overlay overlay -o lowerdir={cache},upperdir={top}/upper,workdir={top}/work {top}/root
-cp -r {files}/. {top}/root/etc/
-umount -R /sys/fs/cgroup
-mount -t cgroup2 none /sys/fs/cgroup
-SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn --quiet -D {top}/root --machine={name} --register=no \
-    --keep-unit --private-network --kill-signal=SIGRTMIN+3 --console=pipe --boot
-"""
 MANAGER_LOGIN = (
     b"Action: Login\r\nUsername: work\r\nSecret: work\r\n\r\nAction: CoreSettings\r\n\r\nAction: Logoff\r\n\r\n"
 )
 
 
-class Container:
-    """The booted system of the qube `pbx`."""
-
-    def __init__(self, folder: Path) -> None:
-        name = f"qa-{os.getpid()}"
-        script = BOOT.format(top=folder, cache=CACHE, files=EXAMPLES / "asterisk" / "pbx" / "etc", name=name)
-        self.log = folder.with_suffix(".log").open("wb")
-        self.process = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", script], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log
-        )
-        self.leader = 0
-
-    def wait(self) -> None:
-        until("the container boots", lambda: self.process.poll() is not None or self.find_leader())
-        if self.process.poll() is not None:
-            said = Path(self.log.name).read_text(errors="replace").strip().splitlines()[-1:]
-            pytest.skip(f"recipe asterisk: no container boots here: {said}")
-        until(
-            "systemd runs in it",
-            lambda: self.run("systemctl is-system-running", check=False).split()[:1] in (["running"], ["degraded"]),
-        )
-
-    def find_leader(self) -> int:
-        """The container's first process; systemd-nspawn has other children on its way there."""
-        children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
-        for pid in children.stdout.split():
-            with contextlib.suppress(OSError):
-                status = Path(f"/proc/{pid}/status").read_text()
-                if status.partition("NSpid:")[2].splitlines()[0].split()[1:] == ["1"] and "Name:\tsystemd\n" in status:
-                    self.leader = int(pid)
-        return self.leader
-
-    def run(self, command: str, *, check: bool = True) -> str:
-        argv = ["nsenter", f"--target={self.leader}", "--all", "/bin/sh", "-c", command]
-        result = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        assert not check or result.returncode == 0, f"pbx# {command}: {result.stderr}"
-        return result.stdout
-
-    def close(self) -> None:
-        if self.leader and self.process.poll() is None:
-            # As halt -p: its first process ends all others.
-            subprocess.run(["kill", "-s", "RTMIN+4", str(self.leader)], check=False)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
-
-
 @pytest.fixture(scope="module")
 def pbx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
-    require("asterisk", "systemd-nspawn", "nsenter", "socat", str(CACHE), root=NEEDS_ROOT)
-    container = Container(tmp_path_factory.mktemp("pbx"))
+    container = Container("asterisk", "pbx", tmp_path_factory.mktemp("pbx"))
     try:
         container.wait()
         yield container
