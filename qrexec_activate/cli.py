@@ -27,7 +27,7 @@ _COMMANDS = {
     "list": "List every route, whoever wrote it.",
     "logs": "Show what became of connections.",
     "policy": "Print the policy that dom0 needs.",
-    "publish": "Let other qubes reach a socket of this one.",
+    "publish": "Let other qubes reach a socket or a program of this one.",
     "published": "List what other qubes can reach in this one.",
     "remove": "Remove a route, and leave the others alone.",
     "serve": "Serve the sockets that systemd passes. This is what the units run.",

@@ -162,3 +162,13 @@ def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     running = [one.info["exe"] or "" for one in psutil.process_iter(["exe"])]
     assert [path for path in running if path.startswith(str(tmp_path))] == []
+
+
+def test_idle_and_running_services_are_measured() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.idle", "--count", "2"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    rows = table_rows(result.stdout)
+    assert len(rows) == 4
+    assert all(cell.endswith(" MiB") for row in list(rows.values())[1:] for cell in row)

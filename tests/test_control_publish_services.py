@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import json
 import os
+import pwd
 import shlex
 import shutil
 import socket
@@ -148,18 +149,18 @@ def test_a_program_is_started_by_the_first_connection(desk: Desk) -> None:
     assert Path(address(desk, "notes")).stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("kind", ["socket", "port", "unix"])
-def test_a_program_is_ended_when_it_is_idle(desk: Desk, kind: str) -> None:
+# Six times, since systemd by itself takes five starts in ten seconds for too many.
+@pytest.mark.parametrize(("kind", "times"), [("socket", 6), ("port", 2), ("unix", 2)])
+def test_a_program_is_ended_when_it_is_idle(desk: Desk, kind: str, times: int) -> None:
     where = {"socket": "", "port": str(free_port()), "unix": str(desk.machine.directory / "wiki")}[kind]
     command = program(desk, BY_ITSELF if where else ACTIVATED, "wiki", where)
     desk.run("publish", "wiki", "--exec", command, *([f"--{kind}", where] if where else []), "--idle", "1s")
-    for _ in range(2):
+    for _ in range(times):
         assert only(desk)["state"] == "idle"
         assert ask(desk, "wiki") == "wiki heard me"
         assert desk.scene.state("qrexec-program-wiki.service") == "active"
         until("it ends", lambda: desk.scene.state("qrexec-program-wiki.service") == "inactive")
         until("the way there ends", lambda: only(desk)["state"] == "idle")
-    until("its own socket ends", lambda: desk.scene.state("qrexec-program-wiki.socket") == "inactive")
     assert desk.failed() == ""
 
 
@@ -238,6 +239,23 @@ def test_a_dry_run_changes_nothing(desk: Desk) -> None:
     assert "--exit-idle-time=5min 127.0.0.1:8000" in said
     assert "StopWhenUnneeded=yes" in said
     assert desk.files() == before
+
+
+def test_a_dry_run_shows_what_root_would_do(desk: Desk) -> None:
+    words = ("publish", "notes", "--exec", "/bin/cat", "--user", "qa-notes", "--idle", "1min", "--dry-run")
+    said = desk.run(*words, environment={"SUDO_USER": "daemon"})
+    for line in (
+        "# /etc/systemd/system/qrexec-publish-notes.socket",
+        "ListenStream=%t/qubes.ConnectUnix/notes",
+        "User=qa-notes",
+        "ProtectSystem=strict",
+        "$ systemctl enable --now qrexec-publish-notes.socket",
+    ):
+        assert line in said.splitlines()
+    assert "\n$ useradd --system --user-group" in said
+    assert not Path("/etc/systemd/system/qrexec-publish-notes.socket").exists()
+    with pytest.raises(KeyError):
+        pwd.getpwnam("qa-notes")
 
 
 def test_what_makes_no_sense_is_refused(desk: Desk) -> None:
@@ -319,10 +337,12 @@ def test_a_name_in_caddy_comes_and_goes(desk: Desk) -> None:
             routes.append({"@id": "other"})
             desk.run("unpublish", "notes", environment=caddy)
             assert [route["@id"] for route in routes] == ["other"]
+            desk.run(*words, environment=caddy)
         finally:
             server.shutdown()
             thread.join()
-    # Without a Caddy, nothing is published.
+    # Without a Caddy, it still can be taken away, but not published.
+    assert "by hand" in desk.try_("unpublish", "notes", environment=NO_CADDY).stderr
     before = desk.files()
     assert "Caddy's admin API" in desk.fails(*words, environment=NO_CADDY)
     assert desk.files() == before

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 from ..errors import ActivateError, UsageProblem
 from ..manager import Manager, open_manager
 from ..names import check_argument, escape_instance, parse_unit_name
@@ -178,8 +180,9 @@ class Service:
             listens_at, needs = f"%t/{PROGRAM_PREFIX.rstrip('-')}/{self.name}", f"{inner} {program}"
             more = f"Requires={inner}\nAfter={inner}\n"
             texts[inner] = (
-                f"[Unit]\nDescription={self.name}, behind its proxy\nStopWhenUnneeded=yes\n\n"
-                f"[Socket]\nListenStream={listens_at}\n{self._access(self.user)}"
+                f"[Unit]\nDescription={self.name}, behind its proxy\n\n[Socket]\nListenStream={listens_at}\n"
+                "# What is left there by a proxy that has ended is not to start the program again.\nFlushPending=yes\n"
+                f"{self._access(self.user)}"
             )
         texts[program] = f"{about}StopWhenUnneeded=yes\n{more}{LIMITS}\n{run}{self._confinement()}"
         texts[main] = (
@@ -363,11 +366,15 @@ def _file(path: Path, text: str) -> Step:
 
 def _domain(service: Service) -> Step:
     unit, domain, address = service.socket_unit, service.domain, service.address
-    return Step(
-        f"# Caddy: {domain} leads to {address}",
-        lambda: caddy.add_route(unit, domain, address),
-        lambda: caddy.remove_route(unit),
-    )
+
+    def remove() -> None:
+        try:
+            caddy.remove_route(unit)
+        except ActivateError:
+            # It has nothing where it does not run, unless it keeps that for the next time; all else can go.
+            click.echo(f"Caddy does not answer: if it is run with --resume, take {domain} out of it by hand", err=True)
+
+    return Step(f"# Caddy: {domain} leads to {address}", lambda: caddy.add_route(unit, domain, address), remove)
 
 
 # ---------------------------------------------------------------------- looked at

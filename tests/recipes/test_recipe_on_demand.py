@@ -168,6 +168,9 @@ def test_failing_midway_undoes_all(apps: Container, recipe: Recipe) -> None:
     assert "createuser" in apps.run(publish, check=False)
     apps.run("systemctl start postgresql@15-main")
     assert traces(apps, "late") == ""
+    apps.run("mv /usr/bin/createdb /root/")
+    assert "--database needs PostgreSQL in this qube (missing: createdb)" in apps.run(publish, check=False)
+    apps.run("mv /root/createdb /usr/bin/")
     said = apps.run("journalctl --output=cat QREXEC_NAME=late")
     assert said.count("publishing late: /bin/cat, Linux user late, database late, late.localhost in Caddy failed") == 2
 
