@@ -333,7 +333,13 @@ def test_a_name_in_caddy_comes_and_goes(desk: Desk) -> None:
             assert routes[0]["handle"][0]["upstreams"] == [{"dial": f"unix/{address(desk, 'notes')}"}]
             assert only(desk)["domain"] == "notes.localhost"
             routes.clear()
-            assert "Caddy has no notes.localhost" in desk.try_("published", "--check", environment=caddy).stdout
+            mend = ("publish", "notes", "--domain", "notes.localhost")
+            said = desk.try_("published", "--check", environment=caddy).stdout
+            assert f"Caddy has lost notes.localhost: qrexec-activate {' '.join(mend)}" in said
+            for _ in range(2):
+                desk.run(*mend, environment=caddy)
+                assert [route["@id"] for route in routes] == ["qrexec-publish-notes.socket"]
+            assert "was not published" in desk.fails("publish", "notes", "--domain", "x.localhost", environment=caddy)
             routes.append({"@id": "other"})
             desk.run("unpublish", "notes", environment=caddy)
             assert [route["@id"] for route in routes] == ["other"]

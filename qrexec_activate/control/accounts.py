@@ -80,7 +80,12 @@ def user_steps(user: str) -> list[Step]:
         with contextlib.suppress(OSError):
             HOMES.rmdir()
 
-    return [Step("", lambda: HOMES.mkdir(mode=0o755, exist_ok=True)), Step(add.text, add.do, remove)]
+    return [Step("", _make_homes), Step(add.text, add.do, remove)]
+
+
+def _make_homes() -> None:
+    HOMES.mkdir(exist_ok=True)
+    HOMES.chmod(0o755)
 
 
 def database_steps(user: str) -> list[Step]:

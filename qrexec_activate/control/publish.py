@@ -12,6 +12,7 @@ import click
 from ..errors import ActivateError, UsageProblem
 from ..manager import open_manager
 from ..names import parse_unit_name
+from .caddy import add_route, has_route
 from .dropins import create_file, finishing, locked
 from .netproc import listening
 from .options import complete_units, debug_option
@@ -74,7 +75,8 @@ def command(
     With --exec, systemd holds the socket, and starts COMMAND with the first connection. COMMAND is split into words as
     by a shell, but no shell runs it. It is passed the socket (LISTEN_FDS), and with --idle ended when nobody uses it;
     without, it ends by itself. With --port or --unix it opens that address itself, and is ended when nobody uses it.
-    {name}, {number} and {port} stand for those of each of --count services.
+    {name}, {number} and {port} stand for those of each of --count services. --domain alone gives Caddy once more what
+    it has forgotten.
     """
     check_name(name)
     if program is not None:
@@ -84,7 +86,10 @@ def command(
             raise UsageProblem("--database needs --user: PostgreSQL tells by the Linux user who is who")
         _publish_services(_services(name, program, path or "", count, **options), dry_run=dry_run)
         return
-    if dry_run or count or any(value not in (None, False) for value in options.values()):
+    if (domain := options.pop("domain")) and not (unit or path or count or dry_run or any(options.values())):
+        _put_back_domain(name, domain)
+        return
+    if domain or dry_run or count or any(value not in (None, False) for value in options.values()):
         raise UsageProblem("--port, --idle, --user, --database, --domain, --count and --dry-run are for --exec")
     if (unit is None) == (path is None):
         raise UsageProblem("give either --unit NAME.socket or --unix PATH, or a program by --exec COMMAND")
@@ -94,6 +99,17 @@ def command(
         else:
             _publish_path(name, path or "")
     _report(name)
+
+
+def _put_back_domain(name: str, domain: str) -> None:
+    """Give Caddy a service's name once more: it forgets it when it is started again without --resume."""
+    service = Service.read(name, for_system=False) or Service.read(name, for_system=True)
+    if service is None or service.domain != domain:
+        raise UsageProblem(f"--domain {domain}: {name} was not published with that and --exec")
+    with audit(f"offering {domain}", done=f"{domain} in Caddy leads to {name} again", QREXEC_NAME=name):
+        if not has_route(service.socket_unit):
+            add_route(service.socket_unit, domain, service.address)
+    click.echo(f"{domain} in Caddy leads to {name}")
 
 
 def _services(

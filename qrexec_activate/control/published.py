@@ -181,4 +181,4 @@ def _domain_problem(one: Publication) -> str:
             return ""
     except ActivateError as error:
         return str(error)
-    return f"Caddy has no {service.domain}: it keeps that over a restart with --resume; unpublish, and publish again"
+    return f"Caddy has lost {service.domain}: qrexec-activate publish {one.name} --domain {service.domain}"

@@ -39,7 +39,7 @@ class Step:
 
 
 def do_all(steps: Sequence[Step]) -> None:
-    """Do all of it; if one fails, undo those before it and raise its ActivateError."""
+    """Do all of it; if one fails, undo those before it and raise ActivateError."""
     done: list[Step] = []
     try:
         for step in steps:
@@ -47,6 +47,8 @@ def do_all(steps: Sequence[Step]) -> None:
             done.append(step)
     except ActivateError as error:
         _undo_for(error, done)
+    except OSError as error:
+        _undo_for(ActivateError(str(error)), done)
 
 
 def _undo_for(error: ActivateError, done: list[Step]) -> NoReturn:
