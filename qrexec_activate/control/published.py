@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "complete_names"]
 
-#: A program may take its time to start; one that waits for longer is not what a caller wants.
-TRY_TIMEOUT = 60.0
+#: A program may take its time to start; systemd gives up a little before this.
+TRY_TIMEOUT = 70.0
 #: Within this time a program that cannot run has ended.
 SETTLING = 1.0
 HEADER = ("name", "state", "socket", "made by")

@@ -131,15 +131,15 @@ class Service:
 
     @classmethod
     def read(cls, name: str, *, for_system: bool) -> Service | None:
-        """What is there under this name, as far as removing it needs to know; None if nothing is."""
+        """What is there under this name, as far as removing it needs to know; None if nothing is, or ActivateError."""
         where = own_folder(user=not for_system) / cls(name).socket_unit
         text = read_file(str(where)).text
         if text is None:
             return None
         notes = {one.key: one.value for one in assignments(text) if one.section == NOTES}
         user = notes.get("User", "") if for_system else ""
-        if for_system:
-            check_ours(user, where)
+        if for_system and not user:
+            raise ActivateError(f"{where} does not say, by User= in [{NOTES}], which Linux user was made for it")
         return cls(name, user=user, database=bool(user and notes.get("Database")), domain=notes.get("Domain", ""))
 
     @property
@@ -319,7 +319,13 @@ def creation(services: Sequence[Service]) -> list[Step]:
 
 
 def removal(services: Sequence[Service]) -> list[Step]:
-    """What, undone, takes services away, all of the same manager, with all that was made for them."""
+    """What, undone, takes services away, all of the same manager, with all that was made for them.
+
+    Raises ActivateError where a file was edited so that it names what was not made for it.
+    """
+    for service in services:
+        if service.user:
+            check_ours(service.user, service.folder / service.socket_unit)
     return _steps(services, lambda service: {file.name: "" for file in service.files()})
 
 
