@@ -285,8 +285,9 @@ def test_check_goes_the_whole_way(desk: Desk) -> None:
     assert ask(desk, "good") == "good heard me"
 
 
-def test_a_program_that_ends_at_once_ends_the_connection_too(desk: Desk) -> None:
-    desk.run("publish", "bad", "--exec", "/bin/false", "--idle", "1min")
+@pytest.mark.parametrize("words", [(), ("--port", "9")])
+def test_a_program_that_ends_at_once_ends_the_connection_too(desk: Desk, words: tuple[str, ...]) -> None:
+    desk.run("publish", "bad", "--exec", "/bin/false", "--idle", "1min", *words)
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(PATIENCE)
         client.connect(address(desk, "bad"))

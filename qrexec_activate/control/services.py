@@ -171,14 +171,14 @@ class Service:
             needs, more = program, ""
             look = f"{'TCP' if self.port is not None else 'UNIX-CONNECT'}:{listens_at}"
             times = f"retry={int(START_TIMEOUT / LOOK_INTERVAL)},interval={LOOK_INTERVAL}"
-            run += (
+            wait = (
                 "# The first connection is passed on at once, so the program has to listen by then.\n"
-                f"ExecStartPost={shutil.which('socat')} -u OPEN:/dev/null {look},{times}\n"
+                f"ExecStartPre={shutil.which('socat')} -u OPEN:/dev/null {look},{times}\n"
                 f"TimeoutStartSec={START_TIMEOUT}s\n"
             )
         else:
             listens_at, needs = f"%t/{PROGRAM_PREFIX.rstrip('-')}/{self.name}", f"{inner} {program}"
-            more = f"Requires={inner}\nAfter={inner}\n"
+            more, wait = f"Requires={inner}\nAfter={inner}\n", ""
             texts[inner] = (
                 f"[Unit]\nDescription={self.name}, behind its proxy\n\n[Socket]\nListenStream={listens_at}\n"
                 "# What is left there by a proxy that has ended is not to start the program again.\nFlushPending=yes\n"
@@ -188,7 +188,7 @@ class Service:
         texts[main] = (
             f"[Unit]\nDescription=The way to {self.name}, until it is idle\n"
             f"BindsTo={program}\nAfter={needs}\n{LIMITS}\n"
-            f"[Service]\nExecStart={_proxy()} --exit-idle-time={self.idle} {listens_at}\n{self._confinement()}"
+            f"[Service]\n{wait}ExecStart={_proxy()} --exit-idle-time={self.idle} {listens_at}\n{self._confinement()}"
         )
         return texts
 
