@@ -42,10 +42,8 @@ def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
     container = Container("on-demand", "apps", tmp_path_factory.mktemp("apps"), INSTALL)
     try:
         container.wait()
-        until(
-            "the user's systemd runs",
-            lambda: as_user(container, "systemctl --user is-active basic.target", check=False),
-        )
+        state = "systemctl --user is-active basic.target"
+        until("the user's systemd runs", lambda: as_user(container, state, check=False).strip() == "active")
         container.run("systemctl start postgresql caddy")
         yield container
     finally:
