@@ -2,7 +2,7 @@
 # make check   everything that must be right before a change is published
 # make clean   remove what these made
 #
-# make bench   measure it next to what one would use otherwise: bench/results.md; seven minutes on a quiet machine
+# make bench   measure it next to what one would use otherwise: bench/results.md; ten minutes on a quiet machine
 # make fuzz    10 million random inputs for all that takes input from elsewhere, and the RPC services: hours
 # make soak    a load with faults, in which every client knows each byte that it must get; SOAK="--minutes 5"
 #
@@ -22,7 +22,7 @@ check:
 
 bench:
 	@tools/setup check
-	@.venv/bin/python -m bench
+	@.venv-debian/bin/python -m bench
 
 # Guided by what the input covers where atheris is installed: .venv/bin/pip install atheris
 fuzz:

@@ -112,6 +112,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
+LimitNOFILE=16384
 ExecStart={proxyd} --connections-max=4096 {to_host}:{to_port}
 """
 
@@ -224,7 +225,6 @@ class Many:
         """Have so many listeners; returns the first one's address. The daemon is not running then."""
         self.close()
         machine, unit = self._machine, f"{self._prefix}@{ECHO}.socket"
-        shutil.rmtree(machine.unit_dir / f"{unit}.d", ignore_errors=True)
         hosts = [f"{self._net}.{number // 250}.{number % 250 + 1}" for number in range(count)]
         for number, host in enumerate(hosts):
             text = DROP_IN.format(host=host, port=LISTEN[ECHO], target=f"qube-{number}")
@@ -241,6 +241,8 @@ class Many:
         """Stop what was started; with contextlib.closing() at the end of a block."""
         if self._started:
             self._machine.systemctl("stop", f"{self._prefix}@{ECHO}.socket", f"{self._prefix}.service")
+            shutil.rmtree(self._machine.unit_dir / f"{self._prefix}@{ECHO}.socket.d")
+            self._machine.systemctl("daemon-reload")
         self._started = False
 
 

@@ -19,6 +19,7 @@ import jeepney
 from jeepney import MessageType
 
 from qrexec_activate import manager, names, passed, routes, serve, unitfile
+from qrexec_activate.claim import PassedSocket, Refusal
 from qrexec_activate.errors import ActivateError, BadName, ManagerError, UsageProblem
 from qrexec_activate.loopback import client_vm, faults, policy, rpc_config
 from qrexec_activate.unitfile import SourceFile
@@ -87,9 +88,7 @@ def routing(data: bytes) -> None:
     entries = tuple((kind, address) for kind, _, address in (line.partition(" ") for line in listen.split("\n")))
     sources = tuple(SourceFile(f"/{number}.conf", file) for number, file in enumerate(files))
     loaded = routes.SocketUnit(unit, sources, entries, fd_name)
-    passed_ones = [
-        routes.PassedSocket(number, fd_name, kind, address) for number, (kind, address) in enumerate(entries, 3)
-    ]
+    passed_ones = [PassedSocket(number, fd_name, kind, address) for number, (kind, address) in enumerate(entries, 3)]
     try:
         claims = routes.claims("my.Rpc", loaded, _MANAGER)
         decided = routes.by_unit("my.Rpc", [loaded], passed_ones, _MANAGER)
@@ -101,8 +100,8 @@ def routing(data: bytes) -> None:
     assert len(claims) == len(entries)
     assert len(decided) == len(passed_ones)
     for claim in (*claims, *decided):
-        if isinstance(claim, routes.Refusal):
-            one_line(ActivateError(routes.Refusal("", claim.reason.replace("\n", " "))))
+        if isinstance(claim, Refusal):
+            one_line(ActivateError(Refusal("", claim.reason.replace("\n", " "))))
             continue
         assert _TARGET.fullmatch(claim.target)
         assert _QREXEC_TEXT.fullmatch(claim.argument)
@@ -271,7 +270,7 @@ def listen_variables(data: bytes) -> None:
         assert one.fd >= 3
         assert os.fstat(one.fd)
     for claim in routes.by_name("my.Rpc", "x", found):
-        assert isinstance(claim, routes.Refusal) or _TARGET.fullmatch(claim.target)
+        assert isinstance(claim, Refusal) or _TARGET.fullmatch(claim.target)
 
 
 def address(data: bytes) -> None:

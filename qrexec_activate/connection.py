@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
+from .claim import Route
 from .outcome import Ending, Outcome
-from .routes import Route
 from .settings import Relay
 from .splice import ClientGone, Splice, half_close, unread
 

@@ -24,13 +24,13 @@ from typing import NamedTuple
 
 import trio
 
+from .claim import Claim, PassedSocket, Refusal, Route
 from .connection import HANG_UP_LOOK, STARVED, Client, Connection, StartProblem, Starved, reset
 from .journal import Log, Priority
 from .orphans import find_orphans
 from .outcome import Ending, Outcome, format_seconds
 from .passed import format_address
 from .peers import Gate, GateProblem, borrowed, exposure
-from .routes import Claim, PassedSocket, Refusal, Route
 from .settings import Settings
 
 __all__ = ["Daemon"]

@@ -16,6 +16,7 @@ from .errors import BadName
 __all__ = [
     "MAX_ARGUMENT",
     "UnitName",
+    "c_escape",
     "call_name",
     "check_argument",
     "check_service",
@@ -205,3 +206,14 @@ def parse_unit_name(name: str) -> UnitName:
     if not _UNIT_TEXT.fullmatch(stem):
         raise BadName(f"{name!r} is no unit name: systemd allows only letters, digits and :-_.\\ beside the @ in one")
     return UnitName(prefix, instance if at else None, suffix)
+
+
+_C_ESCAPES = dict(zip(b"\a\b\f\n\r\t\v\\\"'", "abfnrtv\\\"'", strict=True))
+
+
+def c_escape(raw: bytes) -> str:
+    r"""Write bytes as systemd prints the path or abstract name of a unix socket: `sp\303\244ce`, `\"`, `\\`."""
+    return "".join(
+        f"\\{_C_ESCAPES[byte]}" if byte in _C_ESCAPES else chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}"
+        for byte in raw
+    )

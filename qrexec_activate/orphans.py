@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .routes import Route
+from .claim import Route
 
 __all__ = ["Orphan", "find_orphans"]
 

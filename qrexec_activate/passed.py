@@ -11,8 +11,8 @@ import stat
 
 from systemd import daemon as sd_daemon
 
-from .routes import PassedSocket
-from .unitfile import c_escape
+from .claim import PassedSocket
+from .names import c_escape
 
 __all__ = ["describe", "format_address", "passed_sockets"]
 

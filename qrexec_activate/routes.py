@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from .claim import Claim, PassedSocket, Refusal, Route
 from .errors import BadName
-from .names import call_name, check_argument, check_service, check_target, decode_escapes, parse_unit_name
+from .names import check_argument, check_service, check_target, decode_escapes, parse_unit_name
 from .unitfile import (
     AddressKey,
     Declaration,
@@ -28,10 +29,6 @@ from .unitfile import (
 )
 
 __all__ = [
-    "Claim",
-    "PassedSocket",
-    "Refusal",
-    "Route",
     "SocketUnit",
     "by_name",
     "by_unit",
@@ -52,52 +49,6 @@ class SocketUnit:
     listen: tuple[tuple[str, str], ...]
     fd_name: str
     problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class PassedSocket:
-    """A file descriptor from systemd, its name in LISTEN_FDNAMES, and its kind and address as the kernel tells them."""
-
-    fd: int
-    name: str
-    kind: str
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A listener that is served: every connection to `address` becomes the call `call` to the qube `target`."""
-
-    address: str
-    target: str
-    service: str
-    argument: str
-    unit: str = ""
-    file: str = ""
-
-    @property
-    def call(self) -> str:
-        return call_name(self.service, self.argument)
-
-    def __str__(self) -> str:
-        origin = f" ({self.file})" if self.file else ""
-        return f"{self.address} → {self.target} {self.call}{origin}"
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A listener that is not served, why, and what to do about it."""
-
-    address: str
-    reason: str
-    unit: str = ""
-    file: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.address} is refused: {self.reason}"
-
-
-Claim = Route | Refusal
 
 
 def no_stream(kind: str) -> str:

@@ -12,9 +12,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from .background import Background
+from .claim import Claim, PassedSocket
 from .errors import ActivateError, BadName, UsageProblem
 from .passed import passed_sockets
-from .routes import Claim, PassedSocket, by_name, by_unit
 
 if TYPE_CHECKING:
     from .serve_options import Request
@@ -52,6 +52,7 @@ def _started_by_manager() -> bool:
 
 def _decide(sockets: list[PassedSocket], by_manager: bool) -> tuple[Request, list[Claim]]:
     """Decide on every socket. In the fork only: it imports what the daemon does without."""
+    from .routes import by_name, by_unit
     from .serve_options import parse
 
     request = parse(sys.argv[2:])

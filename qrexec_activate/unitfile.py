@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from .names import c_escape
+
 __all__ = [
     "LISTEN_KINDS",
     "AddressKey",
@@ -23,7 +25,6 @@ __all__ = [
     "SourceFile",
     "address_key",
     "assignments",
-    "c_escape",
     "declared_listeners",
     "expand_specifiers",
     "is_fd_name",
@@ -304,15 +305,6 @@ _VSOCK = re.compile(r"vsock:(0|[1-9][0-9]{0,9})?:(0|[1-9][0-9]{0,9})", re.ASCII)
 _SCOPED = re.compile(r"(.*)%([A-Za-z0-9_.-]+)", re.ASCII)
 #: A unix socket's address holds 108 bytes, of which systemd leaves one for a terminating zero.
 _LONGEST_PATH = 107
-_C_ESCAPES = dict(zip(b"\a\b\f\n\r\t\v\\\"'", "abfnrtv\\\"'", strict=True))
-
-
-def c_escape(raw: bytes) -> str:
-    r"""Write bytes as systemd prints the path or abstract name of a unix socket: `sp\303\244ce`, `\"`, `\\`."""
-    return "".join(
-        f"\\{_C_ESCAPES[byte]}" if byte in _C_ESCAPES else chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}"
-        for byte in raw
-    )
 
 
 def written_key(text: str) -> AddressKey | None:

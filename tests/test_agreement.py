@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from qrexec_activate.claim import Refusal
 from qrexec_activate.loopback.machine import Machine
 from qrexec_activate.manager import Manager, open_manager
 from qrexec_activate.passed import describe
-from qrexec_activate.routes import Refusal, SocketUnit, claims, unit_specifiers
+from qrexec_activate.routes import SocketUnit, claims, unit_specifiers
 from qrexec_activate.unitfile import (
     AddressKey,
     address_key,

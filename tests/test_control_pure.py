@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qrexec_activate.claim import Refusal, Route
 from qrexec_activate.control import address as addresses
 from qrexec_activate.control.dropins import create_file, is_idle, locked, remove_file, replace_file, without_lines
 from qrexec_activate.control.kinds import unit_of
@@ -20,7 +21,6 @@ from qrexec_activate.control.survey import Daemon, Entry, find_daemon, foresee
 from qrexec_activate.control.table import plain_lines
 from qrexec_activate.control.unitdirs import own_folder, scan
 from qrexec_activate.errors import ActivateError, BadName, UsageProblem
-from qrexec_activate.routes import Refusal, Route
 from qrexec_activate.unitfile import SourceFile, address_key, assignments
 
 SPECIFIERS = {"t": "/run/user/1000", "h": "/home/user"}

@@ -21,10 +21,10 @@ from scenario import connect, is_reset_error, sees_reset
 from trio.testing import MockClock
 
 from qrexec_activate import connection as connection_module
+from qrexec_activate.claim import PassedSocket, Route
 from qrexec_activate.connection import Client
 from qrexec_activate.daemon import OVERTAKEN_AGE, PROMPT_AGE, Daemon
 from qrexec_activate.journal import Log, Priority
-from qrexec_activate.routes import PassedSocket, Route
 from qrexec_activate.settings import Relay, Settings
 
 

@@ -28,10 +28,11 @@ from jeepney import (
 from jeepney.low_level import Parser
 
 from qrexec_activate import manager as manager_module
+from qrexec_activate.claim import Refusal, Route
 from qrexec_activate.errors import ManagerError
 from qrexec_activate.loopback.machine import Machine
 from qrexec_activate.manager import LoadedUnit, Manager, open_manager, runs_in_user_manager
-from qrexec_activate.routes import Refusal, Route, claims
+from qrexec_activate.routes import claims
 
 UNIT = "qrexec-connect-tcp@1234.socket"
 DAEMON = "qrexec-connect-tcp.service"

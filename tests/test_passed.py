@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qrexec_activate.claim import PassedSocket
 from qrexec_activate.passed import describe, format_address
-from qrexec_activate.routes import PassedSocket
 
 
 @pytest.fixture

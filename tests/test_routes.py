@@ -13,18 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from qrexec_activate.claim import Claim, PassedSocket, Refusal, Route
 from qrexec_activate.errors import BadName
-from qrexec_activate.routes import (
-    Claim,
-    PassedSocket,
-    Refusal,
-    Route,
-    SocketUnit,
-    by_name,
-    by_unit,
-    claims,
-    unit_specifiers,
-)
+from qrexec_activate.routes import SocketUnit, by_name, by_unit, claims, unit_specifiers
 from qrexec_activate.unitfile import SourceFile
 
 USER = {"t": "/run/user/1000", "h": "/home/user", "u": "user", "U": "1000"}

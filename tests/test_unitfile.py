@@ -9,13 +9,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from qrexec_activate.names import c_escape
 from qrexec_activate.unitfile import (
     LISTEN_KINDS,
     Declaration,
     SourceFile,
     address_key,
     assignments,
-    c_escape,
     declared_listeners,
     expand_specifiers,
     is_fd_name,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
+from ..claim import Claim, Refusal, Route
 from ..errors import ActivateError, UsageProblem
 from ..manager import open_manager
 from ..names import check_target, decode_escapes, escape_target
-from ..routes import Claim, Refusal, Route
 from ..unitfile import SourceFile, address_key
 from .address import Address, Trouble, is_open_to_others, next_free, obstacle, parse_address
 from .dropins import create_file, finishing, locked, remove_file

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import click
 
+from ..claim import Refusal
 from ..errors import ActivateError, UsageProblem
 from ..manager import open_manager
-from ..routes import Refusal
 from ..unitfile import SourceFile, address_key, assignments
 from .address import obstacle, parse_address
 from .dropins import finishing, locked, replace_file

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import click
 
+from ..claim import Claim, Route
 from ..errors import ActivateError, UsageProblem
 from ..manager import open_manager
-from ..routes import Claim, Route, unit_specifiers
+from ..routes import unit_specifiers
 from ..unitfile import SourceFile, address_key, assignments, declared_listeners, expand_specifiers
 from .dropins import finishing, is_idle, locked, remove_file, replace_file, without_lines
 from .kinds import unit_of

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
+from ..claim import Claim, PassedSocket, Refusal, Route
 from ..errors import BadName
 from ..manager import Manager, open_manager
 from ..names import call_name, decode_escapes, parse_unit_name
-from ..routes import Claim, PassedSocket, Refusal, Route, SocketUnit, by_name, claims, unit_specifiers
+from ..routes import SocketUnit, by_name, claims, unit_specifiers
 from ..unitfile import LISTEN_KINDS, SourceFile, address_key, assignments, declared_listeners, expand_specifiers
 from .netproc import Listening, listening
 from .unitdirs import UnitFiles, scan
