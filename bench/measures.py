@@ -9,11 +9,13 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +141,15 @@ class Bench:
     # ------------------------------------------------------------------ in rounds
 
     def _first_byte(self, number: int, order: Sequence[Rival]) -> None:
-        for rival in order:
-            if not rival.only_relays:
-                with self._taken("first-byte", rival, round=number) as result:
-                    result |= self._load("first", rival.hosts[0], LISTEN[ECHO], self._sizes.firsts)
+        """In slices, too; each figure is the median of those of the slices."""
+        slices: dict[str, list[dict[str, Any]]] = {rival.name: [] for rival in order if not rival.only_relays}
+        for _ in range(self._sizes.slices):
+            for rival in order:
+                if not rival.only_relays:
+                    words = ("first", rival.hosts[0], LISTEN[ECHO], self._sizes.firsts // self._sizes.slices)
+                    slices[rival.name].append(self._attempt(partial(self._load, *words)))
+        for name, taken in slices.items():
+            self.results.append({"measure": "first-byte", "rival": name, "round": number} | _middle(taken))
 
     def _connections(self, number: int, order: Sequence[Rival]) -> None:
         for at_once in AT_ONCE:
@@ -158,11 +165,8 @@ class Bench:
             slices: dict[str, list[dict[str, Any]]] = {rival.name: [] for rival in order}
             for _ in range(self._sizes.slices):
                 for rival in order:
-                    try:
-                        slices[rival.name].append(self._slice(rival, LISTEN[service], which, streams))
-                    except LoadFailed as error:
-                        slices[rival.name].append({"error": str(error)})
-                    self._settle()
+                    words = (rival, LISTEN[service], which, streams)
+                    slices[rival.name].append(self._attempt(partial(self._slice, *words)))
             for rival in order:
                 result = {"measure": f"throughput-{name}", "rival": rival.name, "round": number}
                 self.results.append(result | _sum(slices[rival.name]))
@@ -235,6 +239,15 @@ class Bench:
 
     # ------------------------------------------------------------------ helpers
 
+    def _attempt(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What it gives, or why it gives nothing; returns when all is quiet again."""
+        try:
+            result = measure()
+        except LoadFailed as error:
+            result = {"error": str(error)}
+        self._settle()
+        return result
+
     def _python(self, measure: str, number: int, *words: str) -> None:
         """Run the interpreter, and keep how long it took."""
         began = time.perf_counter()
@@ -299,6 +312,14 @@ class Bench:
             time.sleep(0.005)
         # Their parents have yet to see that they ended.
         time.sleep(0.02)
+
+
+def _middle(slices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each figure; the first error, if there was any."""
+    for one in slices:
+        if "error" in one:
+            return one
+    return {key: statistics.median(one[key] for one in slices) for key in slices[0]}
 
 
 def _sum(slices: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import shutil
 from pathlib import Path
 
 from ..errors import ActivateError, UsageProblem
-from .steps import ROOTS_PATH, Step, command, run
+from .programs import ROOTS_PATH, run
+from .steps import Step, command
 
 __all__ = ["HOMES", "check_database", "check_ours", "check_user", "database_steps", "home", "user_steps"]
 

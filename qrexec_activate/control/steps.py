@@ -6,22 +6,16 @@ A person could type every one of them, and is shown them by --dry-run.
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from ..errors import ActivateError, UsageProblem
 from ..journal import IDENTIFIER, Priority
+from .programs import run
 
-__all__ = ["Step", "audit", "command", "do_all", "run", "undo_all"]
-
-#: Making a database takes a second; past this, something waits for ever.
-TIMEOUT = 120.0
-#: Where root's programs lie, which are not in the PATH of everyone.
-ROOTS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+__all__ = ["Step", "audit", "command", "do_all", "undo_all"]
 
 
 def _nothing() -> None:
@@ -67,33 +61,6 @@ def undo_all(steps: Sequence[Step]) -> None:
     """Undo all of it, the last one first; raises ActivateError at the first that fails. It can then be said again."""
     for step in reversed(steps):
         step.undo()
-
-
-def run(*words: str) -> str:
-    """Run a program without a shell, and return what it prints; raises ActivateError."""
-    try:
-        # A session of its own: Ctrl-C is for us, and no program can ask for a password on our terminal.
-        result = subprocess.run(
-            words,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="backslashreplace",
-            timeout=TIMEOUT,
-            # Other users' programs are run, too: they cannot stay in a folder that is closed to them.
-            cwd="/",
-            env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:{ROOTS_PATH}"},
-            start_new_session=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise ActivateError(f"{words[0]} is not installed") from None
-    except subprocess.TimeoutExpired:
-        raise ActivateError(f"{shlex.join(words)} has not ended in {TIMEOUT:.0f} s") from None
-    if result.returncode:
-        said = " ".join((result.stderr or result.stdout).split()) or f"exit code {result.returncode}"
-        raise ActivateError(f"{shlex.join(words)}: {said}")
-    return result.stdout
 
 
 def command(*words: str, undo: Sequence[str] = ()) -> Step:
