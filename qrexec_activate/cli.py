@@ -7,6 +7,7 @@ traceback, unless they ask with --debug.
 from __future__ import annotations
 
 import importlib
+import signal
 
 import click
 
@@ -93,6 +94,10 @@ def cli(ctx: click.Context) -> None:
 def main() -> None:
     """Run the command; every error is one line that says what to do, and its exit code 2 if it is one of usage."""
     invocation = Invocation()
+    # While Python imports and ends, a KeyboardInterrupt would be a traceback.
+    hears = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if hears:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         cli(prog_name="qrexec-activate", obj=invocation)
     except Exception as error:
@@ -102,6 +107,9 @@ def main() -> None:
             traceback.print_exc()
         click.echo(f"qrexec-activate: {_in_words(error)}", err=True)
         raise SystemExit(2 if isinstance(error, (UsageProblem, BadName)) else 1) from None
+    finally:
+        if hears:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _in_words(error: Exception) -> str:
