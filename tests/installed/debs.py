@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 from container import ROOT
 
-#: `yes`: do it, and fail where it cannot be done. `if-possible`: skip there. Not set: skip all of it.
-WANTED = os.environ.get("CHECK_INSTALLED", "")
 UPGRADE = "0.1.0+upgrade"
 
 

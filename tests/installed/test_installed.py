@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from container import ROOT, USERS, Container
-from debs import UPGRADE, WANTED
+from container import ROOT, USERS, WANTED, Container
+from debs import UPGRADE
 
 pytestmark = pytest.mark.skipif(not WANTED, reason="make check-installed does this")
 

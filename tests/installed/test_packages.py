@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from container import ROOT
-from debs import WANTED, build
+from container import ROOT, WANTED
+from debs import build
 
 pytestmark = pytest.mark.skipif(not WANTED, reason="make check-installed does this")
 

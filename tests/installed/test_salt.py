@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from container import CACHE, ROOT
-from debs import WANTED
+from container import CACHE, ROOT, WANTED
 
 from qrexec_activate.loopback import policy
 
