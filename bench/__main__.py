@@ -1,6 +1,7 @@
 """``python3 -m bench``: measure this tree against what one would use otherwise.
 
-Runs over the loopback only, in a systemd user manager of its own, and stops whatever it starts.
+Runs over the loopback only, in a systemd user manager of its own, and stops
+whatever it starts.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def main() -> int:
     """Run it; the exit code is 1 if something that has to answer did not."""
     options = _options()
     sizes = QUICK if options.quick else FULL
-    measures = [name for name in MEASURES if name in options.only] or list(MEASURES)
+    measures = [name for name in MEASURES if name in options.only] or list(
+        MEASURES
+    )
     names = [name for name in RIVALS if name in options.only or name == "limit"]
     if len(names) == 1 and "limit" not in options.only:
         names = list(RIVALS)
@@ -50,13 +53,23 @@ def main() -> int:
         environment = {"QREXEC_ACTIVATE_CLIENT": str(programs.client)}
         with (
             Machine(environment=environment) as machine,
-            rivals(machine, programs, options.target, names) as (found, problems),
+            rivals(machine, programs, options.target, names) as (
+                found,
+                problems,
+            ),
         ):
             for name, problem in problems.items():
                 _say(f"{RIVALS[name]} is left out: {problem}")
             bench = Bench(machine, programs, found, sizes)
             bench.run(measures, _say)
-    rounds = 1 + max((one.get("round", 0) for one in bench.results if one["measure"] in IN_ROUNDS), default=0)
+    rounds = 1 + max(
+        (
+            one.get("round", 0)
+            for one in bench.results
+            if one["measure"] in IN_ROUNDS
+        ),
+        default=0,
+    )
     about = _machine(options.client, rounds, time.monotonic() - began)
     # A rival may be missing on this machine; what this is about may not.
     broken = [
@@ -72,37 +85,55 @@ def main() -> int:
         output.mkdir(parents=True, exist_ok=True)
         (output / "results.md").write_text(text)
         (output / "results.svg").write_text(plot.svg(figures, about))
-        kept = {"machine": about, "targets": _kept(figures), "results": [*broken, *bench.results]}
-        (output / "results.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        kept = {
+            "machine": about,
+            "targets": _kept(figures),
+            "results": [*broken, *bench.results],
+        }
+        (output / "results.json").write_text(
+            json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
+        )
         _say(f"written to {output}")
     return 1 if figures.errors() else 0
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python3 -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round of everything, small, in a minute")
+    parser = argparse.ArgumentParser(
+        prog="python3 -m bench", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one round of everything, small, in a minute",
+    )
     parser.add_argument(
         "--only",
         metavar="NAME",
         action="append",
         default=[],
         choices=[*MEASURES, *RIVALS],
-        help=f"only this measure ({', '.join(MEASURES)}) or this rival, beside the limit ({', '.join(RIVALS)});"
+        help=f"only this measure ({', '.join(MEASURES)}) or this rival,"
+        f" beside the limit ({', '.join(RIVALS)});"
         " may be repeated",
     )
     parser.add_argument(
         "--client",
         metavar="PATH",
         type=_program,
-        help="the genuine qrexec-client-vm in place of the stand-in; the target qube must run the TCP services echo"
-        " (port 7), discard (9) and chargen (19), and policy must allow them by qubes.ConnectTCP",
+        help="the genuine qrexec-client-vm in place of the stand-in; the"
+        " target qube must run the TCP services echo"
+        " (port 7), discard (9) and chargen (19), and policy must allow them"
+        " by qubes.ConnectTCP",
     )
-    parser.add_argument("--target", metavar="QUBE", help="the target qube, with --client")
+    parser.add_argument(
+        "--target", metavar="QUBE", help="the target qube, with --client"
+    )
     parser.add_argument(
         "--output",
         metavar="FOLDER",
         type=Path,
-        help="where results.md, results.svg and results.json go; by default bench/, or nowhere with --quick or --only",
+        help="where results.md, results.svg and results.json go; by default"
+        " bench/, or nowhere with --quick or --only",
     )
     options = parser.parse_args()
     if (options.client is None) != (options.target is None):
@@ -123,18 +154,30 @@ def _say(text: str) -> None:
 
 def _kept(figures: Figures) -> list[dict[str, Any]]:
     return [
-        {"what": one.what, "value": one.value, "relation": one.relation, "bound": one.bound, "reached": one.reached}
+        {
+            "what": one.what,
+            "value": one.value,
+            "relation": one.relation,
+            "bound": one.bound,
+            "reached": one.reached,
+        }
         for one in targets(figures)
     ]
 
 
-def _machine(client: Path | None, rounds: int, seconds: float) -> dict[str, str]:
+def _machine(
+    client: Path | None, rounds: int, seconds: float
+) -> dict[str, str]:
     """What it was measured on, and with."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime(
+            "%Y-%m-%d %H:%M UTC"
+        ),
         "CPU": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
-        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "Python": f"{platform.python_version()}, trio {metadata.version('trio')}",
+        "kernel": f"{platform.system()} {platform.release()}"
+        f" {platform.machine()}",
+        "Python": f"{platform.python_version()}, trio"
+        f" {metadata.version('trio')}",
         "systemd": _first(r"systemd (\S+)", "systemctl", "--version"),
         "socat": _first(r"socat version (\S+)", "socat", "-V"),
         "C compiler": _first(r"(.+)", "cc", "--version"),
@@ -145,14 +188,20 @@ def _machine(client: Path | None, rounds: int, seconds: float) -> dict[str, str]
 
 
 def _cpu_model() -> str:
-    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    found = re.search(
+        r"^model name\s*:\s*(.+)$",
+        Path("/proc/cpuinfo").read_text(),
+        re.MULTILINE,
+    )
     return found[1] if found else platform.machine()
 
 
 def _first(pattern: str, *argv: str) -> str:
     if shutil.which(argv[0]) is None:
         return "not installed"
-    said = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
+    said = subprocess.run(
+        argv, capture_output=True, text=True, check=False
+    ).stdout
     found = re.search(pattern, said)
     return found[1] if found else "unknown"
 

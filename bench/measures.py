@@ -1,6 +1,8 @@
-"""What is measured, and how. Every figure is kept with the round and the rival it belongs to.
+"""What is measured, and how. Every figure is kept with the round and the rival
+it belongs to.
 
-Within a round each measure goes to all rivals in turn, so that whatever else the machine does hits all alike.
+Within a round each measure goes to all rivals in turn, so that whatever else
+the machine does hits all alike.
 """
 
 from __future__ import annotations
@@ -21,22 +23,42 @@ from typing import Any
 
 from qrexec_activate.loopback.machine import Machine
 
-from .rivals import CHARGEN, DISCARD, ECHO, LISTEN, Many, Programs, Rival, Routes
+from .rivals import (
+    CHARGEN,
+    DISCARD,
+    ECHO,
+    LISTEN,
+    Many,
+    Programs,
+    Rival,
+    Routes,
+)
 
 __all__ = ["AT_ONCE", "FULL", "MEASURES", "QUICK", "STREAMS", "Bench", "Sizes"]
 
 AT_ONCE = (1, 16, 64)
-#: name: (what it is called, the service, the load's word for it, how many streams)
+#: name: (what it is called, the service, the load's word for it, how many
+#: streams)
 STREAMS = {
     "to": ("to the qube", DISCARD, "to", 1),
     "from": ("from the qube", CHARGEN, "from", 1),
     "both": ("both ways", ECHO, "both", 1),
     "eight": ("8 streams from the qube", CHARGEN, "from", 8),
 }
-MEASURES = ("first-byte", "connections", "throughput", "cold", "memory", "listeners", "commands")
-#: Rounds end early rather than take the run past its limit; what is measured once needs the rest.
+MEASURES = (
+    "first-byte",
+    "connections",
+    "throughput",
+    "cold",
+    "memory",
+    "listeners",
+    "commands",
+)
+#: Rounds end early rather than take the run past its limit; what is measured
+#: once needs the rest.
 TAIL = 90.0
-#: How long the processes of one measure may take to be gone before the next; proxyd leaves some for ever.
+#: How long the processes of one measure may take to be gone before the next;
+#: proxyd leaves some for ever.
 SETTLE = 3.0
 #: What was asked for is over long before; a load that hangs is ended.
 PATIENCE = 60.0
@@ -88,16 +110,24 @@ class LoadFailed(Exception):
 
 
 class Bench:
-    """One run. `results` holds a dictionary for every figure, in the order in which they were taken."""
+    """One run. `results` holds a dictionary for every figure, in the order in
+    which they were taken."""
 
-    def __init__(self, machine: Machine, programs: Programs, found: Sequence[Rival], sizes: Sizes) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        programs: Programs,
+        found: Sequence[Rival],
+        sizes: Sizes,
+    ) -> None:
         self._machine = machine
         self._programs = programs
         self._rivals = list(found)
         self._sizes = sizes
         self._began = time.monotonic()
         self._client = os.path.realpath(programs.client)
-        #: Calls of the genuine qrexec-client-vm that have nothing to do with this.
+        #: Calls of the genuine qrexec-client-vm that have nothing to do with
+        #: this.
         self._others = _running(self._client)
         self.results: list[dict[str, Any]] = []
 
@@ -109,13 +139,21 @@ class Bench:
             "throughput": self._throughput,
         }
         longest = 0.0
-        for number in range(self._sizes.rounds) if set(only) & set(repeated) else ():
+        for number in (
+            range(self._sizes.rounds) if set(only) & set(repeated) else ()
+        ):
             if self._elapsed() + longest > self._sizes.limit - TAIL and number:
-                say(f"only {number} rounds, to be done in {self._sizes.limit:.0f} s")
+                say(
+                    f"only {number} rounds, to be done in"
+                    f" {self._sizes.limit:.0f} s"
+                )
                 break
             began = time.monotonic()
             # Whoever comes first in one round comes last in the next.
-            order = self._rivals[number % len(self._rivals) :] + self._rivals[: number % len(self._rivals)]
+            order = (
+                self._rivals[number % len(self._rivals) :]
+                + self._rivals[: number % len(self._rivals)]
+            )
             for name, take in repeated.items():
                 if name in only:
                     say(f"round {number + 1} of {self._sizes.rounds}: {name}")
@@ -128,7 +166,9 @@ class Bench:
             say("memory")
             for rival in self._rivals:
                 self._memory(rival)
-        if "listeners" in only and any(rival.name == "hand-over" for rival in self._rivals):
+        if "listeners" in only and any(
+            rival.name == "hand-over" for rival in self._rivals
+        ):
             say("listeners")
             self._listeners()
         if "commands" in only:
@@ -138,44 +178,85 @@ class Bench:
     def _elapsed(self) -> float:
         return time.monotonic() - self._began
 
-    # ------------------------------------------------------------------ in rounds
+    # ---------------------------------------------------------------- in rounds
 
     def _first_byte(self, number: int, order: Sequence[Rival]) -> None:
         """In slices, too; each figure is the median of those of the slices."""
-        slices: dict[str, list[dict[str, Any]]] = {rival.name: [] for rival in order if not rival.only_relays}
+        slices: dict[str, list[dict[str, Any]]] = {
+            rival.name: [] for rival in order if not rival.only_relays
+        }
         for _ in range(self._sizes.slices):
             for rival in order:
                 if not rival.only_relays:
-                    words = ("first", rival.hosts[0], LISTEN[ECHO], self._sizes.firsts // self._sizes.slices)
-                    slices[rival.name].append(self._attempt(partial(self._load, *words)))
+                    words = (
+                        "first",
+                        rival.hosts[0],
+                        LISTEN[ECHO],
+                        self._sizes.firsts // self._sizes.slices,
+                    )
+                    slices[rival.name].append(
+                        self._attempt(partial(self._load, *words))
+                    )
         for name, taken in slices.items():
-            self.results.append({"measure": "first-byte", "rival": name, "round": number} | _middle(taken))
+            self.results.append(
+                {"measure": "first-byte", "rival": name, "round": number}
+                | _middle(taken)
+            )
 
     def _connections(self, number: int, order: Sequence[Rival]) -> None:
         for at_once in AT_ONCE:
             for rival in order:
                 if not rival.only_relays:
-                    with self._taken(f"connections-{at_once}", rival, round=number) as result:
-                        result |= self._load("rate", rival.hosts[0], LISTEN[ECHO], at_once, self._sizes.seconds)
-                        result["per_second"] = result["served"] / result["seconds"]
+                    with self._taken(
+                        f"connections-{at_once}", rival, round=number
+                    ) as result:
+                        result |= self._load(
+                            "rate",
+                            rival.hosts[0],
+                            LISTEN[ECHO],
+                            at_once,
+                            self._sizes.seconds,
+                        )
+                        result["per_second"] = (
+                            result["served"] / result["seconds"]
+                        )
 
     def _throughput(self, number: int, order: Sequence[Rival]) -> None:
-        """In short slices, each of a new connection: on which cores its processes come to lie changes the speed."""
+        """In short slices, each of a new connection: on which cores its
+        processes come to lie changes the speed."""
         for name, (_, service, which, streams) in STREAMS.items():
-            slices: dict[str, list[dict[str, Any]]] = {rival.name: [] for rival in order}
+            slices: dict[str, list[dict[str, Any]]] = {
+                rival.name: [] for rival in order
+            }
             for _ in range(self._sizes.slices):
                 for rival in order:
                     words = (rival, LISTEN[service], which, streams)
-                    slices[rival.name].append(self._attempt(partial(self._slice, *words)))
+                    slices[rival.name].append(
+                        self._attempt(partial(self._slice, *words))
+                    )
             for rival in order:
-                result = {"measure": f"throughput-{name}", "rival": rival.name, "round": number}
+                result = {
+                    "measure": f"throughput-{name}",
+                    "rival": rival.name,
+                    "round": number,
+                }
                 self.results.append(result | _sum(slices[rival.name]))
 
-    def _slice(self, rival: Rival, port: int, which: str, streams: int) -> dict[str, Any]:
-        words = ("stream", rival.hosts[0], port, which, streams, self._sizes.seconds / self._sizes.slices)
+    def _slice(
+        self, rival: Rival, port: int, which: str, streams: int
+    ) -> dict[str, Any]:
+        words = (
+            "stream",
+            rival.hosts[0],
+            port,
+            which,
+            streams,
+            self._sizes.seconds / self._sizes.slices,
+        )
         with self._load_kept(*words) as load:
             _line(load, "ready")
-            # One that a first connection started, or that forks for each, is there now.
+            # One that a first connection started, or that forks for each, is
+            # there now.
             pids = rival.pids()
             before = _cpu(pids)
             _send_line(load)
@@ -186,7 +267,8 @@ class Bench:
     # ------------------------------------------------------------------ once
 
     def _cold(self) -> None:
-        """From the first connection to its first byte, beside the import of trio by the same interpreter."""
+        """From the first connection to its first byte, beside the import of
+        trio by the same interpreter."""
         machine = self._machine
         for number in range(self._sizes.colds):
             self._python("import-trio", number, "-c", "import trio")
@@ -194,10 +276,13 @@ class Bench:
                 if rival.units:
                     machine.systemctl("stop", rival.units[ECHO])
                     with self._taken("cold", rival, round=number) as result:
-                        result |= self._load("first", rival.hosts[0], LISTEN[ECHO], 1)
+                        result |= self._load(
+                            "first", rival.hosts[0], LISTEN[ECHO], 1
+                        )
 
     def _memory(self, rival: Rival) -> None:
-        """With no connection, and with more and more of them; a service starts afresh for it."""
+        """With no connection, and with more and more of them; a service starts
+        afresh for it."""
         if rival.units:
             self._machine.systemctl("stop", *set(rival.units.values()))
         with self._taken("memory", rival, open=0) as result:
@@ -205,29 +290,41 @@ class Bench:
             self._settle()
             result |= _memory(rival.pids())
         for count in self._sizes.held:
-            # One target takes no more than 128 connections, and there is only one where a person has named it.
-            if count > 100 * len(rival.hosts) and rival.name in ("hand-over", "splice"):
+            # One target takes no more than 128 connections, and there is only
+            # one where a person has named it.
+            if count > 100 * len(rival.hosts) and rival.name in (
+                "hand-over",
+                "splice",
+            ):
                 continue
             with (
                 self._taken("memory", rival, open=count) as result,
-                self._load_kept("hold", LISTEN[ECHO], count, *rival.hosts) as load,
+                self._load_kept(
+                    "hold", LISTEN[ECHO], count, *rival.hosts
+                ) as load,
             ):
                 result |= {"open": json.loads(_line(load))["open"]}
-                # What is looked at now and then for a new connection is looked at no more.
+                # What is looked at now and then for a new connection is looked
+                # at no more.
                 time.sleep(0.3)
                 result |= _memory(rival.pids())
 
     def _listeners(self) -> None:
         with contextlib.closing(Many(self._machine)) as many:
             for count in self._sizes.listeners:
-                result: dict[str, Any] = {"measure": "listeners", "rival": "hand-over", "listeners": count}
+                result: dict[str, Any] = {
+                    "measure": "listeners",
+                    "rival": "hand-over",
+                    "listeners": count,
+                }
                 host = many.listen(count)
                 self._load("first", host, LISTEN[ECHO], 1)
                 time.sleep(0.3)
                 self.results.append(result | _memory(many.pids()))
 
     def _commands(self) -> None:
-        """The commands for people: --help beside the import of click, and list with many routes."""
+        """The commands for people: --help beside the import of click, and list
+        with many routes."""
         for number in range(self._sizes.colds):
             self._python("import-click", number, "-c", "import click")
             self._python("help", number, "-m", "qrexec_activate", "--help")
@@ -235,12 +332,15 @@ class Bench:
             for count in self._sizes.routes:
                 routes.have(count)
                 for number in range(self._sizes.rounds):
-                    self._python(f"list-{count}", number, "-m", "qrexec_activate", "list")
+                    self._python(
+                        f"list-{count}", number, "-m", "qrexec_activate", "list"
+                    )
 
     # ------------------------------------------------------------------ helpers
 
     def _attempt(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What it gives, or why it gives nothing; returns when all is quiet again."""
+        """What it gives, or why it gives nothing; returns when all is quiet
+        again."""
         try:
             result = measure()
         except LoadFailed as error:
@@ -259,12 +359,25 @@ class Bench:
             check=True,
         )
         took = round((time.perf_counter() - began) * 1e9)
-        self.results.append({"measure": measure, "rival": "python3", "round": number, "p50": took})
+        self.results.append(
+            {
+                "measure": measure,
+                "rival": "python3",
+                "round": number,
+                "p50": took,
+            }
+        )
 
     @contextlib.contextmanager
-    def _taken(self, measure: str, rival: Rival, **where: int) -> Iterator[dict[str, Any]]:
+    def _taken(
+        self, measure: str, rival: Rival, **where: int
+    ) -> Iterator[dict[str, Any]]:
         """Keep what the block puts into the result, or why there is none."""
-        result: dict[str, Any] = {"measure": measure, "rival": rival.name, **where}
+        result: dict[str, Any] = {
+            "measure": measure,
+            "rival": rival.name,
+            **where,
+        }
         try:
             yield result
         except LoadFailed as error:
@@ -275,24 +388,40 @@ class Bench:
     def _load(self, *words: str | int | float) -> dict[str, Any]:
         argv = [str(self._programs.load), *map(str, words)]
         try:
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=False)
+            done = subprocess.run(
+                argv,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
-            raise LoadFailed(f"{' '.join(argv[1:])}: no end in {PATIENCE:.0f} s") from None
+            raise LoadFailed(
+                f"{' '.join(argv[1:])}: no end in {PATIENCE:.0f} s"
+            ) from None
         if done.returncode:
-            raise LoadFailed(f"{' '.join(argv[1:])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+            raise LoadFailed(
+                f"{' '.join(argv[1:])}:"
+                f" {done.stderr.strip() or f'exit code {done.returncode}'}"
+            )
         result = json.loads(done.stdout)
         assert isinstance(result, dict)
         return result
 
     @contextlib.contextmanager
-    def _load_kept(self, *words: str | int | float) -> Iterator[subprocess.Popen[str]]:
+    def _load_kept(
+        self, *words: str | int | float
+    ) -> Iterator[subprocess.Popen[str]]:
         """A load whose connections stay open until the block ends."""
         argv = [str(self._programs.load), *map(str, words)]
-        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
             try:
                 yield process
             finally:
-                # Closing its stdin is what it waits for; what it does not see, ends it.
+                # Closing its stdin is what it waits for; what it does not see,
+                # ends it.
                 assert process.stdin is not None
                 with contextlib.suppress(OSError):
                     process.stdin.close()
@@ -302,7 +431,8 @@ class Bench:
                     process.kill()
 
     def _settle(self) -> None:
-        """Until no qrexec-client-vm is left, so that the end of one measure is no part of the next."""
+        """Until no qrexec-client-vm is left, so that the end of one measure is
+        no part of the next."""
         deadline = time.monotonic() + SETTLE
         while left := _running(self._client) - self._others:
             if time.monotonic() >= deadline:
@@ -319,7 +449,9 @@ def _middle(slices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for one in slices:
         if "error" in one:
             return one
-    return {key: statistics.median(one[key] for one in slices) for key in slices[0]}
+    return {
+        key: statistics.median(one[key] for one in slices) for key in slices[0]
+    }
 
 
 def _sum(slices: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -327,11 +459,16 @@ def _sum(slices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for one in slices:
         if "error" in one:
             return one
-    total = {key: sum(one[key] for one in slices) for key in ("bytes", "seconds", "cpu")}
+    total = {
+        key: sum(one[key] for one in slices)
+        for key in ("bytes", "seconds", "cpu")
+    }
     return {
         **total,
         "mib_per_second": total["bytes"] / total["seconds"] / 2**20,
-        "cpu_per_gib": total["cpu"] / total["bytes"] * 2**30 if total["bytes"] else None,
+        "cpu_per_gib": total["cpu"] / total["bytes"] * 2**30
+        if total["bytes"]
+        else None,
     }
 
 
@@ -362,7 +499,8 @@ def _running(program: str) -> set[int]:
 
 
 def _cpu(pids: Sequence[int]) -> float:
-    """Seconds of CPU that these processes have used, to the nanosecond; one that has ended counts as nothing."""
+    """Seconds of CPU that these processes have used, to the nanosecond; one
+    that has ended counts as nothing."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -372,12 +510,20 @@ def _cpu(pids: Sequence[int]) -> float:
 
 
 def _memory(pids: Sequence[int]) -> dict[str, int]:
-    """What these processes hold, in KiB: resident, with a fair share of what is shared, and their own alone."""
+    """What these processes hold, in KiB: resident, with a fair share of what is
+    shared, and their own alone."""
     sums = {"rss": 0, "pss": 0, "uss": 0}
-    fields = {"Rss": "rss", "Pss": "pss", "Private_Clean": "uss", "Private_Dirty": "uss"}
+    fields = {
+        "Rss": "rss",
+        "Pss": "pss",
+        "Private_Clean": "uss",
+        "Private_Dirty": "uss",
+    }
     for pid in pids:
         with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+            for line in (
+                Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+            ):
                 name, _, value = line.partition(":")
                 if name in fields:
                     sums[fields[name]] += int(value.split()[0])

@@ -1,7 +1,8 @@
-"""The ways from a local address to qrexec-client-vm, each started as its own users start it.
+"""The ways from a local address to qrexec-client-vm, each started as its own
+users start it.
 
-All stand beside each other for the whole run, each on a loopback address of its own, and none outlives the ``with``
-block of `rivals`.
+All stand beside each other for the whole run, each on a loopback address of its
+own, and none outlives the ``with`` block of `rivals`.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ __all__ = [
     "rivals",
 ]
 
-#: The well-known ports of the three services: they are the RPC's argument, and tell the stand-in what to do.
+#: The well-known ports of the three services: they are the RPC's argument, and
+#: tell the stand-in what to do.
 ECHO, DISCARD, CHARGEN = 7, 9, 19
-#: The listeners' ports, each far enough from its service's own to need no privilege.
+#: The listeners' ports, each far enough from its service's own to need no
+#: privilege.
 LISTEN = {service: 7000 + service for service in (ECHO, DISCARD, CHARGEN)}
 
 #: In the order of the tables.
@@ -85,19 +88,22 @@ ExecStart={client} '{target}' qubes.ConnectTCP+{service}
 StandardInput=socket
 StandardOutput=inherit
 """
-#: As they are, systemd refuses the 65th connection, and fails the socket for good at 200 connections in 2 s.
+#: As they are, systemd refuses the 65th connection, and fails the socket for
+#: good at 200 connections in 2 s.
 ACCEPT_LIMITS = """\
 [Socket]
 MaxConnections=4096
 TriggerLimitIntervalSec=0
 """
-#: Undoes what the private manager sets for every service, so that the unit is as its author wrote it.
+#: Undoes what the private manager sets for every service, so that the unit is
+#: as its author wrote it.
 ACCEPT_LOG = """\
 [Service]
 StandardOutput=inherit
 StandardError=inherit
 """
-#: Started and stopped again and again here, which the default limit of 5 starts in 10 s would end.
+#: Started and stopped again and again here, which the default limit of 5 starts
+#: in 10 s would end.
 PROXYD_SOCKET = """\
 [Unit]
 StartLimitIntervalSec=0
@@ -119,7 +125,8 @@ ExecStart={proxyd} --connections-max=4096 {to_host}:{to_port}
 
 @dataclass(frozen=True)
 class Programs:
-    """What was compiled for this run. `client` is the stand-in, or the one the person named."""
+    """What was compiled for this run. `client` is the stand-in, or the one the
+    person named."""
 
     client: Path
     limit: Path
@@ -133,11 +140,14 @@ class Rival:
     name: str
     #: A loopback address per target; all listen on LISTEN.
     hosts: list[str]
-    #: The processes between the client and qrexec-client-vm, without qrexec-client-vm itself.
+    #: The processes between the client and qrexec-client-vm, without
+    #: qrexec-client-vm itself.
     pids: Callable[[], list[int]]
-    #: The systemd service that a first connection starts, for each of the three services.
+    #: The systemd service that a first connection starts, for each of the three
+    #: services.
     units: dict[int, str] = field(default_factory=dict)
-    #: It only relays to another listener: what it costs to start a call says nothing about it.
+    #: It only relays to another listener: what it costs to start a call says
+    #: nothing about it.
     only_relays: bool = False
 
 
@@ -148,20 +158,36 @@ def build(folder: Path, client: Path | None) -> Programs:
         raise SystemExit("bench: no C compiler: install the package gcc")
     for name in ("client", "limit", "load"):
         source = Path(__file__).with_name(f"{name}.c")
-        flags = ["-O2", "-Wall", "-Wextra", "-Werror", *(["-pthread"] if name == "load" else [])]
-        subprocess.run([compiler, *flags, "-o", folder / name, source], check=True)
-    return Programs(client or folder / "client", folder / "limit", folder / "load")
+        flags = [
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            *(["-pthread"] if name == "load" else []),
+        ]
+        subprocess.run(
+            [compiler, *flags, "-o", folder / name, source], check=True
+        )
+    return Programs(
+        client or folder / "client", folder / "limit", folder / "load"
+    )
 
 
 @contextlib.contextmanager
 def rivals(
-    machine: Machine, programs: Programs, target: str | None, names: Sequence[str]
+    machine: Machine,
+    programs: Programs,
+    target: str | None,
+    names: Sequence[str],
 ) -> Iterator[tuple[list[Rival], dict[str, str]]]:
-    """Start them; yields those that answer, in the order of RIVALS, and why others do not."""
+    """Start them; yields those that answer, in the order of RIVALS, and why
+    others do not."""
     makers: dict[str, Callable[[contextlib.ExitStack], Rival]] = {
         "limit": lambda stack: _limit(stack, programs, target),
         "hand-over": lambda _: _ours(machine, "hand-over", PREFIX, target),
-        "splice": lambda _: _ours(machine, "splice", f"{PREFIX}-splice", target),
+        "splice": lambda _: _ours(
+            machine, "splice", f"{PREFIX}-splice", target
+        ),
         "socat": lambda stack: _socat(stack, programs, target),
         "accept": lambda _: _accept(machine, programs, target),
         "proxyd": lambda stack: _proxyd(stack, machine, programs, target),
@@ -192,27 +218,45 @@ def copy_units(machine: Machine, prefix: str) -> None:
         kind = path.name.removeprefix(PREFIX)
         # Not those of qrexec-connect-tcp-bind.
         if kind.startswith(("@", ".", "-quiesce")):
-            machine.write_unit(prefix + kind, path.read_text().replace(PREFIX, prefix))
+            machine.write_unit(
+                prefix + kind, path.read_text().replace(PREFIX, prefix)
+            )
 
 
-def _ours(machine: Machine, relay: str, prefix: str, target: str | None) -> Rival:
+def _ours(
+    machine: Machine, relay: str, prefix: str, target: str | None
+) -> Rival:
     copy_units(machine, prefix)
     if prefix != PREFIX:
-        machine.write_drop_in(f"{prefix}.service", "relay", RELAY_DROP_IN.format(relay=relay))
-    targets = [target] if target else [f"qube-{number}" for number in range(TARGETS)]
+        machine.write_drop_in(
+            f"{prefix}.service", "relay", RELAY_DROP_IN.format(relay=relay)
+        )
+    targets = (
+        [target] if target else [f"qube-{number}" for number in range(TARGETS)]
+    )
     hosts = [_host() for _ in targets]
     for service, port in LISTEN.items():
         for host, name in zip(hosts, targets, strict=True):
             text = DROP_IN.format(host=host, port=port, target=name)
-            machine.write_drop_in(f"{prefix}@{service}.socket", name.replace("@", ""), text)
+            machine.write_drop_in(
+                f"{prefix}@{service}.socket", name.replace("@", ""), text
+            )
     machine.systemctl("daemon-reload")
-    machine.systemctl("start", *(f"{prefix}@{service}.socket" for service in LISTEN))
+    machine.systemctl(
+        "start", *(f"{prefix}@{service}.socket" for service in LISTEN)
+    )
     unit = f"{prefix}.service"
-    return Rival(relay, hosts, lambda: _main_pids(machine, unit), dict.fromkeys(LISTEN, unit))
+    return Rival(
+        relay,
+        hosts,
+        lambda: _main_pids(machine, unit),
+        dict.fromkeys(LISTEN, unit),
+    )
 
 
 class Many:
-    """A service of its own with as many listeners as one likes, a drop-in each."""
+    """A service of its own with as many listeners as one likes, a drop-in
+    each."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -222,12 +266,18 @@ class Many:
         self._started = False
 
     def listen(self, count: int) -> str:
-        """Have so many listeners; returns the first one's address. The daemon is not running then."""
+        """Have so many listeners; returns the first one's address. The daemon
+        is not running then."""
         self.close()
         machine, unit = self._machine, f"{self._prefix}@{ECHO}.socket"
-        hosts = [f"{self._net}.{number // 250}.{number % 250 + 1}" for number in range(count)]
+        hosts = [
+            f"{self._net}.{number // 250}.{number % 250 + 1}"
+            for number in range(count)
+        ]
         for number, host in enumerate(hosts):
-            text = DROP_IN.format(host=host, port=LISTEN[ECHO], target=f"qube-{number}")
+            text = DROP_IN.format(
+                host=host, port=LISTEN[ECHO], target=f"qube-{number}"
+            )
             machine.write_drop_in(unit, f"qube-{number}", text)
         machine.systemctl("daemon-reload")
         machine.systemctl("start", unit)
@@ -238,16 +288,24 @@ class Many:
         return _main_pids(self._machine, f"{self._prefix}.service")
 
     def close(self) -> None:
-        """Stop what was started; with contextlib.closing() at the end of a block."""
+        """Stop what was started; with contextlib.closing() at the end of a
+        block."""
         if self._started:
-            self._machine.systemctl("stop", f"{self._prefix}@{ECHO}.socket", f"{self._prefix}.service")
-            shutil.rmtree(self._machine.unit_dir / f"{self._prefix}@{ECHO}.socket.d")
+            self._machine.systemctl(
+                "stop",
+                f"{self._prefix}@{ECHO}.socket",
+                f"{self._prefix}.service",
+            )
+            shutil.rmtree(
+                self._machine.unit_dir / f"{self._prefix}@{ECHO}.socket.d"
+            )
             self._machine.systemctl("daemon-reload")
         self._started = False
 
 
 class Routes:
-    """As many routes as one likes, each a socket unit of its own, of a service that no connection starts."""
+    """As many routes as one likes, each a socket unit of its own, of a service
+    that no connection starts."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -257,7 +315,10 @@ class Routes:
 
     def have(self, count: int) -> None:
         """Write and start what is missing."""
-        new = [f"{self._prefix}@{10_000 + number}.socket" for number in range(len(self._units), count)]
+        new = [
+            f"{self._prefix}@{10_000 + number}.socket"
+            for number in range(len(self._units), count)
+        ]
         for unit in new:
             text = f"[Socket]\nListenStream=%t/routes/{unit}\nFileDescriptorName=work\n"
             self._machine.write_drop_in(unit, "work", text)
@@ -266,7 +327,8 @@ class Routes:
         self._machine.systemctl("start", *new)
 
     def close(self) -> None:
-        """Stop and remove them; with contextlib.closing() at the end of a block."""
+        """Stop and remove them; with contextlib.closing() at the end of a
+        block."""
         if self._units:
             self._machine.systemctl("stop", *self._units)
         for unit in self._units:
@@ -277,28 +339,38 @@ class Routes:
 # ------------------------------------------------------------------ the others
 
 
-def _limit(stack: contextlib.ExitStack, programs: Programs, target: str | None) -> Rival:
+def _limit(
+    stack: contextlib.ExitStack, programs: Programs, target: str | None
+) -> Rival:
     host = _host()
     pids = [
         _start(
             stack,
             *(programs.limit, host, str(port), programs.client),
-            *("--use-stdin-socket", target or "qube", f"qubes.ConnectTCP+{service}"),
+            *(
+                "--use-stdin-socket",
+                target or "qube",
+                f"qubes.ConnectTCP+{service}",
+            ),
         )
         for service, port in LISTEN.items()
     ]
     return Rival("limit", [host], lambda: pids)
 
 
-def _socat(stack: contextlib.ExitStack, programs: Programs, target: str | None) -> Rival:
-    """The command of qvm-connect-tcp, quotes and all; only bind= is added, to stay on the loopback."""
+def _socat(
+    stack: contextlib.ExitStack, programs: Programs, target: str | None
+) -> Rival:
+    """The command of qvm-connect-tcp, quotes and all; only bind= is added, to
+    stay on the loopback."""
     host = _host()
     roots = [
         _start(
             stack,
             "socat",
             f"TCP-LISTEN:{port},reuseaddr,fork,bind={host}",
-            f"EXEC:{programs.client} \\'{target or ''}\\' qubes.ConnectTCP+{service}",
+            f"EXEC:{programs.client} \\'{target or ''}\\'"
+            f" qubes.ConnectTCP+{service}",
         )
         for service, port in LISTEN.items()
     ]
@@ -320,32 +392,64 @@ def _accept(machine: Machine, programs: Programs, target: str | None) -> Rival:
     host = _host()
     for service, port in LISTEN.items():
         name = f"my-tcp-service-{service}"
-        machine.write_unit(f"{name}.socket", ACCEPT_SOCKET.format(host=host, port=port))
+        machine.write_unit(
+            f"{name}.socket", ACCEPT_SOCKET.format(host=host, port=port)
+        )
         machine.write_drop_in(f"{name}.socket", "limits", ACCEPT_LIMITS)
-        text = ACCEPT_SERVICE.format(client=programs.client, target=target or "", service=service)
+        text = ACCEPT_SERVICE.format(
+            client=programs.client, target=target or "", service=service
+        )
         machine.write_unit(f"{name}@.service", text)
         machine.write_drop_in(f"{name}@.service", "log", ACCEPT_LOG)
     machine.systemctl("daemon-reload")
-    machine.systemctl("start", *(f"my-tcp-service-{service}.socket" for service in LISTEN))
-    # systemd itself is what accepts, and what remembers each connection as a unit.
+    machine.systemctl(
+        "start", *(f"my-tcp-service-{service}.socket" for service in LISTEN)
+    )
+    # systemd itself is what accepts, and what remembers each connection as a
+    # unit.
     manager = psutil.Process(_main_pids(machine, "dbus.service")[0]).ppid()
     return Rival("accept", [host], lambda: [manager])
 
 
-def _proxyd(stack: contextlib.ExitStack, machine: Machine, programs: Programs, target: str | None) -> Rival:
+def _proxyd(
+    stack: contextlib.ExitStack,
+    machine: Machine,
+    programs: Programs,
+    target: str | None,
+) -> Rival:
     behind, host = _limit(stack, programs, target), _host()
     units = {service: f"proxyd-{service}.service" for service in LISTEN}
     for service, port in LISTEN.items():
-        machine.write_unit(f"proxyd-{service}.socket", PROXYD_SOCKET.format(host=host, port=port))
-        text = PROXYD_SERVICE.format(proxyd=_proxyd_path(), to_host=behind.hosts[0], to_port=port)
+        machine.write_unit(
+            f"proxyd-{service}.socket",
+            PROXYD_SOCKET.format(host=host, port=port),
+        )
+        text = PROXYD_SERVICE.format(
+            proxyd=_proxyd_path(), to_host=behind.hosts[0], to_port=port
+        )
         machine.write_unit(units[service], text)
     machine.systemctl("daemon-reload")
-    machine.systemctl("start", *(f"proxyd-{service}.socket" for service in LISTEN))
-    return Rival("proxyd", [host], lambda: _main_pids(machine, *units.values()), units, only_relays=True)
+    machine.systemctl(
+        "start", *(f"proxyd-{service}.socket" for service in LISTEN)
+    )
+    return Rival(
+        "proxyd",
+        [host],
+        lambda: _main_pids(machine, *units.values()),
+        units,
+        only_relays=True,
+    )
 
 
 def _proxyd_path() -> str | None:
-    return next((path for path in (PROXYD, f"/usr{PROXYD}") if os.access(path, os.X_OK)), None)
+    return next(
+        (
+            path
+            for path in (PROXYD, f"/usr{PROXYD}")
+            if os.access(path, os.X_OK)
+        ),
+        None,
+    )
 
 
 # ------------------------------------------------------------------ helpers
@@ -357,12 +461,15 @@ def _host() -> str:
 
 
 def _main_pids(machine: Machine, *units: str) -> list[int]:
-    shown = machine.systemctl("show", "--value", "-p", "MainPID", *units).split()
+    shown = machine.systemctl(
+        "show", "--value", "-p", "MainPID", *units
+    ).split()
     return [int(pid) for pid in shown if pid != "0"]
 
 
 def _start(stack: contextlib.ExitStack, *argv: str | Path) -> int:
-    """Start a program with a process group of its own, which is killed as the stack unwinds."""
+    """Start a program with a process group of its own, which is killed as the
+    stack unwinds."""
     process = subprocess.Popen(
         [str(word) for word in argv],
         stdin=subprocess.DEVNULL,
@@ -381,11 +488,14 @@ def _start(stack: contextlib.ExitStack, *argv: str | Path) -> int:
 
 
 def _no_answer(rival: Rival) -> str:
-    """Wait until one byte has gone there and back, which also warms it up; if it does not, why not."""
+    """Wait until one byte has gone there and back, which also warms it up; if
+    it does not, why not."""
     deadline = time.monotonic() + START_TIMEOUT
     while True:
         try:
-            with socket.create_connection((rival.hosts[0], LISTEN[ECHO]), timeout=START_TIMEOUT) as sock:
+            with socket.create_connection(
+                (rival.hosts[0], LISTEN[ECHO]), timeout=START_TIMEOUT
+            ) as sock:
                 sock.sendall(b"x")
                 if sock.recv(1) == b"x":
                     return ""

@@ -1,7 +1,10 @@
-"""The RPC services, really run, with random arguments: nothing but what was meant reaches a command line.
+"""The RPC services, really run, with random arguments: nothing but what was
+meant reaches a command line.
 
-A service finds no program but tracers (tracer.c), which write down how they were called. After each run, the record
-must be exactly the one command line that a validator of its own, in Python, computes from the argument, or none at all.
+A service finds no program but tracers (tracer.c), which write down how they
+were called. After each run, the record must be exactly the one command line
+that a validator of its own, in Python, computes from the argument, or none at
+all.
 """
 
 from __future__ import annotations
@@ -125,14 +128,30 @@ def _nearly_right(service: str, rng: random.Random) -> bytes:
         return rng.choice(SOCKETS).encode()
     port = str(rng.choice((rng.randint(0, 70000), rng.randint(1, 9)))).encode()
     if rng.random() < 0.5:
-        return port + b"-" + ".".join(str(rng.randint(0, 260)) for _ in range(rng.choice((4, 4, 4, 3, 5)))).encode()
-    address = ipaddress.IPv6Address(rng.choice((rng.getrandbits(128), rng.getrandbits(16), rng.getrandbits(64) << 64)))
+        return (
+            port
+            + b"-"
+            + ".".join(
+                str(rng.randint(0, 260))
+                for _ in range(rng.choice((4, 4, 4, 3, 5)))
+            ).encode()
+        )
+    address = ipaddress.IPv6Address(
+        rng.choice(
+            (
+                rng.getrandbits(128),
+                rng.getrandbits(16),
+                rng.getrandbits(64) << 64,
+            )
+        )
+    )
     written = rng.choice((str(address), address.exploded)).replace(":", "+")
     return port + b"-" + rng.choice((written, written.upper())).encode()
 
 
 def expected(service: str, argument: bytes, folder: str) -> list[bytes] | None:
-    """The command line of socat that is right for an argument; None: there must be none."""
+    """The command line of socat that is right for an argument; None: there must
+    be none."""
     options = [b"socat", b"-b", b"65536", b"-t", b"604800", b"-lp"]
     if service == "qubes.ConnectUnix":
         if not _NAME.fullmatch(argument) or argument.decode() not in SOCKETS:
@@ -140,7 +159,12 @@ def expected(service: str, argument: bytes, folder: str) -> list[bytes] | None:
         label = b"qubes.ConnectUnix to " + os.fsencode(folder) + b"/" + argument
         if len(label) > 200:
             label = b"qubes.ConnectUnix to " + argument
-        return [*options, label, b"STDIO,shut-close", b"UNIX-CONNECT:./" + argument]
+        return [
+            *options,
+            label,
+            b"STDIO,shut-close",
+            b"UNIX-CONNECT:./" + argument,
+        ]
     port, dash, address = argument.partition(b"-")
     if not dash or not _PORT.fullmatch(port) or int(port) > 65535:
         return None
@@ -148,7 +172,12 @@ def expected(service: str, argument: bytes, folder: str) -> list[bytes] | None:
         parsed = ipaddress.ip_address(address.decode("ascii").replace("+", ":"))
     except (ValueError, UnicodeDecodeError):
         return None
-    if b":" in address or b"%" in address or int(parsed) == 0 or (parsed.version == 6 and b"." in address):
+    if (
+        b":" in address
+        or b"%" in address
+        or int(parsed) == 0
+        or (parsed.version == 6 and b"." in address)
+    ):
         return None
     # As it was written, with : for +.
     source, target = address.replace(b"+", b":"), b"127.0.0.1:" + port
@@ -156,21 +185,37 @@ def expected(service: str, argument: bytes, folder: str) -> list[bytes] | None:
     if parsed.version == 6:
         source, target, kind = b"[" + source + b"]", b"[::1]:" + port, b"TCP6"
     return [
-        *(*options, b"qubes.ConnectTCPBind to " + target + b" from " + source, b"STDIO,shut-close"),
+        *(
+            *options,
+            b"qubes.ConnectTCPBind to " + target + b" from " + source,
+            b"STDIO,shut-close",
+        ),
         kind + b":" + target + b",bind=" + source + b",sndbuf=212992,nodelay",
     ]
 
 
 @contextmanager
 def laboratory() -> Iterator[tuple[Path, Path]]:
-    """A folder of tracers in place of all programs, and a runtime folder with sockets in it."""
+    """A folder of tracers in place of all programs, and a runtime folder with
+    sockets in it."""
     top = Path(tempfile.mkdtemp(prefix="qa-rpc-", dir="/tmp"))
     sockets = []
     try:
         programs = top / "bin"
         programs.mkdir()
-        subprocess.run(["cc", "-O1", "-static", "-o", str(programs / "socat"), str(HERE / "tracer.c")], check=True)
-        # Whatever else a service might run, by any name that there is on this machine.
+        subprocess.run(
+            [
+                "cc",
+                "-O1",
+                "-static",
+                "-o",
+                str(programs / "socat"),
+                str(HERE / "tracer.c"),
+            ],
+            check=True,
+        )
+        # Whatever else a service might run, by any name that there is on this
+        # machine.
         for folder in ("/bin", "/usr/bin"):
             for program in os.listdir(folder):
                 if not (programs / program).exists():
@@ -189,7 +234,8 @@ def laboratory() -> Iterator[tuple[Path, Path]]:
 
 
 def check(service: str, argument: bytes, programs: Path, runtime: Path) -> str:
-    """Run a service once; returns what happened: `ran` or `refused`. AssertionError if anything else did."""
+    """Run a service once; returns what happened: `ran` or `refused`.
+    AssertionError if anything else did."""
     reader, writer = os.pipe()
     try:
         environment = {
@@ -212,7 +258,11 @@ def check(service: str, argument: bytes, programs: Path, runtime: Path) -> str:
             ],
         )
         code = os.waitstatus_to_exitcode(os.waitpid(null, 0)[1])
-        recorded = os.read(reader, 1 << 16) if select.select([reader], [], [], 0)[0] else b""
+        recorded = (
+            os.read(reader, 1 << 16)
+            if select.select([reader], [], [], 0)[0]
+            else b""
+        )
     finally:
         os.close(reader)
         os.close(writer)
@@ -221,15 +271,16 @@ def check(service: str, argument: bytes, programs: Path, runtime: Path) -> str:
         assert recorded == b"", f"{service}+{argument!r} ran {recorded!r}"
         assert code in (1, 2), f"{service}+{argument!r} ended with {code}"
         return "refused"
-    assert recorded == struct.pack("i", len(wanted)) + b"".join(word + b"\0" for word in wanted), (
-        f"{service}+{argument!r} ran {recorded!r}"
-    )
+    assert recorded == struct.pack("i", len(wanted)) + b"".join(
+        word + b"\0" for word in wanted
+    ), f"{service}+{argument!r} ran {recorded!r}"
     assert code == 0
     return "ran"
 
 
 def fuzz(cases: int, seed: int) -> int:
-    """Run each service so many times; returns how many of the runs were wrong, of which the first of each is told."""
+    """Run each service so many times; returns how many of the runs were wrong,
+    of which the first of each is told."""
     wrong = 0
     rng = random.Random(seed)
     with laboratory() as (programs, runtime):

@@ -1,8 +1,10 @@
 # ruff: noqa: PT017 - these are no tests of pytest, and check what is said in an error.
-"""What is fuzzed: each target takes bytes, runs one piece of the program on them, and asserts what must always hold.
+"""What is fuzzed: each target takes bytes, runs one piece of the program on
+them, and asserts what must always hold.
 
-Targets are deterministic and free of side effects but for descriptors that they close again, so that a case that
-fails can be kept in corpus/ and run for ever after.
+Targets are deterministic and free of side effects but for descriptors that they
+close again, so that a case that fails can be kept in corpus/ and run for ever
+after.
 """
 
 from __future__ import annotations
@@ -18,20 +20,30 @@ from pathlib import Path
 import jeepney
 from jeepney import MessageType
 
-from qrexec_activate import manager, names, passed, routes, serve, unitfile
-from qrexec_activate.claim import PassedSocket, Refusal
-from qrexec_activate.errors import ActivateError, BadName, ManagerError, UsageProblem
+from qrexec_activate.errors import (
+    ActivateError,
+    BadName,
+    ManagerError,
+    UsageProblem,
+)
+from qrexec_activate.forward import serve
 from qrexec_activate.loopback import client_vm, faults, policy, rpc_config
-from qrexec_activate.unitfile import SourceFile
+from qrexec_activate.routing import names, routes, unitfile
+from qrexec_activate.routing.claim import PassedSocket, Refusal
+from qrexec_activate.routing.unitfile import SourceFile
+from qrexec_activate.systemd import manager, passed
 
 __all__ = ["TARGETS"]
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
-#: In place of this in a case, its parts are taken apart: files of a unit, words of a command line, and so on.
+#: In place of this in a case, its parts are taken apart: files of a unit, words
+#: of a command line, and so on.
 SEPARATOR = b"\n%%\n"
 
 _QREXEC_TEXT = re.compile(r"[A-Za-z0-9_.+-]*", re.ASCII)
-_TARGET = re.compile(r"@default|@dispvm|(@dispvm:)?[A-Za-z][A-Za-z0-9_.-]{0,30}", re.ASCII)
+_TARGET = re.compile(
+    r"@default|@dispvm|(@dispvm:)?[A-Za-z][A-Za-z0-9_.-]{0,30}", re.ASCII
+)
 
 
 def text(data: bytes) -> str:
@@ -52,25 +64,38 @@ def one_line(error: BaseException) -> None:
 
 
 def unit_file(data: bytes) -> None:
-    """The parser of unit files never fails, and the rule about names and listeners holds."""
+    """The parser of unit files never fails, and the rule about names and
+    listeners holds."""
     whole = text(data)
     lines = len(unitfile._LINE_END.split(whole))
     for item in unitfile.assignments(whole):
         assert item.section
         assert 1 <= item.line <= lines
         assert "\n" not in item.key + item.value
-        assert (item.key, item.value) == (item.key.strip(" \t\n\r"), item.value.strip(" \t\n\r"))
+        assert (item.key, item.value) == (
+            item.key.strip(" \t\n\r"),
+            item.value.strip(" \t\n\r"),
+        )
         unitfile.expand_specifiers(item.value, {"i": "x"})
         key = unitfile.address_key(item.value)
-        assert key is None or (key[0] in ("path", "abstract", "vsock", "ip") and key[2] >= 0)
-    files = [SourceFile(f"/{number}.conf", part) for number, part in enumerate(parts(data))]
+        assert key is None or (
+            key[0] in ("path", "abstract", "vsock", "ip") and key[2] >= 0
+        )
+    files = [
+        SourceFile(f"/{number}.conf", part)
+        for number, part in enumerate(parts(data))
+    ]
     declared = unitfile.declared_listeners(files)
     for listener in declared.listeners:
         assert listener.kind in unitfile.LISTEN_KINDS.values()
         assert listener.address
         if listener.name is not None:
             own = unitfile.assignments(_text_of(files, listener.name.path))
-            assert any(item.value == listener.name.text for item in own if item.key == "FileDescriptorName")
+            assert any(
+                item.value == listener.name.text
+                for item in own
+                if item.key == "FileDescriptorName"
+            )
 
 
 def _text_of(files: list[SourceFile], path: str) -> str:
@@ -80,32 +105,53 @@ def _text_of(files: list[SourceFile], path: str) -> str:
 
 
 def routing(data: bytes) -> None:
-    """A connection never goes to a qube that its listener's own file, or an override, does not name.
+    """A connection never goes to a qube that its listener's own file, or an
+    override, does not name.
 
-    A case: the unit's name, its FileDescriptorName, its Listen (`KIND ADDRESS` lines), and then its files.
+    A case: the unit's name, its FileDescriptorName, its Listen (`KIND ADDRESS`
+    lines), and then its files.
     """
-    unit, fd_name, listen, *files = [*parts(data), "", "", ""][: max(3, data.count(SEPARATOR) + 1)]
-    entries = tuple((kind, address) for kind, _, address in (line.partition(" ") for line in listen.split("\n")))
-    sources = tuple(SourceFile(f"/{number}.conf", file) for number, file in enumerate(files))
+    unit, fd_name, listen, *files = [*parts(data), "", "", ""][
+        : max(3, data.count(SEPARATOR) + 1)
+    ]
+    entries = tuple(
+        (kind, address)
+        for kind, _, address in (
+            line.partition(" ") for line in listen.split("\n")
+        )
+    )
+    sources = tuple(
+        SourceFile(f"/{number}.conf", file) for number, file in enumerate(files)
+    )
     loaded = routes.SocketUnit(unit, sources, entries, fd_name)
-    passed_ones = [PassedSocket(number, fd_name, kind, address) for number, (kind, address) in enumerate(entries, 3)]
+    passed_ones = [
+        PassedSocket(number, fd_name, kind, address)
+        for number, (kind, address) in enumerate(entries, 3)
+    ]
     try:
         claims = routes.claims("my.Rpc", loaded, _MANAGER)
         decided = routes.by_unit("my.Rpc", [loaded], passed_ones, _MANAGER)
     except BadName as error:
-        # Only a unit that systemd itself would not load: its name is from D-Bus.
+        # Only a unit that systemd itself would not load: its name is from
+        # D-Bus.
         one_line(error)
-        assert not _is_unit_name(unit), f"{unit!r} is a unit's name, but: {error}"
+        assert not _is_unit_name(unit), (
+            f"{unit!r} is a unit's name, but: {error}"
+        )
         return
     assert len(claims) == len(entries)
     assert len(decided) == len(passed_ones)
     for claim in (*claims, *decided):
         if isinstance(claim, Refusal):
-            one_line(ActivateError(Refusal("", claim.reason.replace("\n", " "))))
+            one_line(
+                ActivateError(Refusal("", claim.reason.replace("\n", " ")))
+            )
             continue
         assert _TARGET.fullmatch(claim.target)
         assert _QREXEC_TEXT.fullmatch(claim.argument)
-        assert claim.target in _may_be_named(loaded, claim.file), f"{claim} is named by nobody"
+        assert claim.target in _may_be_named(loaded, claim.file), (
+            f"{claim} is named by nobody"
+        )
 
 
 def _is_unit_name(word: str) -> bool:
@@ -117,19 +163,30 @@ def _is_unit_name(word: str) -> bool:
 
 
 def _may_be_named(unit: routes.SocketUnit, own: str) -> Iterator[str]:
-    """The targets that a listener of this file may reach, found in a way of its own: line by line, in no context."""
+    """The targets that a listener of this file may reach, found in a way of its
+    own: line by line, in no context."""
     specifiers = routes.unit_specifiers(unit.name, _MANAGER)
     for number, file in enumerate(unit.files):
         assert file.text is not None
-        read = [item for item in unitfile.assignments(file.text) if item.section == "Socket"]
-        listens = any(item.key in unitfile.LISTEN_KINDS and item.value for item in read)
+        read = [
+            item
+            for item in unitfile.assignments(file.text)
+            if item.section == "Socket"
+        ]
+        listens = any(
+            item.key in unitfile.LISTEN_KINDS and item.value for item in read
+        )
         if file.path == own or not listens or number == 0:
             for item in read:
                 if item.key == "FileDescriptorName":
                     with contextlib.suppress(BadName):
                         # What other specifiers stand for, systemd says.
-                        expanded = unitfile.expand_specifiers(item.value, specifiers)
-                        yield names.decode_escapes(unit.fd_name if expanded is None else expanded)
+                        expanded = unitfile.expand_specifiers(
+                            item.value, specifiers
+                        )
+                        yield names.decode_escapes(
+                            unit.fd_name if expanded is None else expanded
+                        )
 
 
 #: What specifiers stand for in the manager of the cases.
@@ -140,15 +197,23 @@ _MANAGER = {"t": "/run/user/1000", "h": "/home/user"}
 
 
 def name(data: bytes) -> None:
-    """What is accepted, qrexec takes as it is; what is refused is refused with one line."""
+    """What is accepted, qrexec takes as it is; what is refused is refused with
+    one line."""
     word = text(data)
     with contextlib.suppress(BadName):
         target = names.check_target(word)
         assert _TARGET.fullmatch(target)
-        assert policy.effective_target(target, lambda _: True) == (policy.ADMIN if target == "dom0" else target)
+        assert policy.effective_target(target, lambda _: True) == (
+            policy.ADMIN if target == "dom0" else target
+        )
     with contextlib.suppress(BadName):
         assert policy.sanitise(names.check_service(word)) == word
-    for service in ("my.Rpc", "qubes.ConnectTCP", "qubes.ConnectUnix", "qubes.ConnectTCPBind"):
+    for service in (
+        "my.Rpc",
+        "qubes.ConnectTCP",
+        "qubes.ConnectUnix",
+        "qubes.ConnectTCPBind",
+    ):
         with contextlib.suppress(BadName):
             argument = names.check_argument(service, word)
             assert policy.sanitise(argument) == argument == word
@@ -161,7 +226,11 @@ def name(data: bytes) -> None:
     if not any("\ud800" <= char <= "\udfff" for char in word):
         assert names.decode_escapes(names.escape_instance(word)) == word
         assert names.decode_escapes(names.escape_target(word)) == word
-    for check in (names.check_target, names.check_service, names.decode_escapes):
+    for check in (
+        names.check_target,
+        names.check_service,
+        names.decode_escapes,
+    ):
         try:
             check(word)
         except BadName as error:
@@ -177,7 +246,9 @@ _FIXED = ("/usr/lib/systemd/user/qrexec-connect-tcp@.socket",)
 def _replies(unit: str) -> bytes:
     """What systemd answers to the questions of the daemon, in their order."""
 
-    def variant(signature: str, value: object) -> tuple[str, tuple[tuple[str, object]]]:
+    def variant(
+        signature: str, value: object
+    ) -> tuple[str, tuple[tuple[str, object]]]:
         return "v", ((signature, value),)
 
     row = (unit, "", "loaded", "active", "listening", "", "/o", 0, "", "/")
@@ -209,8 +280,10 @@ def _replies(unit: str) -> bytes:
 
 
 def bus(data: bytes) -> None:
-    """Whatever the bus says, there is a ManagerError of one line, or what systemd documents."""
-    # D-Bus knows no empty structure, so that no bus relays one; jeepney 0.9 reads an array of them for ever.
+    """Whatever the bus says, there is a ManagerError of one line, or what
+    systemd documents."""
+    # D-Bus knows no empty structure, so that no bus relays one; jeepney 0.9
+    # reads an array of them for ever.
     if b"()" in data:
         return
     ours, theirs = socket.socketpair()
@@ -234,7 +307,10 @@ def bus(data: bytes) -> None:
     for unit in units:
         assert isinstance(unit.name, str)
         assert isinstance(unit.fd_name, str)
-        assert all(isinstance(kind, str) and isinstance(address, str) for kind, address in unit.listen)
+        assert all(
+            isinstance(kind, str) and isinstance(address, str)
+            for kind, address in unit.listen
+        )
         with contextlib.suppress(BadName):
             routes.claims("qubes.ConnectTCP", unit, {})
 
@@ -242,18 +318,33 @@ def bus(data: bytes) -> None:
 # -- what systemd passes
 
 
-#: Something at the first descriptors, so that some values of the variables are right.
+#: Something at the first descriptors, so that some values of the variables are
+#: right.
 _open: list[socket.socket] = []
 
 
 def listen_variables(data: bytes) -> None:
-    """LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES: sockets, or one line that says that they do not agree.
+    """LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES: sockets, or one line that says
+    that they do not agree.
 
-    A case: these three, of which one that is left out is not set. `SELF` stands for this process.
+    A case: these three, of which one that is left out is not set. `SELF` stands
+    for this process.
     """
     if not _open:
-        _open.extend((socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX), *socket.socketpair()))
-    variables = dict(zip(("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"), parts(data), strict=False))
+        _open.extend(
+            (
+                socket.create_server(("127.0.0.1", 0)),
+                socket.socket(socket.AF_UNIX),
+                *socket.socketpair(),
+            )
+        )
+    variables = dict(
+        zip(
+            ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"),
+            parts(data),
+            strict=False,
+        )
+    )
     for key, value in variables.items():
         os.environ.pop(key, None)
         if "\0" not in value:
@@ -274,7 +365,8 @@ def listen_variables(data: bytes) -> None:
 
 
 def address(data: bytes) -> None:
-    """Every name of a socket that the kernel may give is written in some way."""
+    """Every name of a socket that the kernel may give is written in some
+    way."""
     (family,) = struct.unpack_from("=H", data.ljust(2, b"\0"))
     word = data[2:]
     passed.format_address(family, word)
@@ -288,7 +380,8 @@ def address(data: bytes) -> None:
 
 
 def policy_file(data: bytes) -> None:
-    """A policy that cannot be read allows nothing, and what is allowed, a line that allows it is the reason."""
+    """A policy that cannot be read allows nothing, and what is allowed, a line
+    that allows it is the reason."""
     words, *rest = parts(data)
     try:
         rules = policy.parse("\n".join(rest))
@@ -297,7 +390,12 @@ def policy_file(data: bytes) -> None:
         return
     service, argument, source, target = [*words.split(" "), "", "", "", ""][:4]
     decision = policy.decide(
-        rules, policy.sanitise(service), policy.sanitise(argument), source, target, policy.is_qube_name
+        rules,
+        policy.sanitise(service),
+        policy.sanitise(argument),
+        source,
+        target,
+        policy.is_qube_name,
     )
     assert decision.action in ("allow", "ask", "refuse")
     if decision.action != "refuse":
@@ -326,7 +424,9 @@ def faults_file(data: bytes) -> None:
 def options(data: bytes) -> None:
     """The command line of qrexec-client-vm: options, a usage error, or help."""
     try:
-        read = client_vm.parse_options(["qrexec-client-vm", *parts(data)], (4, 4, 2))
+        read = client_vm.parse_options(
+            ["qrexec-client-vm", *parts(data)], (4, 4, 2)
+        )
     except client_vm.Ended as ended:
         assert ended.code in (0, 1, 2)
         return
@@ -349,7 +449,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def write_seeds() -> None:
-    """Write the seed of each target that is no text that a person would write; see `fuzz/run --seeds`."""
+    """Write the seed of each target that is no text that a person would write;
+    see `fuzz/run --seeds`."""
     folder = CORPUS / "bus"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "seed").write_bytes(_replies("qrexec-connect-tcp@1234.socket"))

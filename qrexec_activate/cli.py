@@ -1,13 +1,14 @@
 """The command line: one click group, whose commands import only what they need.
 
-The commands are for people, but for `serve`, which starts in serve.py and is here to be listed. Nobody gets to see a
-traceback, unless they ask with --debug.
+The commands are for people, but for `serve`, which starts in serve.py and is
+here to be listed. Nobody gets to see a traceback, unless they ask with --debug.
 """
 
 from __future__ import annotations
 
 import importlib
 import signal
+from pathlib import Path
 
 import click
 
@@ -16,83 +17,131 @@ from .errors import ActivateError, BadName, UsageProblem
 
 __all__ = ["main"]
 
-#: Commands for people, each a module of control/ of the same name (with _ for -), which has a click command.
+#: Where commands live, and what they are for. Each is a module of that name
+#: (with _ for -), which has a click command.
 _COMMANDS = {
-    "add": "Let a local address reach a qube.",
-    "add-rpc": "Write the units for an RPC of your own.",
-    "check": "Say what is wrong on the whole way, and how to mend it.",
-    "completion": "Print the completion script for a shell.",
-    "demo": "Show it working on this machine, without Qubes.",
-    "disconnect": "End open connections.",
-    "edit": "Edit the file of a route, and check it.",
-    "list": "List every route, whoever wrote it.",
-    "logs": "Show what became of connections.",
-    "policy": "Print the policy that dom0 needs.",
-    "publish": "Let other qubes reach a socket or a program of this one.",
-    "published": "List what other qubes can reach in this one.",
-    "remove": "Remove a route, and leave the others alone.",
-    "serve": "Serve the sockets that systemd passes. This is what the units run.",
-    "status": "Show the routes and what is alive on them.",
-    "unpublish": "Take back what was published.",
+    "control": {
+        "add": "Let a local address reach a qube.",
+        "add-rpc": "Write the units for an RPC of your own.",
+        "check": "Say what is wrong on the whole way, and how to mend it.",
+        "completion": "Print the completion script for a shell.",
+        "disconnect": "End open connections.",
+        "edit": "Edit the file of a route, and check it.",
+        "list": "List every route, whoever wrote it.",
+        "logs": "Show what became of connections.",
+        "policy": "Print the policy that dom0 needs.",
+        "remove": "Remove a route, and leave the others alone.",
+        "status": "Show the routes and what is alive on them.",
+    },
+    "publish": {
+        "publish": "Let other qubes reach a socket or a program of this one.",
+        "published": "List what other qubes can reach in this one.",
+        "unpublish": "Take back what was published.",
+    },
+    "forward": {
+        "serve": "Serve the sockets that systemd passes. This is what the"
+        " units run."
+    },
+    "loopback": {"demo": "Show it working on this machine, without Qubes."},
 }
+
+
+def _installed() -> dict[str, tuple[str, str]]:
+    """Return each command that is there, with its room and its line of help:
+    `publish` is a package of its own."""
+    here = Path(__file__).parent
+    return {
+        name: (room, line)
+        for room, commands in _COMMANDS.items()
+        if (here / room).is_dir()
+        for name, line in commands.items()
+    }
 
 
 class LazyGroup(click.Group):
     """A group that lists its commands without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *_COMMANDS])
+        return sorted([*super().list_commands(ctx), *_installed()])
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in _COMMANDS:
-            module = "serve_options" if cmd_name == "serve" else f"control.{cmd_name.replace('-', '_')}"
-            command = importlib.import_module(f".{module}", __package__).command
+    def get_command(
+        self, ctx: click.Context, cmd_name: str
+    ) -> click.Command | None:
+        if (found := _installed().get(cmd_name)) is not None:
+            module = (
+                "serve_options"
+                if cmd_name == "serve"
+                else cmd_name.replace("-", "_")
+            )
+            command = importlib.import_module(
+                f".{found[0]}.{module}", __package__
+            ).command
             assert isinstance(command, click.Command)
             return command
         return super().get_command(ctx, cmd_name)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
         rows = [
-            (name, _COMMANDS.get(name) or self.commands[name].get_short_help_str(limit=90))
+            (
+                name,
+                found[1]
+                if (found := _installed().get(name))
+                else self.commands[name].get_short_help_str(limit=90),
+            )
             for name in self.list_commands(ctx)
         ]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
 
-def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+def _print_version(
+    ctx: click.Context, _param: click.Parameter, value: bool
+) -> None:
     if not value or ctx.resilient_parsing:
         return
     from importlib import metadata
-    from pathlib import Path
 
     try:
         version = metadata.version("qrexec-activate")
     except metadata.PackageNotFoundError:
         # A source tree that was not installed.
-        version = Path(__file__).parents[1].joinpath("version").read_text().strip()
+        version = (
+            Path(__file__).parents[1].joinpath("version").read_text().strip()
+        )
     click.echo(f"qrexec-activate {version}")
     ctx.exit()
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version.",
 )
 @debug_option
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Make local sockets reach other qubes: qrexec-client-vm, socket-activated by systemd.
+    """Make local sockets reach other qubes: qrexec-client-vm, socket-activated
+    by systemd.
 
-    A drop-in for qrexec-connect-tcp@PORT.socket names a local address (ListenStream=) and a qube
-    (FileDescriptorName=). Every connection to that address becomes a qrexec call to that qube.
+    A drop-in for qrexec-connect-tcp@PORT.socket names a local address
+    (ListenStream=) and a qube (FileDescriptorName=). Every connection to that
+    address becomes a qrexec call to that qube.
     """
     if isinstance(ctx.obj, Invocation):
         ctx.obj.command = ctx.invoked_subcommand
 
 
 def main() -> None:
-    """Run the command; every error is one line that says what to do, and its exit code 2 if it is one of usage."""
+    """Run the command; every error is one line that says what to do, and its
+    exit code 2 if it is one of usage."""
     invocation = Invocation()
     # While Python imports and ends, a KeyboardInterrupt would be a traceback.
     hears = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
@@ -106,7 +155,9 @@ def main() -> None:
 
             traceback.print_exc()
         click.echo(f"qrexec-activate: {_in_words(error)}", err=True)
-        raise SystemExit(2 if isinstance(error, (UsageProblem, BadName)) else 1) from None
+        raise SystemExit(
+            2 if isinstance(error, (UsageProblem, BadName)) else 1
+        ) from None
     finally:
         if hears:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -117,6 +168,13 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, ActivateError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return (
+            f"{error.filename}: {error.strerror}"
+            if error.filename
+            else error.strerror
+        )
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}: this is a bug; run it again with --debug, and report what it prints"
+    return (
+        f"{type(error).__name__}: {text}: this is a bug; run it again with"
+        f" --debug, and report what it prints"
+    )

@@ -1,6 +1,7 @@
 """The errors that reach a user.
 
-Every one is a single line: what is wrong, where (file and line, unit, address), what to do.
+Every one is a single line: what is wrong, where (file and line, unit, address),
+what to do.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ class ActivateError(Exception):
 
 
 class BadName(ActivateError, ValueError):
-    """A qube, service, argument or unit name that qrexec or systemd would refuse, alter or misread."""
+    """A qube, service, argument or unit name that qrexec or systemd would
+    refuse, alter or misread."""
 
 
 class ManagerError(ActivateError):

@@ -1,4 +1,5 @@
-"""What every test may use: a private machine with a real systemd user manager and a loopback qrexec."""
+"""What every test may use: a private machine with a real systemd user manager
+and a loopback qrexec."""
 
 from __future__ import annotations
 
@@ -13,13 +14,16 @@ from qrexec_activate.loopback.machine import Machine
 
 @pytest.fixture(scope="session")
 def shared_machine() -> Iterator[Machine]:
-    """One machine for all scenarios that clean up after themselves, which a Scene does."""
+    """One machine for all scenarios that clean up after themselves, which a
+    Scene does."""
     with Machine(environment=measured()) as machine:
         yield machine
 
 
 @pytest.fixture
-async def scene(shared_machine: Machine, nursery: trio.Nursery) -> AsyncIterator[Scene]:
+async def scene(
+    shared_machine: Machine, nursery: trio.Nursery
+) -> AsyncIterator[Scene]:
     scene = Scene(shared_machine, nursery)
     try:
         yield scene

@@ -1,4 +1,5 @@
-"""Pretend qubes for the tests: a loopback root on disk, and calls made with its qrexec-client-vm as a real process.
+"""Pretend qubes for the tests: a loopback root on disk, and calls made with its
+qrexec-client-vm as a real process.
 
 All waiting is bounded by PATIENCE: a test that would hang fails instead.
 """
@@ -35,8 +36,11 @@ def wait_until(what: str, condition: Callable[[], object]) -> None:
 
 def read_all(sock: socket.socket) -> bytes:
     chunks = []
-    # The far end of a unix socket that closes with something unread is told by a reset, after all that it wrote.
-    with contextlib.suppress(*[ConnectionResetError] if sock.family == socket.AF_UNIX else []):
+    # The far end of a unix socket that closes with something unread is told by
+    # a reset, after all that it wrote.
+    with contextlib.suppress(
+        *[ConnectionResetError] if sock.family == socket.AF_UNIX else []
+    ):
         while chunk := sock.recv(1 << 18):
             chunks.append(chunk)
     return b"".join(chunks)
@@ -50,7 +54,8 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def bound_unix_socket(path: Path) -> socket.socket:
-    """A socket at a path that may be longer than the address of a socket, as the folders of tests are."""
+    """A socket at a path that may be longer than the address of a socket, as
+    the folders of tests are."""
     sock = socket.socket(socket.AF_UNIX)
     folder = os.open(path.parent, os.O_PATH)
     sock.bind(f"/proc/self/fd/{folder}/.bound")
@@ -60,9 +65,12 @@ def bound_unix_socket(path: Path) -> socket.socket:
 
 
 class Server:
-    """A listener that serves each connection in a thread, and collects what the handler returns."""
+    """A listener that serves each connection in a thread, and collects what the
+    handler returns."""
 
-    def __init__(self, listener: socket.socket, handle: Callable[[socket.socket], object]) -> None:
+    def __init__(
+        self, listener: socket.socket, handle: Callable[[socket.socket], object]
+    ) -> None:
         self.listener = listener
         self.handle = handle
         self.peers: list[Any] = []
@@ -82,7 +90,9 @@ class Server:
                 return
             self.peers.append(peer)
             connection.settimeout(PATIENCE)
-            thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
+            thread = threading.Thread(
+                target=self._serve, args=(connection,), daemon=True
+            )
             self.threads.append(thread)
             thread.start()
 
@@ -106,7 +116,8 @@ def echo(connection: socket.socket) -> None:
 
 
 def late_reply(connection: socket.socket) -> bytes:
-    """Answer only a while after the caller's half-close: what socat's default -t of 0.5 s cuts off."""
+    """Answer only a while after the caller's half-close: what socat's default
+    -t of 0.5 s cuts off."""
     question = read_all(connection)
     time.sleep(1.5)
     connection.sendall(b"late: " + question)
@@ -114,16 +125,23 @@ def late_reply(connection: socket.socket) -> bytes:
 
 
 class Call:
-    """A running qrexec-client-vm on one end of a stream; `sock` is the other end, `given` a duplicate of the first."""
+    """A running qrexec-client-vm on one end of a stream; `sock` is the other
+    end, `given` a duplicate of the first."""
 
-    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket, given: socket.socket) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        sock: socket.socket,
+        given: socket.socket,
+    ) -> None:
         self.process = process
         self.sock = sock
         self.given = given
         sock.settimeout(PATIENCE)
 
     def has_begun(self) -> bool:
-        """Has the data phase begun? O_NONBLOCK on the shared description is what tells."""
+        """Has the data phase begun? O_NONBLOCK on the shared description is
+        what tells."""
         return bool(fcntl.fcntl(self.given, fcntl.F_GETFL) & os.O_NONBLOCK)
 
     def wait_begun(self) -> None:
@@ -160,7 +178,8 @@ class Call:
 
 
 class Pretend:
-    """A loopback root, with the qubes `work` and `gitweb`, and a launcher of its own."""
+    """A loopback root, with the qubes `work` and `gitweb`, and a launcher of
+    its own."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "loopback"
@@ -190,19 +209,32 @@ class Pretend:
     def config(self, service: str, text: str, qube: str = "work") -> None:
         (self.qube(qube) / "rpc-config" / service).write_text(text)
 
-    def link(self, service: str, target: str | Path, qube: str = "work") -> None:
+    def link(
+        self, service: str, target: str | Path, qube: str = "work"
+    ) -> None:
         (self.qube(qube) / "rpc" / service).symlink_to(target)
 
-    def serve_tcp(self, handle: Callable[[socket.socket], object], host: str = "127.0.0.1", port: int = 0) -> Server:
+    def serve_tcp(
+        self,
+        handle: Callable[[socket.socket], object],
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> Server:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return self._serve(socket.create_server((host, port), family=family), handle)
+        return self._serve(
+            socket.create_server((host, port), family=family), handle
+        )
 
-    def serve_unix(self, path: Path, handle: Callable[[socket.socket], object]) -> Server:
+    def serve_unix(
+        self, path: Path, handle: Callable[[socket.socket], object]
+    ) -> Server:
         listener = bound_unix_socket(path)
         listener.listen()
         return self._serve(listener, handle)
 
-    def _serve(self, listener: socket.socket, handle: Callable[[socket.socket], object]) -> Server:
+    def _serve(
+        self, listener: socket.socket, handle: Callable[[socket.socket], object]
+    ) -> Server:
         server = Server(listener, handle)
         self.resources.callback(server.close)
         return server
@@ -210,10 +242,17 @@ class Pretend:
     def log(self, event: str | None = None) -> list[dict[str, Any]]:
         path = self.root / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [record for record in map(json.loads, lines) if event in (None, record["event"])]
+        return [
+            record
+            for record in map(json.loads, lines)
+            if event in (None, record["event"])
+        ]
 
     def run(
-        self, *arguments: str, data: bytes = b"", env: Mapping[str, str] | None = None
+        self,
+        *arguments: str,
+        data: bytes = b"",
+        env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[bytes]:
         """A call on pipes, from beginning to end."""
         return subprocess.run(
@@ -230,7 +269,9 @@ class Pretend:
         target: str,
         service: str,
         *options: str,
-        pair: Callable[[], tuple[socket.socket, socket.socket]] = socket.socketpair,
+        pair: Callable[
+            [], tuple[socket.socket, socket.socket]
+        ] = socket.socketpair,
         env: Mapping[str, str] | None = None,
     ) -> Call:
         """A call on one socket for both directions, as the daemon makes it."""

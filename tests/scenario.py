@@ -1,6 +1,8 @@
-"""What scenarios are made of: drop-ins, pretend qubes that answer, clients, and a look at the daemon.
+"""What scenarios are made of: drop-ins, pretend qubes that answer, clients, and
+a look at the daemon.
 
-Nothing waits for ever: all I/O is bounded by PATIENCE, which is generous, as a busy machine is no failure.
+Nothing waits for ever: all I/O is bounded by PATIENCE, which is generous, as a
+busy machine is no failure.
 """
 
 from __future__ import annotations
@@ -30,16 +32,25 @@ SERVICE = "qrexec-connect-tcp.service"
 Address = tuple[str, int] | str
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
-_hosts = (f"127.{random.randint(128, 250)}.{high}.{low}" for high in itertools.count(1) for low in range(1, 255))
+_hosts = (
+    f"127.{random.randint(128, 250)}.{high}.{low}"
+    for high in itertools.count(1)
+    for low in range(1, 255)
+)
 
 
 def measured() -> dict[str, str]:
     """What makes coverage measure the daemons, too."""
-    return {key: value for key, value in os.environ.items() if key.startswith("COVERAGE_")}
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith("COVERAGE_")
+    }
 
 
 def free_port() -> int:
-    """A port that is free on every local address, outside the range from which clients get theirs."""
+    """A port that is free on every local address, outside the range from which
+    clients get theirs."""
     for _ in range(1000):
         port = random.randint(10_000, 30_000)
         with socket.socket(socket.AF_INET6) as probe:
@@ -70,12 +81,23 @@ async def until(what: str, condition: Callable[[], object]) -> None:
 
 
 async def connect(address: Address) -> trio.SocketStream:
-    """Connect to a listener: (host, port), a path, or @ and an abstract name."""
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    """Connect to a listener: (host, port), a path, or @ and an abstract
+    name."""
+    family = (
+        socket.AF_UNIX
+        if isinstance(address, str)
+        else socket.AF_INET6
+        if ":" in address[0]
+        else socket.AF_INET
+    )
     sock = trio.socket.socket(family)
     try:
         with trio.fail_after(PATIENCE):
-            await sock.connect("\0" + address[1:] if isinstance(address, str) and address[0] == "@" else address)
+            await sock.connect(
+                "\0" + address[1:]
+                if isinstance(address, str) and address[0] == "@"
+                else address
+            )
     except BaseException:
         sock.close()
         raise
@@ -83,7 +105,8 @@ async def connect(address: Address) -> trio.SocketStream:
 
 
 async def receive_all(stream: trio.SocketStream) -> bytes:
-    """Everything up to the end of the stream; BrokenResourceError if it does not end cleanly."""
+    """Everything up to the end of the stream; BrokenResourceError if it does
+    not end cleanly."""
     with trio.fail_after(PATIENCE):
         return b"".join([chunk async for chunk in stream])
 
@@ -117,7 +140,8 @@ def is_reset_error(error: BaseException | None) -> bool:
 
 
 async def sees_reset(stream: trio.SocketStream, data: bytes = b"") -> bool:
-    """Whether the stream ends by a reset, and not by an end of file that could be taken for an answer."""
+    """Whether the stream ends by a reset, and not by an end of file that could
+    be taken for an answer."""
     try:
         if data:
             await send(stream, data)
@@ -155,15 +179,20 @@ def refuses(address: Address) -> bool:
 
 def vanish(stream: trio.SocketStream) -> None:
     """Go as a killed client goes that had unread input: by a reset."""
-    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    stream.socket.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+    )
     stream.socket.close()
 
 
 BLOCK = 1 << 20
 
 
-async def send_pattern(stream: trio.SocketStream, mebibytes: int, seed: int) -> str:
-    """Send so much that does not repeat soon, half-close, and return its hash."""
+async def send_pattern(
+    stream: trio.SocketStream, mebibytes: int, seed: int
+) -> str:
+    """Send so much that does not repeat soon, half-close, and return its
+    hash."""
     digest = hashlib.sha256()
     block = bytearray(random.Random(seed).randbytes(BLOCK))
     for number in range(mebibytes):
@@ -181,7 +210,7 @@ async def hash_of_all(stream: trio.SocketStream) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------- services in pretend qubes
+# ---------------------------------------------------- services in pretend qubes
 
 
 def says(name: str) -> Handler:
@@ -212,16 +241,18 @@ async def silent(stream: trio.SocketStream) -> None:
         pass
 
 
-# ---------------------------------------------------------------------- the machine of a test
+# -------------------------------------------------------- the machine of a test
 
 
 class Scene:
-    """A machine for one test: its own qubes, units and log. clean_up() leaves the machine as new."""
+    """A machine for one test: its own qubes, units and log. clean_up() leaves
+    the machine as new."""
 
     def __init__(self, machine: Machine, nursery: trio.Nursery) -> None:
         self.machine = machine
         self.nursery = nursery
-        #: The instance, and so the port in every qube, unless a test says otherwise.
+        #: The instance, and so the port in every qube, unless a test says
+        #: otherwise.
         self.port = free_port()
         self.unit = f"qrexec-connect-tcp@{self.port}.socket"
         self._options: dict[str, str] = {}
@@ -233,52 +264,83 @@ class Scene:
         """A local address that nothing else in these tests listens on."""
         return next(_hosts), port or self.port
 
-    def drop_in(self, name: str, listen: Address | None, target: str | None = None, *, unit: str | None = None) -> Path:
-        """Write NAME.conf with one listener, and the qube that it reaches: NAME unless told otherwise; "": none."""
+    def drop_in(
+        self,
+        name: str,
+        listen: Address | None,
+        target: str | None = None,
+        *,
+        unit: str | None = None,
+    ) -> Path:
+        """Write NAME.conf with one listener, and the qube that it reaches: NAME
+        unless told otherwise; "": none."""
         lines = ["[Socket]"]
         if listen is not None:
             lines.append(f"ListenStream={written(listen)}")
         if target != "":
-            lines.append(f"FileDescriptorName={name if target is None else target}")
+            lines.append(
+                f"FileDescriptorName={name if target is None else target}"
+            )
         return self.write(name, *lines, unit=unit)
 
     def write(self, name: str, *lines: str, unit: str | None = None) -> Path:
-        return self.machine.write_drop_in(unit or self.unit, name, "".join(f"{line}\n" for line in lines))
+        return self.machine.write_drop_in(
+            unit or self.unit, name, "".join(f"{line}\n" for line in lines)
+        )
 
     def options(self, service: str = SERVICE, **options: str) -> None:
-        """Give options to the daemon, as a person does: by a drop-in with Environment=."""
+        """Give options to the daemon, as a person does: by a drop-in with
+        Environment=."""
         self._options |= options
-        lines = [f"Environment=QREXEC_ACTIVATE_{key}={value}" for key, value in self._options.items()]
+        lines = [
+            f"Environment=QREXEC_ACTIVATE_{key}={value}"
+            for key, value in self._options.items()
+        ]
         self.write("options", "[Service]", *lines, unit=service)
 
     async def systemctl(self, *arguments: str, check: bool = True) -> str:
-        return await trio.to_thread.run_sync(lambda: self.machine.systemctl(*arguments, check=check))
+        return await trio.to_thread.run_sync(
+            lambda: self.machine.systemctl(*arguments, check=check)
+        )
 
     async def start(self, *units: str) -> None:
-        """daemon-reload, then enable --now, by default the one socket unit of the test."""
+        """daemon-reload, then enable --now, by default the one socket unit of
+        the test."""
         await self.systemctl("daemon-reload")
         await self.systemctl("enable", "--now", *(units or (self.unit,)))
 
     # Qubes
 
-    async def qube(self, name: str, handler: Handler | None = None, port: int | None = None) -> Path:
-        """Make a pretend qube with a TCP service, which by default says the qube's name."""
+    async def qube(
+        self, name: str, handler: Handler | None = None, port: int | None = None
+    ) -> Path:
+        """Make a pretend qube with a TCP service, which by default says the
+        qube's name."""
         folder = self.machine.add_qube(name)
         await self.serve(name, handler or says(name), port)
         return folder
 
-    async def serve(self, qube: str, handler: Handler, port: int | None = None) -> None:
+    async def serve(
+        self, qube: str, handler: Handler, port: int | None = None
+    ) -> None:
         """Start a TCP service in a pretend qube."""
 
         async def forgiving(stream: trio.SocketStream) -> None:
-            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            with contextlib.suppress(
+                trio.BrokenResourceError, trio.ClosedResourceError
+            ):
                 await handler(stream)
 
-        listeners = await trio.open_tcp_listeners(port or self.port, host=self.machine.address(qube), backlog=512)
+        listeners = await trio.open_tcp_listeners(
+            port or self.port, host=self.machine.address(qube), backlog=512
+        )
         self.nursery.start_soon(trio.serve_listeners, forgiving, listeners)
 
-    async def route(self, handler: Handler | None = None, qube: str = "work") -> tuple[str, int]:
-        """The usual scene: one qube with a service, one drop-in, all started; returns the local address."""
+    async def route(
+        self, handler: Handler | None = None, qube: str = "work"
+    ) -> tuple[str, int]:
+        """The usual scene: one qube with a service, one drop-in, all started;
+        returns the local address."""
         address = self.address()
         await self.qube(qube, handler)
         self.drop_in(qube, address)
@@ -287,16 +349,24 @@ class Scene:
 
     def faults(self, *lines: str) -> None:
         """Let calls go wrong; see qrexec_activate/loopback/faults.py."""
-        (self.machine.loopback / "faults").write_text("".join(f"{line}\n" for line in lines))
+        (self.machine.loopback / "faults").write_text(
+            "".join(f"{line}\n" for line in lines)
+        )
 
     def policy(self, *lines: str) -> None:
-        (self.machine.loopback / "policy").write_text("".join(f"{line}\n" for line in lines))
+        (self.machine.loopback / "policy").write_text(
+            "".join(f"{line}\n" for line in lines)
+        )
 
     def calls(self, event: str = "call") -> list[dict[str, Any]]:
         """What reached qrexec: every call, or what became of it."""
         path = self.machine.loopback / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [record for record in map(json.loads, lines) if record["event"] == event]
+        return [
+            record
+            for record in map(json.loads, lines)
+            if record["event"] == event
+        ]
 
     # The daemon
 
@@ -305,20 +375,32 @@ class Scene:
 
     def lines(self, *words: str) -> list[str]:
         """The lines of the daemon's log that hold all these words."""
-        return [line for line in self.log().splitlines() if all(word in line for word in words)]
+        return [
+            line
+            for line in self.log().splitlines()
+            if all(word in line for word in words)
+        ]
 
     async def logged(self, *words: str, times: int = 1) -> list[str]:
         """Wait for so many lines that hold all these words."""
         try:
-            await until(f"{times} lines with {words}", lambda: len(self.lines(*words)) >= times)
+            await until(
+                f"{times} lines with {words}",
+                lambda: len(self.lines(*words)) >= times,
+            )
         except AssertionError as error:
             raise AssertionError(f"{error}, but\n{self.log()}") from None
         return self.lines(*words)
 
     async def refusal(self, address: Address, *words: str) -> str:
-        """The one line that says, with these words, that a listener is refused, as the daemon starts."""
+        """The one line that says, with these words, that a listener is refused,
+        as the daemon starts."""
         beginning = f"{written(address)} is refused: "
-        (line,) = [line for line in await self.logged(beginning) if line.startswith(beginning)]
+        (line,) = [
+            line
+            for line in await self.logged(beginning)
+            if line.startswith(beginning)
+        ]
         assert all(word in line for word in words), f"{words} in {line!r}"
         return line
 
@@ -348,23 +430,34 @@ class Scene:
 
     @contextlib.asynccontextmanager
     async def same_descriptors(self) -> AsyncIterator[None]:
-        """After whatever happens in this block, the daemon has as many descriptors open as before."""
+        """After whatever happens in this block, the daemon has as many
+        descriptors open as before."""
         await self.nobody_stays()
         await until("the daemon has nothing to do", self.is_idle)
         before, pid = self.descriptors(), self.pid()
         yield
         await self.nobody_stays()
         try:
-            await until("the daemon has closed everything", lambda: self.descriptors() == before)
+            await until(
+                "the daemon has closed everything",
+                lambda: self.descriptors() == before,
+            )
         except AssertionError:
-            links = (f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd"))
+            links = (
+                f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")
+            )
             open_now = sorted(os.readlink(link) for link in links)
-            raise AssertionError(f"{before} descriptors were open, now: {open_now}") from None
+            raise AssertionError(
+                f"{before} descriptors were open, now: {open_now}"
+            ) from None
         assert self.pid() == pid, "the daemon is another one"
 
     def is_idle(self) -> bool:
-        """Whether every connection has come to its end, by the daemon's own account."""
-        return " 0 connections open" in self.machine.property(SERVICE, "StatusText")
+        """Whether every connection has come to its end, by the daemon's own
+        account."""
+        return " 0 connections open" in self.machine.property(
+            SERVICE, "StatusText"
+        )
 
     # The end
 
@@ -373,26 +466,46 @@ class Scene:
         machine = self.machine
         units = [
             line.split()[0]
-            for line in machine.systemctl("list-units", "--all", "--plain", "--no-legend", "--full").splitlines()
+            for line in machine.systemctl(
+                "list-units", "--all", "--plain", "--no-legend", "--full"
+            ).splitlines()
         ]
         ours = [unit for unit in units if self._is_ours(unit)]
         if ours:
             machine.systemctl(
-                "kill", "--signal=KILL", *(unit for unit in ours if unit.endswith(".service")), check=False
+                "kill",
+                "--signal=KILL",
+                *(unit for unit in ours if unit.endswith(".service")),
+                check=False,
             )
             machine.systemctl("stop", *ours, check=False)
         for pid in self.clients():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for folder in (machine.unit_dir, machine.loopback / "qubes", machine.loopback / ".faults"):
+        for folder in (
+            machine.unit_dir,
+            machine.loopback / "qubes",
+            machine.loopback / ".faults",
+        ):
             for path in folder.iterdir() if folder.is_dir() else ():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for name in ("faults", "policy", "answer", "calls", "agent-down", "version", "setups"):
+                shutil.rmtree(
+                    path
+                ) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for name in (
+            "faults",
+            "policy",
+            "answer",
+            "calls",
+            "agent-down",
+            "version",
+            "setups",
+        ):
             (machine.loopback / name).unlink(missing_ok=True)
         machine.systemctl("daemon-reload")
         machine.systemctl("reset-failed", check=False)
         machine.daemon_log.write_text("")
 
     def _is_ours(self, unit: str) -> bool:
-        """Whether a test has started this unit; the manager's own stay. Users' own units begin with my-."""
+        """Whether a test has started this unit; the manager's own stay. Users'
+        own units begin with my-."""
         return unit.startswith(("qrexec-", "my-"))

@@ -1,4 +1,5 @@
-"""The bench runs, stops what it started, and its tables say what its figures say. No figure is asserted."""
+"""The bench runs, stops what it started, and its tables say what its figures
+say. No figure is asserted."""
 
 from __future__ import annotations
 
@@ -31,23 +32,46 @@ MACHINE = {
 
 def table_rows(text: str) -> dict[str, list[str]]:
     """Every line of every table, by its first cell."""
-    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+    lines = [
+        line.strip("| ").split(" | ")
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
+    return {
+        line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines
+    }
 
 
 def made_up_results() -> list[dict[str, object]]:
-    """Two rounds in which the n-th rival takes n times as long, and brings a n-th of the bytes."""
+    """Two rounds in which the n-th rival takes n times as long, and brings a
+    n-th of the bytes."""
     results: list[dict[str, object]] = []
     for turn in range(2):
         for n, rival in enumerate(RIVALS, 1):
             where = {"rival": rival, "round": turn}
             slow = n * (1 + turn)
-            results.append({"measure": "first-byte", "p50": slow * 1e6, "p99": slow * 2e6, **where})
+            results.append(
+                {
+                    "measure": "first-byte",
+                    "p50": slow * 1e6,
+                    "p99": slow * 2e6,
+                    **where,
+                }
+            )
             for at_once in AT_ONCE:
-                results.append({"measure": f"connections-{at_once}", "per_second": 1000 / slow, "p99": 1e6, **where})
+                results.append(
+                    {
+                        "measure": f"connections-{at_once}",
+                        "per_second": 1000 / slow,
+                        "p99": 1e6,
+                        **where,
+                    }
+                )
             for name in STREAMS:
                 more = {"mib_per_second": 1000 / slow, "cpu_per_gib": 0.0}
-                results.append({"measure": f"throughput-{name}", **more, **where})
+                results.append(
+                    {"measure": f"throughput-{name}", **more, **where}
+                )
             results.append({"measure": "cold", "p50": 13e7, **where})
         for measure, took in (
             ("import-trio", 1e8),
@@ -56,23 +80,50 @@ def made_up_results() -> list[dict[str, object]]:
             ("list-100", 2e8),
             ("list-2000", 16e8),
         ):
-            results.append({"measure": measure, "rival": "python3", "round": turn, "p50": took})
+            results.append(
+                {
+                    "measure": measure,
+                    "rival": "python3",
+                    "round": turn,
+                    "p50": took,
+                }
+            )
     for rival in RIVALS:
         for count in (0, 1000):
-            results.append({"measure": "memory", "rival": rival, "open": count, "rss": 20480, "uss": 10240 + 9 * count})
+            results.append(
+                {
+                    "measure": "memory",
+                    "rival": rival,
+                    "open": count,
+                    "rss": 20480,
+                    "uss": 10240 + 9 * count,
+                }
+            )
     for count in (1, 1001):
-        result = {"measure": "listeners", "rival": "hand-over", "listeners": count, "rss": 20480, "uss": 2 * count}
+        result = {
+            "measure": "listeners",
+            "rival": "hand-over",
+            "listeners": count,
+            "rss": 20480,
+            "uss": 2 * count,
+        }
         results.append(result)
     return results
 
 
 def test_targets_are_judged_by_the_ratios_of_each_round() -> None:
     judged = {
-        one.what: (None if one.value is None else round(one.value, 3), one.reached)
+        one.what: (
+            None if one.value is None else round(one.value, 3),
+            one.reached,
+        )
         for one in targets(Figures(made_up_results()))
     }
     assert judged["first byte, hand-over / limit"] == (2.0, False)
-    assert judged["connections/s, 16 at once, hand-over / limit"] == (0.5, False)
+    assert judged["connections/s, 16 at once, hand-over / limit"] == (
+        0.5,
+        False,
+    )
     assert judged["throughput both ways, splice / socat"] == (1.333, False)
     assert judged["CPU per GiB in the daemon, hand-over: none"] == (0.0, True)
     assert judged["memory per open connection"] == (9.0, False)
@@ -92,7 +143,11 @@ def test_what_was_not_measured_is_not_judged() -> None:
 def test_tables_hold_every_measure_of_every_rival() -> None:
     figures = Figures(made_up_results())
     rows = table_rows(markdown(figures, MACHINE))
-    for title in ("first byte, p50", "first byte, p99", *(f"connections/s, {n} at once" for n in AT_ONCE)):
+    for title in (
+        "first byte, p50",
+        "first byte, p99",
+        *(f"connections/s, {n} at once" for n in AT_ONCE),
+    ):
         assert len(rows[title]) == len(RIVALS)
     for title, *_ in STREAMS.values():
         assert rows[f"MiB/s {title}"][1:3] == ["375 (0.50)", "250 (0.33)"]
@@ -100,31 +155,78 @@ def test_tables_hold_every_measure_of_every_rival() -> None:
     assert len(rows["1,000 connections"]) == len(RIVALS)
     assert rows["per listener"] == ["", "2.0 KiB"]
     for target in targets(figures):
-        assert rows[target.what][-1] == ("reached" if target.reached else "**not reached**")
+        assert rows[target.what][-1] == (
+            "reached" if target.reached else "**not reached**"
+        )
 
 
 def test_a_rival_that_gives_no_answer_is_named() -> None:
-    text = markdown(Figures([{"measure": "start", "rival": "splice", "error": "no answer: timed out"}]), MACHINE)
+    text = markdown(
+        Figures(
+            [
+                {
+                    "measure": "start",
+                    "rival": "splice",
+                    "error": "no answer: timed out",
+                }
+            ]
+        ),
+        MACHINE,
+    )
     assert "- start, splice: no answer: timed out" in text
 
 
 def test_the_plot_is_an_image_of_every_bar() -> None:
-    image = ElementTree.fromstring(plot.svg(Figures(made_up_results()), MACHINE))
-    bars = [one for one in image.iter("{http://www.w3.org/2000/svg}rect") if one.get("rx")]
+    image = ElementTree.fromstring(
+        plot.svg(Figures(made_up_results()), MACHINE)
+    )
+    bars = [
+        one
+        for one in image.iter("{http://www.w3.org/2000/svg}rect")
+        if one.get("rx")
+    ]
     assert len(bars) == len(RIVALS) * len(plot.PANELS)
 
 
 def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    only = ("limit", "hand-over", "first-byte", "connections", "throughput", "memory", "commands")
-    argv = [sys.executable, "-m", "bench", "--quick", "--output", str(tmp_path / "kept")]
+    only = (
+        "limit",
+        "hand-over",
+        "first-byte",
+        "connections",
+        "throughput",
+        "memory",
+        "commands",
+    )
+    argv = [
+        sys.executable,
+        "-m",
+        "bench",
+        "--quick",
+        "--output",
+        str(tmp_path / "kept"),
+    ]
     argv += [word for name in only for word in ("--only", name)]
-    # What it compiles lies there and nowhere else, so that what it leaves behind can be told from another run's.
+    # What it compiles lies there and nowhere else, so that what it leaves
+    # behind can be told from another run's.
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        argv,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
     kept = json.loads((tmp_path / "kept" / "results.json").read_text())
-    assert {one["rival"] for one in kept["results"]} == {"limit", "hand-over", "python3"}
+    assert {one["rival"] for one in kept["results"]} == {
+        "limit",
+        "hand-over",
+        "python3",
+    }
     measured = {one["measure"] for one in kept["results"]}
     assert measured == {
         "first-byte",
@@ -141,7 +243,8 @@ def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
             rival: statistics.median(
                 one["per_second"]
                 for one in kept["results"]
-                if (one["measure"], one["rival"]) == (f"connections-{at_once}", rival)
+                if (one["measure"], one["rival"])
+                == (f"connections-{at_once}", rival)
             )
             for rival in ("limit", "hand-over")
         }
@@ -151,11 +254,17 @@ def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
         found = re.fullmatch(r"([\d,]+) \(([\d.]+)\)", ours)
         assert found
         assert found[1] == f"{rates['hand-over']:,.0f}"
-        assert float(found[2]) == pytest.approx(rates["hand-over"] / rates["limit"], abs=0.01)
+        assert float(found[2]) == pytest.approx(
+            rates["hand-over"] / rates["limit"], abs=0.01
+        )
     for target in kept["targets"]:
         assert (
             rows[target["what"]][-1]
-            == {True: "reached", False: "**not reached**", None: "not measured"}[target["reached"]]
+            == {
+                True: "reached",
+                False: "**not reached**",
+                None: "not measured",
+            }[target["reached"]]
         )
     ElementTree.parse(tmp_path / "kept" / "results.svg")
 
@@ -166,9 +275,15 @@ def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_idle_and_running_services_are_measured() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "bench.idle", "--count", "2"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "bench.idle", "--count", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     rows = table_rows(result.stdout)
     assert len(rows) == 4
-    assert all(cell.endswith(" MiB") for row in list(rows.values())[1:] for cell in row)
+    assert all(
+        cell.endswith(" MiB") for row in list(rows.values())[1:] for cell in row
+    )

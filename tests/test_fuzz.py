@@ -1,4 +1,5 @@
-"""Hostile input: everything in fuzz/corpus, a short run of each target, and of the RPC services. See `make fuzz`."""
+"""Hostile input: everything in fuzz/corpus, a short run of each target, and of
+the RPC services. See `make fuzz`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from targets import CORPUS, TARGETS  # noqa: E402
 
 import rpc  # noqa: E402
 
-#: Of each target, and of each RPC service; `make fuzz` runs a million, and 100,000.
+#: Of each target, and of each RPC service; `make fuzz` runs a million, and
+#: 100,000.
 CASES = 2000
 RPC_CASES = 1500
 
@@ -51,7 +53,9 @@ def test_random_input_does_no_harm(target: str) -> None:
 
 
 def test_a_target_that_finds_something_keeps_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def stumbles(data: bytes) -> None:
         assert b"\xff" not in data
@@ -65,21 +69,35 @@ def test_a_target_that_finds_something_keeps_it(
     assert "AssertionError" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="the tracer has to be compiled")
+@pytest.mark.skipif(
+    shutil.which("cc") is None, reason="the tracer has to be compiled"
+)
 @pytest.mark.parametrize("service", rpc.SERVICES)
 def test_no_argument_reaches_a_command_line_unvalidated(service: str) -> None:
     rng = rpc.random.Random(service)
     with rpc.laboratory() as (programs, runtime):
-        happened = {rpc.check(service, rpc.random_argument(service, rng), programs, runtime) for _ in range(RPC_CASES)}
+        happened = {
+            rpc.check(
+                service, rpc.random_argument(service, rng), programs, runtime
+            )
+            for _ in range(RPC_CASES)
+        }
     assert happened == {"ran", "refused"}
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="the tracer has to be compiled")
-def test_the_tracer_sees_what_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    shutil.which("cc") is None, reason="the tracer has to be compiled"
+)
+def test_the_tracer_sees_what_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A service that trusts its argument is found out."""
     careless = tmp_path / "qubes.ConnectUnix"
     careless.write_text('#!/bin/sh\nexec socat - "UNIX-CONNECT:$1"\n')
     careless.chmod(0o755)
     monkeypatch.setattr(rpc, "RPC", tmp_path)
-    with rpc.laboratory() as (programs, runtime), pytest.raises(AssertionError, match="ran b"):
+    with (
+        rpc.laboratory() as (programs, runtime),
+        pytest.raises(AssertionError, match="ran b"),
+    ):
         rpc.check("qubes.ConnectUnix", b"../../etc", programs, runtime)

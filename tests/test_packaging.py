@@ -17,25 +17,47 @@ VERSION = (ROOT / "version").read_text().strip()
 
 
 def test_the_changelog_is_of_this_version() -> None:
-    assert (ROOT / "debian/changelog").read_text().startswith(f"qrexec-activate ({VERSION}) ")
+    assert (
+        (ROOT / "debian/changelog")
+        .read_text()
+        .startswith(f"qrexec-activate ({VERSION}) ")
+    )
 
 
 def test_both_kinds_of_packages_need_what_the_python_package_needs() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     # The one that has another name there.
-    needed = {re.split("[><=]", name)[0].replace("systemd-python", "systemd") for name in project["dependencies"]}
+    needed = {
+        re.split("[><=]", name)[0].replace("systemd-python", "systemd")
+        for name in project["dependencies"]
+    }
     control = (ROOT / "debian/control").read_text()
-    depends = control.split("\nPackage: qrexec-activate\n")[1].split("\nRecommends:")[0]
-    assert {name.removeprefix("python3-") for name in re.findall(r"python3-\w+", depends)} == needed
-    # Fedora's generators read the metadata themselves; to build, it takes the same.
+    depends = control.split("\nPackage: qrexec-activate\n")[1].split(
+        "\nRecommends:"
+    )[0]
+    assert {
+        name.removeprefix("python3-")
+        for name in re.findall(r"python3-\w+", depends)
+    } == needed
+    # Fedora's generators read the metadata themselves; to build, it takes the
+    # same.
     spec = (ROOT / "rpm_spec/qrexec-activate.spec.in").read_text()
-    assert set(re.findall(r"^BuildRequires: +python3-(\w+)", spec, re.MULTILINE)) - {"devel"} == needed
+    assert (
+        set(re.findall(r"^BuildRequires: +python3-(\w+)", spec, re.MULTILINE))
+        - {"devel"}
+        == needed
+    )
 
 
 def test_both_kinds_of_packages_recommend_the_qrexec_that_hands_over() -> None:
-    assert "Recommends: qubes-core-qrexec (>= 4.2.19)" in (ROOT / "debian/control").read_text()
+    assert (
+        "Recommends: qubes-core-qrexec (>= 4.2.19)"
+        in (ROOT / "debian/control").read_text()
+    )
     spec = (ROOT / "rpm_spec/qrexec-activate.spec.in").read_text()
-    assert re.search(r"^Recommends: +qubes-core-qrexec-vm >= 4\.2\.19$", spec, re.MULTILINE)
+    assert re.search(
+        r"^Recommends: +qubes-core-qrexec-vm >= 4\.2\.19$", spec, re.MULTILINE
+    )
 
 
 def test_example_policies_are_policies() -> None:
@@ -51,7 +73,10 @@ def test_qubes_builder_finds_what_it_builds() -> None:
         assert (ROOT / f"{spec}.in").exists()
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed: tools/setup check")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None,
+    reason="shellcheck is not installed: tools/setup check",
+)
 def test_shellcheck_finds_nothing_in_what_runs_at_an_upgrade() -> None:
     scripts = [ROOT / "packaging/managers", *(ROOT / "debian").glob("*.p*")]
     assert len(scripts) == 4

@@ -1,6 +1,8 @@
-"""The README's examples, word for word: its files are written, its commands run, its policy lines are dom0's policy.
+"""The README's examples, word for word: its files are written, its commands
+run, its policy lines are dom0's policy.
 
-All that differs is what one machine cannot give: a server and a local address on the same port of 127.0.0.1.
+All that differs is what one machine cannot give: a server and a local address
+on the same port of 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ from qrexec_activate.loopback.machine import Machine
 ROOT = Path(__file__).parent.parent
 PATIENCE = 30.0
 HEADER = re.compile(r"# (?:\w+: )?~/\.config/systemd/user/(\S+)")
-COMMANDS = ("systemctl", "qrexec-activate", "export", "ssh-add", "make", "journalctl")
+COMMANDS = (
+    "systemctl",
+    "qrexec-activate",
+    "export",
+    "ssh-add",
+    "make",
+    "journalctl",
+)
 
 
 @dataclass
@@ -35,7 +44,8 @@ class Section:
 
 
 def port(wanted: int, *hosts: str) -> int:
-    """The README's port; another one where something on this machine listens there already."""
+    """The README's port; another one where something on this machine listens
+    there already."""
     for number in (wanted, *range(wanted + 10_000, 65_536)):
         with ExitStack() as stack, suppress(OSError):
             for host in hosts:
@@ -48,7 +58,11 @@ def readme(title: str, **replaced: object) -> Section:
     text = (ROOT / "README.md").read_text()
     for old, new in replaced.items():
         text = text.replace(old.removeprefix("_"), str(new))
-    body = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    body = re.search(
+        rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)",
+        text,
+        re.MULTILINE | re.DOTALL,
+    )
     assert body, f"the README has no section {title!r}"
     section = Section()
     for block in re.findall(r"(?:^(?:    .*)?\n)+", body[1], re.MULTILINE):
@@ -68,7 +82,8 @@ def readme(title: str, **replaced: object) -> Section:
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """A service that reads all and answers with its own name and the address that it was reached from."""
+    """A service that reads all and answers with its own name and the address
+    that it was reached from."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -103,7 +118,9 @@ def serving(name: str, address: tuple[str, int] | str) -> Iterator[None]:
 
 
 def ask(address: tuple[str, int] | str) -> str:
-    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as client:
+    with socket.socket(
+        socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    ) as client:
         client.settimeout(PATIENCE)
         client.connect(address)
         client.sendall(b"me")
@@ -120,14 +137,26 @@ def machine() -> Iterator[Machine]:
         yield machine
 
 
-def follow(machine: Machine, section: Section, change: Callable[[str], str] = lambda text: text) -> None:
-    """Do what the section says, from its files to its commands, as the person who reads it."""
+def follow(
+    machine: Machine,
+    section: Section,
+    change: Callable[[str], str] = lambda text: text,
+) -> None:
+    """Do what the section says, from its files to its commands, as the person
+    who reads it."""
     for path, text in section.files.items():
         target = machine.unit_dir / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The units call the installed command, which on this machine is another one.
-        target.write_text(change(text).replace("/usr/bin/qrexec-activate", machine.command_line()))
-    (machine.loopback / "policy").write_text("".join(f"{line}\n" for line in section.policy))
+        # The units call the installed command, which on this machine is another
+        # one.
+        target.write_text(
+            change(text).replace(
+                "/usr/bin/qrexec-activate", machine.command_line()
+            )
+        )
+    (machine.loopback / "policy").write_text(
+        "".join(f"{line}\n" for line in section.policy)
+    )
     (machine.loopback / "answer").write_text("allow\n")
     machine.systemctl("daemon-reload")
     for command in section.commands:
@@ -138,11 +167,19 @@ def follow(machine: Machine, section: Section, change: Callable[[str], str] = la
 def test_two_qubes_one_port(machine: Machine) -> None:
     number = port(1234, "127.0.0.1", "127.0.0.2")
     section = readme("Two qubes, one port", _1234=number)
-    assert set(section.files) == {f"qrexec-connect-tcp@{number}.socket.d/{qube}.conf" for qube in ("gitweb", "work")}
-    assert [line.split()[0] for line in section.policy] == ["qubes.ConnectTCP"] * 2
+    assert set(section.files) == {
+        f"qrexec-connect-tcp@{number}.socket.d/{qube}.conf"
+        for qube in ("gitweb", "work")
+    }
+    assert [line.split()[0] for line in section.policy] == [
+        "qubes.ConnectTCP"
+    ] * 2
     for qube in ("gitweb", "work"):
         machine.add_qube(qube)
-    with serving("gitweb", (machine.address("gitweb"), number)), serving("work", (machine.address("work"), number)):
+    with (
+        serving("gitweb", (machine.address("gitweb"), number)),
+        serving("work", (machine.address("work"), number)),
+    ):
         follow(machine, section)
         assert ask(("127.0.0.1", number)).startswith("gitweb heard me")
         assert ask(("127.0.0.2", number)).startswith("work heard me")
@@ -152,14 +189,20 @@ def test_split_ssh(machine: Machine) -> None:
     section = readme("Split SSH")
     vault = machine.add_qube("vault")
     (machine.loopback / "name").write_text("work\n")
-    # One manager plays both qubes' managers, so they share its runtime directory.
+    # One manager plays both qubes' managers, so they share its runtime
+    # directory.
     (vault / "run").rmdir()
     (vault / "run").symlink_to(machine.runtime)
-    (vault / "rpc" / "qubes.ConnectUnix").symlink_to(ROOT / "rpc" / "qubes.ConnectUnix")
-    machine.write_unit(
-        "gpg-agent-ssh.socket", "[Socket]\nListenStream=%t/gnupg/S.gpg-agent.ssh\nService=agent.service\n"
+    (vault / "rpc" / "qubes.ConnectUnix").symlink_to(
+        ROOT / "rpc" / "qubes.ConnectUnix"
     )
-    machine.write_unit("agent.service", "[Service]\nExecStart=/bin/true\nRemainAfterExit=yes\n")
+    machine.write_unit(
+        "gpg-agent-ssh.socket",
+        "[Socket]\nListenStream=%t/gnupg/S.gpg-agent.ssh\nService=agent.service\n",
+    )
+    machine.write_unit(
+        "agent.service", "[Service]\nExecStart=/bin/true\nRemainAfterExit=yes\n"
+    )
     follow(machine, section)
     link = machine.runtime / "qubes.ConnectUnix" / "gpg-agent-ssh"
     assert link.is_symlink(), "the drop-in of the service qube made no symlink"
@@ -168,36 +211,55 @@ def test_split_ssh(machine: Machine) -> None:
     agent = machine.runtime / "gnupg" / "S.gpg-agent.ssh"
     agent.unlink()
     with serving("agent", str(agent)):
-        (path,) = re.findall(r"SSH_AUTH_SOCK=(\S+)", "\n".join(section.commands))
-        assert ask(path.replace("$XDG_RUNTIME_DIR", str(machine.runtime))).startswith("agent heard me")
+        (path,) = re.findall(
+            r"SSH_AUTH_SOCK=(\S+)", "\n".join(section.commands)
+        )
+        assert ask(
+            path.replace("$XDG_RUNTIME_DIR", str(machine.runtime))
+        ).startswith("agent heard me")
 
 
 def test_a_source_address_of_its_own(machine: Machine) -> None:
     number = port(2049, "127.0.0.1", "127.0.0.9")
     section = readme("A source address of its own", _2049=number)
     nfs = machine.add_qube("nfs")
-    (nfs / "rpc" / "qubes.ConnectTCPBind").symlink_to(ROOT / "rpc" / "qubes.ConnectTCPBind")
+    (nfs / "rpc" / "qubes.ConnectTCPBind").symlink_to(
+        ROOT / "rpc" / "qubes.ConnectTCPBind"
+    )
     with serving("nfs", ("127.0.0.1", number)):
-        follow(machine, section, lambda text: text.replace(f"127.0.0.1:{number}", f"127.0.0.9:{number}"))
+        follow(
+            machine,
+            section,
+            lambda text: text.replace(
+                f"127.0.0.1:{number}", f"127.0.0.9:{number}"
+            ),
+        )
         assert ask(("127.0.0.9", number)) == "nfs heard me from 127.0.1.1"
 
 
 def test_your_own_rpc(machine: Machine) -> None:
     section = readme("Your own RPC")
     service = machine.add_qube("archive") / "rpc" / "my.Rpc"
-    service.write_text('#!/bin/sh\nprintf "%s in archive heard " "$1"\nexec cat\n')
+    service.write_text(
+        '#!/bin/sh\nprintf "%s in archive heard " "$1"\nexec cat\n'
+    )
     service.chmod(0o755)
     follow(machine, section)
     assert ask(str(machine.runtime / "backup")) == "backup in archive heard me"
 
 
-def test_the_policy_lines_are_what_lets_the_calls_through(machine: Machine) -> None:
+def test_the_policy_lines_are_what_lets_the_calls_through(
+    machine: Machine,
+) -> None:
     number = port(1234, "127.0.0.1", "127.0.0.2")
     section = readme("Two qubes, one port", _1234=number)
     section.policy = [line for line in section.policy if "gitweb" in line]
     for qube in ("gitweb", "work"):
         machine.add_qube(qube)
-    with serving("gitweb", (machine.address("gitweb"), number)), serving("work", (machine.address("work"), number)):
+    with (
+        serving("gitweb", (machine.address("gitweb"), number)),
+        serving("work", (machine.address("work"), number)),
+    ):
         follow(machine, section)
         assert ask(("127.0.0.1", number)).startswith("gitweb heard me")
         with pytest.raises(ConnectionResetError):

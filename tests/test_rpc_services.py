@@ -1,4 +1,5 @@
-"""qubes.ConnectUnix and qubes.ConnectTCPBind: run as qrexec runs them, and through the loopback client."""
+"""qubes.ConnectUnix and qubes.ConnectTCPBind: run as qrexec runs them, and
+through the loopback client."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def has_ipv6() -> bool:
         return False
 
 
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+needs_ipv6 = pytest.mark.skipif(
+    not has_ipv6(), reason="this machine has no IPv6 loopback"
+)
 
 
 @pytest.fixture
@@ -51,7 +54,9 @@ def pretend(tmp_path: Path) -> Iterator[Pretend]:
     pretend = Pretend(tmp_path)
     for service in (UNIX, BIND):
         pretend.link(service.name, service)
-        shutil.copy(RPC / "rpc-config" / service.name, pretend.qube() / "rpc-config")
+        shutil.copy(
+            RPC / "rpc-config" / service.name, pretend.qube() / "rpc-config"
+        )
     with pretend.resources:
         yield pretend
 
@@ -65,7 +70,8 @@ def sockets(pretend: Pretend) -> Path:
 
 
 def run(script: Path, *arguments: str, **env: str) -> tuple[int, str]:
-    """Run a service by hand, without input; its exit code and what it says on stderr."""
+    """Run a service by hand, without input; its exit code and what it says on
+    stderr."""
     done = subprocess.run(
         [str(script), *arguments],
         stdin=subprocess.DEVNULL,
@@ -83,42 +89,71 @@ def run(script: Path, *arguments: str, **env: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("pair", [socket.socketpair, tcp_pair])
 def test_connect_unix_reaches_a_socket_by_name(
-    pretend: Pretend, sockets: Path, pair: Callable[[], tuple[socket.socket, socket.socket]]
+    pretend: Pretend,
+    sockets: Path,
+    pair: Callable[[], tuple[socket.socket, socket.socket]],
 ) -> None:
     pretend.serve_unix(sockets / "ssh-agent.1+x_y", echo)
     call = pretend.call("work", "qubes.ConnectUnix+ssh-agent.1+x_y", pair=pair)
-    assert (call.converse(b"hello"), call.wait(), call.stderr()) == (b"hello", 0, "")
+    assert (call.converse(b"hello"), call.wait(), call.stderr()) == (
+        b"hello",
+        0,
+        "",
+    )
 
 
-def test_connect_unix_follows_a_symlink_to_the_agents_own_socket(pretend: Pretend, sockets: Path) -> None:
+def test_connect_unix_follows_a_symlink_to_the_agents_own_socket(
+    pretend: Pretend, sockets: Path
+) -> None:
     pretend.serve_unix(pretend.root / "agent", echo)
     (sockets / "ssh-agent").symlink_to(pretend.root / "agent")
-    assert pretend.call("work", "qubes.ConnectUnix+ssh-agent").converse(b"key?") == b"key?"
+    assert (
+        pretend.call("work", "qubes.ConnectUnix+ssh-agent").converse(b"key?")
+        == b"key?"
+    )
 
 
-def test_connect_unix_takes_a_name_that_looks_like_an_option(pretend: Pretend, sockets: Path) -> None:
+def test_connect_unix_takes_a_name_that_looks_like_an_option(
+    pretend: Pretend, sockets: Path
+) -> None:
     pretend.serve_unix(sockets / "-V", echo)
     assert pretend.call("work", "qubes.ConnectUnix+-V").converse(b"x") == b"x"
 
 
-def test_a_service_on_port_sees_the_address_that_the_call_comes_from(pretend: Pretend) -> None:
+def test_a_service_on_port_sees_the_address_that_the_call_comes_from(
+    pretend: Pretend,
+) -> None:
     server = pretend.serve_tcp(echo)
     call = pretend.call("work", f"qubes.ConnectTCPBind+{server.port}-127.0.1.1")
-    assert (call.converse(b"hello"), call.wait(), call.stderr()) == (b"hello", 0, "")
+    assert (call.converse(b"hello"), call.wait(), call.stderr()) == (
+        b"hello",
+        0,
+        "",
+    )
     assert server.peers[0][0] == "127.0.1.1"
 
 
 @needs_ipv6
-def test_ipv6_addresses_are_written_with_plus_for_colon(pretend: Pretend) -> None:
+def test_ipv6_addresses_are_written_with_plus_for_colon(
+    pretend: Pretend,
+) -> None:
     server = pretend.serve_tcp(echo, "::1")
     for address in ("++1", "0+0+0+0+0+0+0+1"):
-        call = pretend.call("work", f"qubes.ConnectTCPBind+{server.port}-{address}")
-        assert (call.converse(b"hello"), call.wait(), call.stderr()) == (b"hello", 0, "")
+        call = pretend.call(
+            "work", f"qubes.ConnectTCPBind+{server.port}-{address}"
+        )
+        assert (call.converse(b"hello"), call.wait(), call.stderr()) == (
+            b"hello",
+            0,
+            "",
+        )
     assert {peer[0] for peer in server.peers} == {"::1"}
 
 
 @pytest.fixture(params=["unix", "tcp"])
-def reach(request: pytest.FixtureRequest, pretend: Pretend) -> Callable[[Callable[[socket.socket], object]], str]:
+def reach(
+    request: pytest.FixtureRequest, pretend: Pretend
+) -> Callable[[Callable[[socket.socket], object]], str]:
     """Start a server with a handler, and name the call that reaches it."""
 
     def start(handle: Callable[[socket.socket], object]) -> str:
@@ -164,7 +199,9 @@ def test_what_the_client_sends_after_the_services_half_close_arrives(
 
 
 @pytest.mark.parametrize("kind", ["pipes", "sockets"])
-def test_the_end_of_the_services_output_shows_on_pipes_and_on_sockets(pretend: Pretend, kind: str) -> None:
+def test_the_end_of_the_services_output_shows_on_pipes_and_on_sockets(
+    pretend: Pretend, kind: str
+) -> None:
     def goodbye(sock: socket.socket) -> bytes:
         sock.sendall(b"bye")
         sock.shutdown(socket.SHUT_WR)
@@ -175,9 +212,15 @@ def test_the_end_of_the_services_output_shows_on_pipes_and_on_sockets(pretend: P
         (input_end, to_script), (from_script, output_end) = os.pipe(), os.pipe()
     else:
         pairs = (*socket.socketpair(), *socket.socketpair())
-        input_end, to_script, from_script, output_end = (sock.detach() for sock in pairs)
+        input_end, to_script, from_script, output_end = (
+            sock.detach() for sock in pairs
+        )
     with open(to_script, "wb") as send, open(from_script, "rb") as receive:
-        process = subprocess.Popen([BIND, f"{server.port}-127.0.0.1"], stdin=input_end, stdout=output_end)
+        process = subprocess.Popen(
+            [BIND, f"{server.port}-127.0.0.1"],
+            stdin=input_end,
+            stdout=output_end,
+        )
         os.close(input_end)
         os.close(output_end)
         watchdog = threading.Timer(PATIENCE, process.kill)
@@ -194,7 +237,8 @@ def test_the_end_of_the_services_output_shows_on_pipes_and_on_sockets(pretend: P
 def test_64_mebibytes_go_both_ways_at_once(
     pretend: Pretend, reach: Callable[[Callable[[socket.socket], object]], str]
 ) -> None:
-    """socat's writes block: with -b 262144 this stops for ever after a few megabytes on a unix socket."""
+    """socat's writes block: with -b 262144 this stops for ever after a few
+    megabytes on a unix socket."""
     data = random_bytes(64)
     call = pretend.call("work", reach(echo))
     assert digest(call.converse(data)) == digest(data)
@@ -216,11 +260,14 @@ def test_when_the_service_ends_the_connection_the_call_ends(
 
 @pytest.fixture
 def tracer(tmp_path: Path) -> Path:
-    """A folder for PATH in which `socat` only writes down its arguments, NUL-terminated, and a newline."""
+    """A folder for PATH in which `socat` only writes down its arguments,
+    NUL-terminated, and a newline."""
     folder = tmp_path / "tracer"
     folder.mkdir()
     socat = folder / "socat"
-    socat.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" '\n' >> {folder}/arguments\n")
+    socat.write_text(
+        f"#!/bin/sh\nprintf '%s\\0' \"$@\" '\n' >> {folder}/arguments\n"
+    )
     socat.chmod(0o755)
     return folder
 
@@ -237,11 +284,18 @@ def option(arguments: Sequence[str], name: str) -> str:
     return arguments[arguments.index(name) + 1]
 
 
-def test_the_reply_may_take_hours_and_the_buffer_is_large(tracer: Path, tmp_path: Path) -> None:
+def test_the_reply_may_take_hours_and_the_buffer_is_large(
+    tracer: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "qubes.ConnectUnix"
     folder.mkdir()
     bound_unix_socket(folder / "name").close()
-    assert run(UNIX, "name", PATH=f"{tracer}:/usr/bin:/bin", XDG_RUNTIME_DIR=str(tmp_path)) == (0, "")
+    assert run(
+        UNIX,
+        "name",
+        PATH=f"{tracer}:/usr/bin:/bin",
+        XDG_RUNTIME_DIR=str(tmp_path),
+    ) == (0, "")
     assert run(BIND, "2049-127.0.1.1", PATH=str(tracer)) == (0, "")
     assert run(BIND, "2049-fd00++7", PATH=str(tracer)) == (0, "")
     unix, ipv4, ipv6 = traced(tracer)
@@ -256,27 +310,47 @@ def test_the_reply_may_take_hours_and_the_buffer_is_large(tracer: Path, tmp_path
 
 
 def random_arguments(seeds: Sequence[str]) -> list[str]:
-    """Arguments near to good ones, and far from them; no NUL, which no argument can hold."""
+    """Arguments near to good ones, and far from them; no NUL, which no argument
+    can hold."""
     chance = random.Random(1234)
-    alphabet = "0123456789abcdefABCDEF.+-" * 3 + "xyz_:,!/\\ '\"`$()[]{};&|<>*?~#\n\t\x7fé" + string.ascii_letters
+    alphabet = (
+        "0123456789abcdefABCDEF.+-" * 3
+        + "xyz_:,!/\\ '\"`$()[]{};&|<>*?~#\n\t\x7fé"
+        + string.ascii_letters
+    )
     arguments = []
     for _ in range(ATTEMPTS):
         text = list(chance.choice(seeds))
         for _ in range(chance.randrange(4)):
             place = chance.randrange(len(text) + 1)
             if chance.random() < 0.5:
-                text[place : place + chance.randrange(3)] = chance.choice(alphabet)
+                text[place : place + chance.randrange(3)] = chance.choice(
+                    alphabet
+                )
             else:
                 text[place : place + chance.randrange(3)] = []
         arguments.append("".join(text))
     return arguments
 
 
-def run_many(script: Path, arguments: list[str], folder: Path, tracer: Path, shell: str, **env: str) -> list[int]:
-    """The exit code for each argument. PATH holds nothing but the tracer: no other program may be run at all."""
+def run_many(
+    script: Path,
+    arguments: list[str],
+    folder: Path,
+    tracer: Path,
+    shell: str,
+    **env: str,
+) -> list[int]:
+    """The exit code for each argument. PATH holds nothing but the tracer: no
+    other program may be run at all."""
     listed = folder / "arguments-to-try"
-    listed.write_bytes(b"".join(argument.encode() + b"\0" for argument in arguments))
-    driver = 'while IFS= read -r -d "" x; do "$0" "$1" "$x" </dev/null 2>/dev/null; echo $?; done'
+    listed.write_bytes(
+        b"".join(argument.encode() + b"\0" for argument in arguments)
+    )
+    driver = (
+        'while IFS= read -r -d "" x; do "$0" "$1" "$x" </dev/null'
+        " 2>/dev/null; echo $?; done"
+    )
     with listed.open("rb") as stdin:
         done = subprocess.run(
             ["/bin/bash", "-c", driver, shell, str(script)],
@@ -291,10 +365,18 @@ def run_many(script: Path, arguments: list[str], folder: Path, tracer: Path, she
     return codes
 
 
-def bind_address(argument: str) -> tuple[int, ipaddress.IPv4Address | ipaddress.IPv6Address] | None:
-    """What PORT-ADDRESS means, by other means than the script's; None if it means nothing."""
+def bind_address(
+    argument: str,
+) -> tuple[int, ipaddress.IPv4Address | ipaddress.IPv6Address] | None:
+    """What PORT-ADDRESS means, by other means than the script's; None if it
+    means nothing."""
     port, dash, text = argument.partition("-")
-    if not dash or not (port.isascii() and port.isdigit() and port[0] != "0" and 0 < int(port) < 65536):
+    if not dash or not (
+        port.isascii()
+        and port.isdigit()
+        and port[0] != "0"
+        and 0 < int(port) < 65536
+    ):
         return None
     if ":" in text or "%" in text or ("." in text and "+" in text):
         return None
@@ -306,8 +388,18 @@ def bind_address(argument: str) -> tuple[int, ipaddress.IPv4Address | ipaddress.
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
-def test_only_a_whole_port_and_address_ever_reach_socat(tracer: Path, tmp_path: Path, shell: str) -> None:
-    seeds = ["2049-127.0.1.1", "1-fd00++7", "65535-255.249.199.100", "80-1+2+3+4+5+6+7+8", "9-++1", "9-a+b++", ""]
+def test_only_a_whole_port_and_address_ever_reach_socat(
+    tracer: Path, tmp_path: Path, shell: str
+) -> None:
+    seeds = [
+        "2049-127.0.1.1",
+        "1-fd00++7",
+        "65535-255.249.199.100",
+        "80-1+2+3+4+5+6+7+8",
+        "9-++1",
+        "9-a+b++",
+        "",
+    ]
     arguments = random_arguments(seeds) + seeds
     codes = run_many(BIND, arguments, tmp_path, tracer, shell)
     meant = [bind_address(argument) for argument in arguments]
@@ -317,29 +409,64 @@ def test_only_a_whole_port_and_address_ever_reach_socat(tracer: Path, tmp_path: 
     calls = traced(tracer)
     assert len(calls) == len(good)
     for call, (port, address) in zip(calls, good, strict=True):
-        kind, target, bound = call[-1].split(",")[0].partition(":")[0], *call[-1].split(",")[:2]
-        loopback, text = ("127.0.0.1", bound[5:]) if address.version == 4 else ("[::1]", bound[6:-1])
-        assert (kind, target) == (f"TCP{address.version}", f"TCP{address.version}:{loopback}:{port}")
+        kind, target, bound = (
+            call[-1].split(",")[0].partition(":")[0],
+            *call[-1].split(",")[:2],
+        )
+        loopback, text = (
+            ("127.0.0.1", bound[5:])
+            if address.version == 4
+            else ("[::1]", bound[6:-1])
+        )
+        assert (kind, target) == (
+            f"TCP{address.version}",
+            f"TCP{address.version}:{loopback}:{port}",
+        )
         assert bound.startswith("bind=")
         assert ipaddress.ip_address(text) == address
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
-def test_only_one_plain_name_ever_reaches_socat(tracer: Path, tmp_path: Path, shell: str) -> None:
+def test_only_one_plain_name_ever_reaches_socat(
+    tracer: Path, tmp_path: Path, shell: str
+) -> None:
     (tmp_path / "qubes.ConnectUnix").mkdir()
-    arguments = random_arguments(["agent", "a.b", "-V", "a,b", "a/b", "..", "", "S.gpg-agent+x", "n" * 104])
+    arguments = random_arguments(
+        [
+            "agent",
+            "a.b",
+            "-V",
+            "a,b",
+            "a/b",
+            "..",
+            "",
+            "S.gpg-agent+x",
+            "n" * 104,
+        ]
+    )
     good = [
         argument
         for argument in arguments
-        if argument and argument[0] != "." and len(argument) <= 105 and set(argument) <= PLAIN
+        if argument
+        and argument[0] != "."
+        and len(argument) <= 105
+        and set(argument) <= PLAIN
     ]
     assert len(good) > ATTEMPTS / 10
     for name in set(good):
         bound_unix_socket(tmp_path / "qubes.ConnectUnix" / name).close()
-    codes = run_many(UNIX, arguments, tmp_path, tracer, shell, XDG_RUNTIME_DIR=str(tmp_path))
-    assert {argument for argument, code in zip(arguments, codes, strict=True) if code == 0} == set(good)
+    codes = run_many(
+        UNIX, arguments, tmp_path, tracer, shell, XDG_RUNTIME_DIR=str(tmp_path)
+    )
+    assert {
+        argument
+        for argument, code in zip(arguments, codes, strict=True)
+        if code == 0
+    } == set(good)
     assert set(codes) == {0, 2}
-    assert [call[-1] for call in traced(tracer)] == [f"UNIX-CONNECT:./{name}" for name in good]
+    assert [call[-1] for call in traced(tracer)] == [
+        f"UNIX-CONNECT:./{name}" for name in good
+    ]
 
 
 PLAIN = set(string.ascii_letters + string.digits + "_-.+")
@@ -363,7 +490,9 @@ PLAIN = set(string.ascii_letters + string.digits + "_-.+")
         ("x" * 106, "longer than 105"),
     ],
 )
-def test_connect_unix_says_what_is_wrong_with_a_name(tracer: Path, argument: str, problem: str) -> None:
+def test_connect_unix_says_what_is_wrong_with_a_name(
+    tracer: Path, argument: str, problem: str
+) -> None:
     code, message = run(UNIX, argument, PATH=str(tracer))
     assert code == 2
     assert message.startswith("qubes.ConnectUnix: ")
@@ -407,7 +536,9 @@ def test_connect_unix_says_what_is_wrong_with_a_name(tracer: Path, argument: str
         ("1-" + "1" * 60, "too long"),
     ],
 )
-def test_connect_tcp_bind_says_what_is_wrong_with_an_argument(tracer: Path, argument: str, problem: str) -> None:
+def test_connect_tcp_bind_says_what_is_wrong_with_an_argument(
+    tracer: Path, argument: str, problem: str
+) -> None:
     code, message = run(BIND, argument, PATH=str(tracer))
     assert code == 2
     assert message.startswith("qubes.ConnectTCPBind: ")
@@ -416,18 +547,29 @@ def test_connect_tcp_bind_says_what_is_wrong_with_an_argument(tracer: Path, argu
 
 
 @pytest.mark.parametrize("script", [UNIX, BIND])
-def test_the_argument_may_come_from_qrexecs_variable_and_must_not_contradict_it(tracer: Path, script: Path) -> None:
+def test_the_argument_may_come_from_qrexecs_variable_and_must_not_contradict_it(
+    tracer: Path, script: Path
+) -> None:
     good = "2049-127.0.1.1"
     assert run(script, PATH=str(tracer))[0] == 2
     assert run(script, good, "x", PATH=str(tracer))[0] == 2
-    code, message = run(script, good, PATH=str(tracer), QREXEC_SERVICE_ARGUMENT="other")
+    code, message = run(
+        script, good, PATH=str(tracer), QREXEC_SERVICE_ARGUMENT="other"
+    )
     assert (code, "differ" in message) == (2, True)
     if script == BIND:
-        assert run(script, PATH=str(tracer), QREXEC_SERVICE_ARGUMENT=good) == (0, "")
-        assert run(script, good, PATH=str(tracer), QREXEC_SERVICE_ARGUMENT=good) == (0, "")
+        assert run(script, PATH=str(tracer), QREXEC_SERVICE_ARGUMENT=good) == (
+            0,
+            "",
+        )
+        assert run(
+            script, good, PATH=str(tracer), QREXEC_SERVICE_ARGUMENT=good
+        ) == (0, "")
 
 
-def test_a_bad_argument_ends_the_call_with_2_and_its_reason(pretend: Pretend) -> None:
+def test_a_bad_argument_ends_the_call_with_2_and_its_reason(
+    pretend: Pretend,
+) -> None:
     done = pretend.run("work", "qubes.ConnectTCPBind+http-127.0.0.1")
     assert (done.returncode, done.stdout) == (2, b"")
     assert b'the port "http" is not a number from 1 to 65535' in done.stderr
@@ -439,20 +581,34 @@ def test_a_bad_argument_ends_the_call_with_2_and_its_reason(pretend: Pretend) ->
 def test_a_missing_socket_is_named(pretend: Pretend, sockets: Path) -> None:
     done = pretend.run("work", "qubes.ConnectUnix+none")
     assert done.returncode == 1
-    assert f"cannot connect to {sockets}/none: there is no such socket" in done.stderr.decode()
+    assert (
+        f"cannot connect to {sockets}/none: there is no such socket"
+        in done.stderr.decode()
+    )
     (sockets / "dangling").symlink_to("/nowhere/at/all")
-    assert b"there is no such socket" in pretend.run("work", "qubes.ConnectUnix+dangling").stderr
+    assert (
+        b"there is no such socket"
+        in pretend.run("work", "qubes.ConnectUnix+dangling").stderr
+    )
     (sockets / "file").touch()
-    assert b"it is not a socket" in pretend.run("work", "qubes.ConnectUnix+file").stderr
+    assert (
+        b"it is not a socket"
+        in pretend.run("work", "qubes.ConnectUnix+file").stderr
+    )
 
 
 def test_a_missing_folder_of_sockets_is_named(pretend: Pretend) -> None:
     done = pretend.run("work", "qubes.ConnectUnix+none")
     assert done.returncode == 1
-    assert f"there is no folder {pretend.qube()}/run/qubes.ConnectUnix" in done.stderr.decode()
+    assert (
+        f"there is no folder {pretend.qube()}/run/qubes.ConnectUnix"
+        in done.stderr.decode()
+    )
 
 
-def test_a_socket_that_nobody_listens_on_is_named(pretend: Pretend, sockets: Path) -> None:
+def test_a_socket_that_nobody_listens_on_is_named(
+    pretend: Pretend, sockets: Path
+) -> None:
     bound_unix_socket(sockets / "dead").close()
     done = pretend.run("work", "qubes.ConnectUnix+dead")
     assert done.returncode == 1
@@ -460,8 +616,13 @@ def test_a_socket_that_nobody_listens_on_is_named(pretend: Pretend, sockets: Pat
     assert b"Connection refused" in done.stderr
 
 
-@pytest.mark.parametrize("folder", ["a,b:c!!d", 'it\'s "here" (now) [x] {y}', "x" * 250 + "/" + "y" * 250])
-def test_any_runtime_folder_will_do_and_is_named(tmp_path: Path, folder: str) -> None:
+@pytest.mark.parametrize(
+    "folder",
+    ["a,b:c!!d", 'it\'s "here" (now) [x] {y}', "x" * 250 + "/" + "y" * 250],
+)
+def test_any_runtime_folder_will_do_and_is_named(
+    tmp_path: Path, folder: str
+) -> None:
     sockets = tmp_path / folder / "qubes.ConnectUnix"
     sockets.mkdir(parents=True)
     name = "n" * 105
@@ -479,7 +640,9 @@ def test_the_runtime_folder_is_that_of_the_user_by_default() -> None:
     assert run(UNIX, "name", XDG_RUNTIME_DIR="relative")[0] == 1
 
 
-def test_a_closed_port_is_named_with_the_address_that_was_tried(pretend: Pretend) -> None:
+def test_a_closed_port_is_named_with_the_address_that_was_tried(
+    pretend: Pretend,
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     done = pretend.run("work", f"qubes.ConnectTCPBind+{port}-127.0.1.1")
@@ -489,18 +652,26 @@ def test_a_closed_port_is_named_with_the_address_that_was_tried(pretend: Pretend
 
 
 @needs_ipv6
-def test_an_address_that_is_not_there_to_bind_to_is_named(pretend: Pretend) -> None:
+def test_an_address_that_is_not_there_to_bind_to_is_named(
+    pretend: Pretend,
+) -> None:
     done = pretend.run("work", "qubes.ConnectTCPBind+2049-fd00++7")
     assert done.returncode == 1
     assert "[::1]:2049 from [fd00::7]" in done.stderr.decode()
 
 
-@pytest.mark.parametrize(("script", "argument"), [(UNIX, "name"), (BIND, "2049-127.0.1.1")])
-def test_a_missing_socat_is_named(tmp_path: Path, script: Path, argument: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "argument"), [(UNIX, "name"), (BIND, "2049-127.0.1.1")]
+)
+def test_a_missing_socat_is_named(
+    tmp_path: Path, script: Path, argument: str
+) -> None:
     folder = tmp_path / "qubes.ConnectUnix"
     folder.mkdir()
     bound_unix_socket(folder / "name").close()
-    code, message = run(script, argument, PATH=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path))
+    code, message = run(
+        script, argument, PATH=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path)
+    )
     assert code == 1
     assert "socat is not installed" in message
 
@@ -508,20 +679,37 @@ def test_a_missing_socat_is_named(tmp_path: Path, script: Path, argument: str) -
 # -- what they ask of qrexec
 
 
-def test_connect_unix_waits_for_the_session_and_nothing_disables_the_fast_path() -> None:
-    for script, expected in ((UNIX, {"wait-for-session=true"}), (BIND, {"wait-for-session=false"})):
+def test_connect_unix_waits_for_the_session_and_nothing_disables_the_fast_path() -> (
+    None
+):
+    for script, expected in (
+        (UNIX, {"wait-for-session=true"}),
+        (BIND, {"wait-for-session=false"}),
+    ):
         text = (RPC / "rpc-config" / script.name).read_text()
-        assert {line for line in text.splitlines() if line and not line.startswith("#")} == expected
+        assert {
+            line
+            for line in text.splitlines()
+            if line and not line.startswith("#")
+        } == expected
 
 
 def test_shellcheck_finds_nothing() -> None:
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", UNIX, BIND], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["shellcheck", UNIX, BIND],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.stdout == ""
 
 
-def test_a_client_that_vanishes_takes_the_service_with_it(pretend: Pretend, sockets: Path) -> None:
+def test_a_client_that_vanishes_takes_the_service_with_it(
+    pretend: Pretend, sockets: Path
+) -> None:
     server = pretend.serve_unix(sockets / "server", read_all)
     call = pretend.call("work", "qubes.ConnectUnix+server")
     call.sock.sendall(b"x")

@@ -1,4 +1,5 @@
-"""The sandbox of the units: each directive holds in the daemon and in what qrexec-client-vm inherits, and all works."""
+"""The sandbox of the units: each directive holds in the daemon and in what
+qrexec-client-vm inherits, and all works."""
 
 from __future__ import annotations
 
@@ -14,17 +15,28 @@ import trio
 from scenario import SERVICE, Scene, ask, connect, echo, echoes
 
 UNITS = Path(__file__).resolve().parent.parent / "units"
-SYSTEM = UNITS.parent / "units-system" / "qrexec-connect-.service.d" / "10-system.conf"
+SYSTEM = (
+    UNITS.parent
+    / "units-system"
+    / "qrexec-connect-.service.d"
+    / "10-system.conf"
+)
 SERVICES = sorted(UNITS.glob("*.service"))
 
 #: What `systemd-analyze security` says at most: 0 is safe, 10 is not.
 SYSTEM_CEILING = 2.0
 USER_CEILING = 5.9
 
-#: What systemd reports of itself: nothing in a process shows it where the cgroup controllers are not there.
-BY_PROPERTY = {"TasksMax": "4096", "MemoryHigh": str(512 << 20), "KeyringMode": "private"}
+#: What systemd reports of itself: nothing in a process shows it where the
+#: cgroup controllers are not there.
+BY_PROPERTY = {
+    "TasksMax": "4096",
+    "MemoryHigh": str(512 << 20),
+    "KeyringMode": "private",
+}
 
-#: Run in a pretend qube as the service, which inherits from qrexec-client-vm what that inherits from the daemon.
+#: Run in a pretend qube as the service, which inherits from qrexec-client-vm
+#: what that inherits from the daemon.
 ATTEMPTS = """\
 import ctypes, errno, json, mmap, os, resource, socket, tempfile
 
@@ -94,18 +106,30 @@ HELD = {
     "LimitCORE": [0, 0],
     "LimitNOFILE": 16384,
 }
-#: The sandbox is the part of [Service] from the first of these on; SystemCall… are held by SystemCallFilter together.
+#: The sandbox is the part of [Service] from the first of these on; SystemCall…
+#: are held by SystemCallFilter together.
 FIRST = "NoNewPrivileges"
 
 
 def sandbox_of(unit: Path) -> list[str]:
     lines = unit.read_text().splitlines()
-    return [line for line in lines[lines.index(f"{FIRST}=yes") :] if line and not line.startswith("#")]
+    return [
+        line
+        for line in lines[lines.index(f"{FIRST}=yes") :]
+        if line and not line.startswith("#")
+    ]
 
 
 def shipped(scene: Scene) -> None:
-    """Undo what lets the services of pretend qubes use TCP, which in Qubes happens in another machine."""
-    scene.write("shipped", "[Service]", "RestrictAddressFamilies=", "RestrictAddressFamilies=AF_UNIX", unit=SERVICE)
+    """Undo what lets the services of pretend qubes use TCP, which in Qubes
+    happens in another machine."""
+    scene.write(
+        "shipped",
+        "[Service]",
+        "RestrictAddressFamilies=",
+        "RestrictAddressFamilies=AF_UNIX",
+        unit=SERVICE,
+    )
 
 
 def add_service(scene: Scene, name: str, text: str) -> None:
@@ -115,16 +139,30 @@ def add_service(scene: Scene, name: str, text: str) -> None:
 
 
 def exposure(unit: Path, *options: str) -> float:
-    """The overall exposure level that systemd-analyze computes from a unit file and the drop-ins beside it alone."""
+    """The overall exposure level that systemd-analyze computes from a unit file
+    and the drop-ins beside it alone."""
     said = subprocess.run(
-        ["systemd-analyze", *options, "security", "--offline=true", "--no-pager", str(unit)],
-        env={**os.environ, "XDG_RUNTIME_DIR": str(unit.parent), "SYSTEMD_UNIT_PATH": str(unit.parent)},
+        [
+            "systemd-analyze",
+            *options,
+            "security",
+            "--offline=true",
+            "--no-pager",
+            str(unit),
+        ],
+        env={
+            **os.environ,
+            "XDG_RUNTIME_DIR": str(unit.parent),
+            "SYSTEMD_UNIT_PATH": str(unit.parent),
+        },
         capture_output=True,
         text=True,
         check=False,
     )
     assert "Overall exposure level" in said.stdout, said.stderr
-    return float(said.stdout.rpartition("level for ")[2].partition(": ")[2].split()[0])
+    return float(
+        said.stdout.rpartition("level for ")[2].partition(": ")[2].split()[0]
+    )
 
 
 @pytest.fixture
@@ -153,10 +191,14 @@ def test_all_units_have_the_same_sandbox() -> None:
 def test_every_directive_is_tried_out() -> None:
     keys = {line.partition("=")[0] for line in sandbox_of(SERVICES[0])}
     held_together = {"SystemCallErrorNumber", "SystemCallArchitectures"}
-    assert keys - held_together == (HELD.keys() - {"Seccomp"}) | BY_PROPERTY.keys()
+    assert (
+        keys - held_together == (HELD.keys() - {"Seccomp"}) | BY_PROPERTY.keys()
+    )
 
 
-async def test_each_directive_holds_in_what_qrexec_client_vm_starts(scene: Scene) -> None:
+async def test_each_directive_holds_in_what_qrexec_client_vm_starts(
+    scene: Scene,
+) -> None:
     shipped(scene)
     add_service(scene, "qubes.ConnectTCP", f"#!{sys.executable} -I\n{ATTEMPTS}")
     address = scene.address()
@@ -177,13 +219,18 @@ async def test_each_directive_holds_in_the_daemon(scene: Scene) -> None:
     assert {"NoNewPrivs:\t1", "Seccomp:\t2", "Umask:\t0077"} <= set(status)
     limits = (folder / "limits").read_text()
     # The daemon has raised the first of the two, the soft limit, to the second.
-    assert limits.partition("Max open files")[2].split()[:2] == ["16384", "16384"]
+    assert limits.partition("Max open files")[2].split()[:2] == [
+        "16384",
+        "16384",
+    ]
     assert limits.partition("Max core file size")[2].split()[:2] == ["0", "0"]
     for name, value in BY_PROPERTY.items():
         assert scene.machine.property(SERVICE, name) == value
 
 
-async def test_a_new_daemon_takes_over_connections_in_the_sandbox(scene: Scene) -> None:
+async def test_a_new_daemon_takes_over_connections_in_the_sandbox(
+    scene: Scene,
+) -> None:
     shipped(scene)
     add_service(scene, "qubes.ConnectTCP", "#!/bin/sh\ncat\n")
     address = scene.address()
@@ -191,30 +238,42 @@ async def test_a_new_daemon_takes_over_connections_in_the_sandbox(scene: Scene) 
     await scene.start()
     async with await connect(address) as stream:
         assert await echoes(stream)
-        await scene.systemctl("kill", "--kill-whom=main", "--signal=KILL", SERVICE)
+        await scene.systemctl(
+            "kill", "--kill-whom=main", "--signal=KILL", SERVICE
+        )
         assert await ask(address) == "who?"
         await scene.logged("watching over 1 connection")
         assert await echoes(stream)
 
 
-async def test_tcp_and_unix_listeners_and_both_relays_work_in_the_sandbox(scene: Scene, relay: str) -> None:
+async def test_tcp_and_unix_listeners_and_both_relays_work_in_the_sandbox(
+    scene: Scene, relay: str
+) -> None:
     shipped(scene)
     add_service(scene, "qubes.ConnectTCP", "#!/bin/sh\ncat\n")
-    listeners = [scene.address(), str(scene.machine.runtime / "s"), f"@{scene.machine.directory.name}-{relay}"]
+    listeners = [
+        scene.address(),
+        str(scene.machine.runtime / "s"),
+        f"@{scene.machine.directory.name}-{relay}",
+    ]
     for number, listener in enumerate(listeners):
         scene.drop_in(f"l{number}", listener, "work")
     await scene.start()
     assert [await ask(listener) for listener in listeners] == ["who?"] * 3
 
 
-async def test_an_inherited_tcp_socket_is_all_the_network_there_is(scene: Scene) -> None:
-    """A qube's own TCP service is out of reach for what runs in the sandbox, though TCP listeners are served."""
+async def test_an_inherited_tcp_socket_is_all_the_network_there_is(
+    scene: Scene,
+) -> None:
+    """A qube's own TCP service is out of reach for what runs in the sandbox,
+    though TCP listeners are served."""
     shipped(scene)
     await scene.qube("work", echo)
     address = scene.address()
     scene.drop_in("work", address)
     await scene.start()
-    # The pretend qube's end of qubes.ConnectTCP would need a TCP socket in this sandbox.
+    # The pretend qube's end of qubes.ConnectTCP would need a TCP socket in this
+    # sandbox.
     with trio.fail_after(60):
         async with await connect(address) as stream:
             with pytest.raises(trio.BrokenResourceError):
@@ -223,12 +282,21 @@ async def test_an_inherited_tcp_socket_is_all_the_network_there_is(scene: Scene)
 
 
 def test_systemd_takes_every_line_of_the_units(tmp_path: Path) -> None:
-    """systemd ignores what it does not know with a warning, which for a sandbox is as bad as an error."""
+    """systemd ignores what it does not know with a warning, which for a sandbox
+    is as bad as an error."""
     for unit in SERVICES:
-        text = unit.read_text().replace("/usr/bin/qrexec-activate", "/bin/true") + SYSTEM.read_text()
+        text = (
+            unit.read_text().replace("/usr/bin/qrexec-activate", "/bin/true")
+            + SYSTEM.read_text()
+        )
         (tmp_path / unit.name).write_text(text)
     said = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", *(str(tmp_path / unit.name) for unit in SERVICES)],
+        [
+            "systemd-analyze",
+            "verify",
+            "--man=no",
+            *(str(tmp_path / unit.name) for unit in SERVICES),
+        ],
         capture_output=True,
         text=True,
         check=False,

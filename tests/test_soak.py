@@ -1,4 +1,5 @@
-"""A short soak: the load with all its faults, and that the reckoning finds what is wrong. See `make soak`."""
+"""A short soak: the load with all its faults, and that the reckoning finds what
+is wrong. See `make soak`."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ CALM = 1000
 
 
 @pytest.mark.parametrize("relay", ["hand-over", "splice"])
-def test_nothing_is_lost_misrouted_or_leaked_whatever_goes_wrong(relay: str) -> None:
+def test_nothing_is_lost_misrouted_or_leaked_whatever_goes_wrong(
+    relay: str,
+) -> None:
     table = harness.with_faults(SECONDS, relay=relay)
     print(table)
     assert table.good
@@ -29,7 +32,9 @@ def test_nothing_is_lost_misrouted_or_leaked_whatever_goes_wrong(relay: str) -> 
     assert table.faults
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="the stand-in client has to be compiled")
+@pytest.mark.skipif(
+    shutil.which("cc") is None, reason="the stand-in client has to be compiled"
+)
 def test_memory_and_descriptors_stay_flat() -> None:
     calm = harness.calm(CALM)
     print(calm)
@@ -39,12 +44,19 @@ def test_memory_and_descriptors_stay_flat() -> None:
 # -- the reckoning itself
 
 
-async def talk(service_of: str, plan: harness.Plan, table: harness.Table) -> str:
-    """Let a client with this plan meet the service of this qube, with no daemon in between."""
+async def talk(
+    service_of: str, plan: harness.Plan, table: harness.Table
+) -> str:
+    """Let a client with this plan meet the service of this qube, with no daemon
+    in between."""
     soak = harness.Soak(None, table, random.Random(1), "auto")  # type: ignore[arg-type]
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener, trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, harness.Service(service_of, table).serve, [listener])
+        nursery.start_soon(
+            trio.serve_listeners,
+            harness.Service(service_of, table).serve,
+            [listener],
+        )
         route = harness.Route("unit", listener.socket.getsockname(), plan.qube)
         ending = await soak.stream(route, plan)
         nursery.cancel_scope.cancel()
@@ -62,12 +74,18 @@ async def test_right_bytes_are_right(order: str) -> None:
 
 async def test_the_wrong_qube_is_found_out() -> None:
     table = harness.Table()
-    await talk("gitweb", harness.Plan(2, "work", 10, 10, "both", 0, dies=False), table)
+    await talk(
+        "gitweb", harness.Plan(2, "work", 10, 10, "both", 0, dies=False), table
+    )
     assert "gitweb saw bytes that were for work" in table.misrouted[0]
 
 
-async def test_an_end_without_a_reason_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def stops_early(stream: trio.SocketStream, data: bytes, pause: float) -> None:
+async def test_an_end_without_a_reason_is_a_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def stops_early(
+        stream: trio.SocketStream, data: bytes, pause: float
+    ) -> None:
         await stream.send_all(data[:-1] if len(data) == 50_000 else data)
 
     monkeypatch.setattr(harness, "send_slowly", stops_early)
@@ -78,19 +96,36 @@ async def test_an_end_without_a_reason_is_a_loss(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_wrong_bytes_are_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def garbles(stream: trio.SocketStream, data: bytes, pause: float) -> None:
+    async def garbles(
+        stream: trio.SocketStream, data: bytes, pause: float
+    ) -> None:
         await stream.send_all(bytes(len(data)))
 
     monkeypatch.setattr(harness, "send_slowly", garbles)
     table = harness.Table()
-    assert await talk("work", harness.Plan(4, "work", 10, 50_000, "both", 0, dies=False), table) == "lost"
+    assert (
+        await talk(
+            "work",
+            harness.Plan(4, "work", 10, 50_000, "both", 0, dies=False),
+            table,
+        )
+        == "lost"
+    )
     assert not table.good
 
 
 def test_a_table_tells_all_that_is_asked_of_it() -> None:
     table = harness.Table(lost=["stream 1 hangs"])
     text = str(table)
-    for word in ("connections", "bytes", "faults", "lost", "misrouted", "leaked", "stream 1 hangs"):
+    for word in (
+        "connections",
+        "bytes",
+        "faults",
+        "lost",
+        "misrouted",
+        "leaked",
+        "stream 1 hangs",
+    ):
         assert word in text
     assert not table.good
     assert harness.Calm(1, memory=[1, 1, 1], descriptors=[os.getpid()] * 3).good

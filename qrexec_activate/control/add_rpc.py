@@ -8,19 +8,20 @@ from pathlib import Path
 import click
 
 from ..errors import ActivateError, BadName, UsageProblem
-from ..manager import open_manager
-from ..names import check_service, parse_unit_name
+from ..routing.names import check_service, parse_unit_name
+from ..systemd.manager import open_manager
+from ..systemd.systemctl import Systemctl
+from ..systemd.unitdirs import UnitFiles, own_folder, scan
 from .dropins import create_file, finishing, locked
 from .kinds import KINDS
 from .options import system_option
 from .survey import read_file
-from .systemctl import Systemctl
 from .table import short_path
-from .unitdirs import UnitFiles, own_folder, scan
 
 __all__ = ["command"]
 
-#: The units that ship for unix sockets are the pattern: their sockets are the owner's alone.
+#: The units that ship for unix sockets are the pattern: their sockets are the
+#: owner's alone.
 _PATTERN_PREFIX, _PATTERN_RPC = "qrexec-connect-unix", "qubes.ConnectUnix"
 #: The template comes last: without it, the others are of no use to anybody.
 _UNITS = ("{}-quiesce.target", "{}.service", "{}@.socket")
@@ -36,13 +37,19 @@ Example:
 )
 @click.argument("name")
 @click.argument("rpc")
-@click.option("--dry-run", is_flag=True, help="Show what would be written, and change nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show what would be written, and change nothing.",
+)
 @system_option
 def command(name: str, rpc: str, dry_run: bool, system: bool) -> None:
-    """Write the template units NAME@.socket, NAME.service and NAME-quiesce.target, which call RPC.
+    """Write the template units NAME@.socket, NAME.service and
+    NAME-quiesce.target, which call RPC.
 
-    `add NAME ARGUMENT TARGET` then works as for tcp and unix: ARGUMENT is that of the RPC. A connection can be a TCP
-    port or a unix socket, as --listen says there.
+    `add NAME ARGUMENT TARGET` then works as for tcp and unix: ARGUMENT is that
+    of the RPC. A connection can be a TCP port or a unix socket, as --listen
+    says there.
     """
     check_service(rpc)
     _check_prefix(name)
@@ -51,19 +58,28 @@ def command(name: str, rpc: str, dry_run: bool, system: bool) -> None:
     with open_manager(user=user) as manager:
         (search_path,) = manager.manager_properties("UnitPath")
     files = scan(search_path or (), suffixes=("socket", "service", "target"))
-    texts = {unit.format(name): _text(files, unit, name, rpc) for unit in _UNITS}
+    texts = {
+        unit.format(name): _text(files, unit, name, rpc) for unit in _UNITS
+    }
     if dry_run:
         for unit, text in texts.items():
             click.echo(f"# {folder / unit}\n{text}")
         return
     with locked(folder), finishing():
-        new = [unit for unit, text in texts.items() if not _is_there(files, folder, unit, text)]
+        new = [
+            unit
+            for unit, text in texts.items()
+            if not _is_there(files, folder, unit, text)
+        ]
         for unit in new:
             create_file(folder / unit, texts[unit])
         Systemctl(user).daemon_reload()
     for unit in new:
         click.echo(f"Wrote {short_path(str(folder / unit))}")
-    click.echo(f"Now: qrexec-activate add {name} ARGUMENT QUBE{' --system' if system else ''}")
+    click.echo(
+        f"Now: qrexec-activate add {name} ARGUMENT"
+        f" QUBE{' --system' if system else ''}"
+    )
 
 
 def _check_prefix(name: str) -> None:
@@ -71,24 +87,35 @@ def _check_prefix(name: str) -> None:
     if template.prefix != name or name.endswith("-"):
         raise BadName(f"{name!r} is no prefix of units: write it like my-rpc")
     if name in KINDS or name in KINDS.values():
-        raise UsageProblem(f"{name} ships with qrexec-activate: choose another name")
+        raise UsageProblem(
+            f"{name} ships with qrexec-activate: choose another name"
+        )
 
 
 def _text(files: UnitFiles, unit: str, name: str, rpc: str) -> str:
     pattern = files.fragments.get(unit.format(_PATTERN_PREFIX))
     text = read_file(pattern).text if pattern else None
     if text is None:
-        raise ActivateError(f"{unit.format(_PATTERN_PREFIX)} is not installed: install the package qrexec-activate")
+        raise ActivateError(
+            f"{unit.format(_PATTERN_PREFIX)} is not installed: install the"
+            f" package qrexec-activate"
+        )
     text = text.replace(_PATTERN_PREFIX, name).replace(_PATTERN_RPC, rpc)
-    return text.replace("Local addresses for unix socket %i of other qubes", f"Local addresses for {rpc}+%i")
+    return text.replace(
+        "Local addresses for unix socket %i of other qubes",
+        f"Local addresses for {rpc}+%i",
+    )
 
 
 def _is_there(files: UnitFiles, folder: Path, unit: str, text: str) -> bool:
-    """Whether the very unit is there already; raises UsageProblem where another one has its name."""
+    """Whether the very unit is there already; raises UsageProblem where another
+    one has its name."""
     path = files.fragments.get(unit)
     if path is None and not os.path.lexists(folder / unit):
         return False
     path = path or str(folder / unit)
     if read_file(path).text == text:
         return True
-    raise UsageProblem(f"there is a {unit} already, {path}: choose another name, or remove it")
+    raise UsageProblem(
+        f"there is a {unit} already, {path}: choose another name, or remove it"
+    )

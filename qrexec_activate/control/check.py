@@ -1,4 +1,5 @@
-"""qrexec-activate check: what is right and what is wrong on the whole way, and the command that mends it."""
+"""qrexec-activate check: what is right and what is wrong on the whole way, and
+the command that mends it."""
 
 from __future__ import annotations
 
@@ -10,20 +11,29 @@ import time
 import click
 
 from ..errors import ActivateError
-from ..unitfile import address_key
+from ..routing.unitfile import address_key
+from ..systemd.journalreader import records
 from .checks import Level, Step, walk
-from .journalreader import records
 from .options import json_option, system_option
 from .survey import Entry, Survey
-from .table import BAD, DOUBTFUL, GOOD, print_json, printable, styled, with_short_paths
+from .table import (
+    BAD,
+    DOUBTFUL,
+    GOOD,
+    print_json,
+    printable,
+    styled,
+    with_short_paths,
+)
 
 __all__ = ["command"]
 
 STYLES = {Level.OK: GOOD, Level.WARNING: DOUBTFUL, Level.ERROR: BAD}
-#: A call that is refused is reset within a fraction of a second; one that stays open so long has begun, or waits for
-#: a person's answer.
+#: A call that is refused is reset within a fraction of a second; one that stays
+#: open so long has begun, or waits for a person's answer.
 TRY_PATIENCE = 5.0
-#: The record of a connection that has ended comes at once; where there is no journal, it never comes.
+#: The record of a connection that has ended comes at once; where there is no
+#: journal, it never comes.
 RECORD_PATIENCE = 2.0
 
 
@@ -36,17 +46,31 @@ Examples:
     $ qrexec-activate check --json | jq '.steps[] | select(.level != "ok")'
 """,
 )
-@click.option("--try", "tries", is_flag=True, help="Also make one connection on each route, after asking.")
+@click.option(
+    "--try",
+    "tries",
+    is_flag=True,
+    help="Also make one connection on each route, after asking.",
+)
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before --try.")
 @click.option("-q", "--quiet", is_flag=True, help="Show only what is wrong.")
 @json_option
 @system_option
 @click.pass_context
-def command(ctx: click.Context, tries: bool, yes: bool, quiet: bool, as_json: bool, system: bool) -> None:
-    """Walk the whole way and say of each step whether it is right; with what is wrong comes the command that mends it.
+def command(
+    ctx: click.Context,
+    tries: bool,
+    yes: bool,
+    quiet: bool,
+    as_json: bool,
+    system: bool,
+) -> None:
+    """Walk the whole way and say of each step whether it is right; with what is
+    wrong comes the command that mends it.
 
-    Nothing is changed, and nothing is called unless you say --try. The exit code is 0, 1 if there are warnings, or 2 if
-    there are errors. It is of use on a machine without Qubes, too.
+    Nothing is changed, and nothing is called unless you say --try. The exit
+    code is 0, 1 if there are warnings, or 2 if there are errors. It is of use
+    on a machine without Qubes, too.
     """
     steps, now = walk(user=not system)
     if not as_json:
@@ -64,7 +88,12 @@ def command(ctx: click.Context, tries: bool, yes: bool, quiet: bool, as_json: bo
             {
                 "level": worst.word,
                 "steps": [
-                    {"area": one.area, "level": one.level.word, "text": one.text, "mend": one.mend or None}
+                    {
+                        "area": one.area,
+                        "level": one.level.word,
+                        "text": one.text,
+                        "mend": one.mend or None,
+                    }
                     for one in steps
                 ],
             }
@@ -78,7 +107,8 @@ def _show(step: Step, quiet: bool) -> None:
     if quiet and step.level is Level.OK:
         return
     click.echo(
-        f"{styled(f'{step.level.word:<8}', STYLES[step.level])}{step.area}: {with_short_paths(printable(step.text))}"
+        f"{styled(f'{step.level.word:<8}', STYLES[step.level])}{step.area}:"
+        f" {with_short_paths(printable(step.text))}"
     )
     if step.mend:
         click.echo(f"{'':<8}$ {step.mend}")
@@ -88,7 +118,10 @@ def _conclude(steps: list[Step]) -> None:
     errors = sum(step.level is Level.ERROR for step in steps)
     warnings = sum(step.level is Level.WARNING for step in steps)
     if errors or warnings:
-        click.echo(f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}")
+        click.echo(
+            f"{errors} error{'s' * (errors != 1)}, {warnings}"
+            f" warning{'s' * (warnings != 1)}"
+        )
     else:
         click.echo("All is well")
 
@@ -97,9 +130,13 @@ def _conclude(steps: list[Step]) -> None:
 
 
 def _may_call(now: Survey) -> bool:
-    count = sum(not entry.refused and bool(entry.listens) for entry in now.entries)
+    count = sum(
+        not entry.refused and bool(entry.listens) for entry in now.entries
+    )
     return bool(count) and click.confirm(
-        f"Connect to {count} route{'s' * (count != 1)}? Each may start a qube, or ask you in dom0", err=True
+        f"Connect to {count} route{'s' * (count != 1)}? Each may start a"
+        f" qube, or ask you in dom0",
+        err=True,
     )
 
 
@@ -109,23 +146,45 @@ def _try(entry: Entry, *, user: bool) -> Step:
     mend = f"qrexec-activate logs {entry.listener}"
     try:
         with _connect(entry.listener) as sock:
-            peer = f"pid {os.getpid()} " if sock.family == socket.AF_UNIX else _written(sock.getsockname())
+            peer = (
+                f"pid {os.getpid()} "
+                if sock.family == socket.AF_UNIX
+                else _written(sock.getsockname())
+            )
             sock.settimeout(TRY_PATIENCE)
             try:
-                # Some services greet; others wait for the client, and say nothing.
+                # Some services greet; others wait for the client, and say
+                # nothing.
                 greeting = sock.recv(1)
             except TimeoutError:
-                return Step("try", Level.OK, f"{route}: connected, and open after {TRY_PATIENCE:.0f} s")
+                return Step(
+                    "try",
+                    Level.OK,
+                    f"{route}: connected, and open after {TRY_PATIENCE:.0f} s",
+                )
     except ConnectionResetError:
-        return Step("try", Level.ERROR, f"{route}: the call was refused or failed", mend)
+        return Step(
+            "try", Level.ERROR, f"{route}: the call was refused or failed", mend
+        )
     except OSError as error:
-        return Step("try", Level.ERROR, f"{route}: cannot connect: {error.strerror or error}", mend)
+        return Step(
+            "try",
+            Level.ERROR,
+            f"{route}: cannot connect: {error.strerror or error}",
+            mend,
+        )
     if greeting:
         return Step("try", Level.OK, f"{route}: the service answers")
-    # A unix socket shows no reset to a client that has sent nothing, so the daemon's record has to tell.
+    # A unix socket shows no reset to a client that has sent nothing, so the
+    # daemon's record has to tell.
     if failure := _failure(entry, peer, user):
         return Step("try", Level.ERROR, f"{route}: {failure}", mend)
-    return Step("try", Level.WARNING, f"{route}: the service closed the connection without a word", mend)
+    return Step(
+        "try",
+        Level.WARNING,
+        f"{route}: the service closed the connection without a word",
+        mend,
+    )
 
 
 def _written(name: tuple[object, ...]) -> str:
@@ -134,15 +193,27 @@ def _written(name: tuple[object, ...]) -> str:
 
 
 def _failure(entry: Entry, peer: str, user: bool) -> str:
-    """What the journal says of this connection, if its call was never established; empty if it was, or nobody knows."""
+    """What the journal says of this connection, if its call was never
+    established; empty if it was, or nobody knows."""
     deadline = time.monotonic() + RECORD_PATIENCE
     with contextlib.suppress(ActivateError):
         while time.monotonic() < deadline:
-            with records(user=user, since=f"-{TRY_PATIENCE + RECORD_PATIENCE:.0f}s", latest_first=True) as found:
+            with records(
+                user=user,
+                since=f"-{TRY_PATIENCE + RECORD_PATIENCE:.0f}s",
+                latest_first=True,
+            ) as found:
                 for record in found:
                     fields = record.fields
-                    if fields.get("LISTENER") == entry.listener and f"{fields.get('PEER', '')} ".startswith(peer):
-                        return record.message.partition(f"{entry.call}: ")[2] if fields["ESTABLISHED"] == "0" else ""
+                    if (
+                        fields.get("LISTENER") == entry.listener
+                        and f"{fields.get('PEER', '')} ".startswith(peer)
+                    ):
+                        return (
+                            record.message.partition(f"{entry.call}: ")[2]
+                            if fields["ESTABLISHED"] == "0"
+                            else ""
+                        )
             time.sleep(0.1)
     return ""
 

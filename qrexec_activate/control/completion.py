@@ -1,4 +1,5 @@
-"""qrexec-activate completion: what a shell needs to complete commands, routes, units and qubes."""
+"""qrexec-activate completion: what a shell needs to complete commands, routes,
+units and qubes."""
 
 from __future__ import annotations
 
@@ -24,11 +25,16 @@ Examples:
 @debug_option
 @click.pass_context
 def command(ctx: click.Context, shell: str) -> None:
-    """Print the completion script for a shell. The packages bring it along; this is for all others."""
+    """Print the completion script for a shell. The packages bring it along;
+    this is for all others."""
     kind = get_completion_class(shell)
     if kind is None:
-        raise ActivateError(f"this version of click knows no completion for {shell}: install click 8.1 or later")
+        raise ActivateError(
+            f"this version of click knows no completion for {shell}: install"
+            f" click 8.1 or later"
+        )
     root = ctx.find_root().command
     completer = kind(root, {}, "qrexec-activate", "_QREXEC_ACTIVATE_COMPLETE")
-    # source() would run bash to see its version first; the script does not depend on it.
+    # source() would run bash to see its version first; the script does not
+    # depend on it.
     click.echo(completer.source_template % completer.source_vars())

@@ -20,24 +20,42 @@ Examples:
     $ qrexec-activate disconnect gitweb
 """,
 )
-@click.argument("words", metavar="ID|ROUTE...", nargs=-1, required=True, shell_complete=complete_routes)
+@click.argument(
+    "words",
+    metavar="ID|ROUTE...",
+    nargs=-1,
+    required=True,
+    shell_complete=complete_routes,
+)
 @system_option
 def command(words: tuple[str, ...], system: bool) -> None:
-    """End open connections: one by its ID, as status shows it, or all of a route, unit, target or call.
+    """End open connections: one by its ID, as status shows it, or all of a
+    route, unit, target or call.
 
     The route stays, and takes new connections.
     """
     now = survey(user=not system)
     connections = open_connections(now)
-    chosen = [one for one in connections if any(one.matches(word) for word in words)]
+    chosen = [
+        one for one in connections if any(one.matches(word) for word in words)
+    ]
     for word in words:
         if not any(one.matches(word) for one in connections):
             known = any(entry.matches(word) for entry in now.entries)
-            what = "has no open connection" if known else "is neither an open connection nor a route"
-            raise UsageProblem(f"{word!r} {what}; qrexec-activate status shows all")
+            what = (
+                "has no open connection"
+                if known
+                else "is neither an open connection nor a route"
+            )
+            raise UsageProblem(
+                f"{word!r} {what}; qrexec-activate status shows all"
+            )
     left = end(chosen)
     for connection in chosen:
         if connection not in left:
             click.echo(f"Ended {connection}")
     if left:
-        raise ActivateError(f"{left[0]} goes on: pid {left[0].pid} does not end; see what it waits for")
+        raise ActivateError(
+            f"{left[0]} goes on: pid {left[0].pid} does not end; see what it"
+            f" waits for"
+        )

@@ -1,7 +1,9 @@
-"""Unit files changed so that nobody ever sees a half of one, and nothing is lost that a person wrote.
+"""Unit files changed so that nobody ever sees a half of one, and nothing is
+lost that a person wrote.
 
-A change is one rename. Whoever is killed before it has changed nothing, whoever is killed after it has changed all;
-what may be left is a file that systemd does not read, and the next change removes it. Two runs at once take turns.
+A change is one rename. Whoever is killed before it has changed nothing, whoever
+is killed after it has changed all; what may be left is a file that systemd does
+not read, and the next change removes it. Two runs at once take turns.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..errors import ActivateError
-from ..unitfile import assignments
+from ..routing.unitfile import assignments
 
 __all__ = [
     "create_file",
@@ -31,9 +33,11 @@ __all__ = [
     "without_lines",
 ]
 
-#: Names of what is not yet, or no longer, a unit file. systemd does not read names that begin with a dot.
+#: Names of what is not yet, or no longer, a unit file. systemd does not read
+#: names that begin with a dot.
 UNFINISHED = ".qrexec-activate-"
-#: Another run holds the lock for as long as systemd takes to start a socket, which is a fraction of a second.
+#: Another run holds the lock for as long as systemd takes to start a socket,
+#: which is a fraction of a second.
 LOCK_TIMEOUT = 60.0
 
 _PHYSICAL_LINE = re.compile("([^\n\r\0]*)(\r\n|\n\r|[\n\r\0]|$)")
@@ -42,7 +46,8 @@ _WHITESPACE = " \t\n\r"
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let nobody else change unit files in this folder; makes it if need be, and tidies up after a run that died."""
+    """Let nobody else change unit files in this folder; makes it if need be,
+    and tidies up after a run that died."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -57,7 +62,8 @@ def locked(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise ActivateError(
-                        f"another qrexec-activate has been changing {folder} for {LOCK_TIMEOUT:.0f} s;"
+                        f"another qrexec-activate has been changing {folder}"
+                        f" for {LOCK_TIMEOUT:.0f} s;"
                         " see what it waits for, or end it"
                     ) from None
                 time.sleep(0.02)
@@ -69,7 +75,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _tidy(folder: Path) -> None:
     with contextlib.suppress(OSError):
-        for path in [*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"*.d/{UNFINISHED}*")]:
+        for path in [
+            *folder.glob(f"{UNFINISHED}*"),
+            *folder.glob(f"*.d/{UNFINISHED}*"),
+        ]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -88,14 +97,17 @@ def finishing() -> Iterator[None]:
 
 
 def create_file(path: Path, text: str) -> None:
-    """Make a new file, and its folder if need be, in one step; never overwrites one."""
+    """Make a new file, and its folder if need be, in one step; never overwrites
+    one."""
     try:
         if path.parent.is_dir():
             with _written(path.parent, text, 0o644) as unfinished:
                 os.link(unfinished, path)
             _sync(path.parent)
             return
-        folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent.parent))
+        folder = Path(
+            tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent.parent)
+        )
         try:
             folder.chmod(0o755)
             with _written(folder, text, 0o644) as unfinished:
@@ -114,7 +126,9 @@ def replace_file(path: Path, text: str) -> None:
     """Give a file another text, in one step; a symbolic link stays one."""
     try:
         real = path.resolve(strict=True)
-        with _written(real.parent, text, stat.S_IMODE(real.stat().st_mode)) as unfinished:
+        with _written(
+            real.parent, text, stat.S_IMODE(real.stat().st_mode)
+        ) as unfinished:
             os.rename(unfinished, real)
         _sync(real.parent)
     except OSError as error:
@@ -135,10 +149,17 @@ def remove_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def _written(folder: Path, text: str, mode: int) -> Iterator[str]:
-    """A file that systemd does not read yet, safely on the disk; gone at the end, unless it was renamed."""
+    """A file that systemd does not read yet, safely on the disk; gone at the
+    end, unless it was renamed."""
     descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=folder)
     try:
-        with open(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with open(
+            descriptor,
+            "w",
+            encoding="utf-8",
+            errors="surrogateescape",
+            newline="",
+        ) as file:
             file.write(text)
             file.flush()
             os.fchmod(file.fileno(), mode)
@@ -158,7 +179,11 @@ def _sync(folder: Path) -> None:
 
 
 def _cannot(do: str, path: Path, error: OSError) -> str:
-    hint = "; with --system, run it with sudo" if isinstance(error, PermissionError) else ""
+    hint = (
+        "; with --system, run it with sudo"
+        if isinstance(error, PermissionError)
+        else ""
+    )
     return f"cannot {do} {path}: {error.strerror}{hint}"
 
 
@@ -166,9 +191,11 @@ def _cannot(do: str, path: Path, error: OSError) -> str:
 
 
 def without_lines(text: str, numbers: Collection[int]) -> str:
-    """Take assignments out of a unit file's text, by the numbers of the lines on which they end.
+    """Take assignments out of a unit file's text, by the numbers of the lines
+    on which they end.
 
-    A line that goes on over several goes whole; comments in between stay, as does everything else.
+    A line that goes on over several goes whole; comments in between stay, as
+    does everything else.
     """
     doomed: set[int] = set()
     joined: list[int] = []
@@ -185,15 +212,32 @@ def without_lines(text: str, numbers: Collection[int]) -> str:
         joined = []
     if joined and joined[-1] in numbers:
         doomed.update(joined)
-    result = "".join(line for number, line in enumerate(lines, start=1) if number not in doomed)
-    kept = [(one.section, one.key, one.value) for one in assignments(text) if one.line not in numbers]
-    if [(one.section, one.key, one.value) for one in assignments(result)] != kept:
-        raise ActivateError("this file is written in a way in which no line can be taken out safely; edit it by hand")
+    result = "".join(
+        line
+        for number, line in enumerate(lines, start=1)
+        if number not in doomed
+    )
+    kept = [
+        (one.section, one.key, one.value)
+        for one in assignments(text)
+        if one.line not in numbers
+    ]
+    if [
+        (one.section, one.key, one.value) for one in assignments(result)
+    ] != kept:
+        raise ActivateError(
+            "this file is written in a way in which no line can be taken out"
+            " safely; edit it by hand"
+        )
     return result
 
 
 def is_idle(text: str) -> bool:
-    """Whether nothing is left in a unit file that says anything, to systemd or to a person."""
+    """Whether nothing is left in a unit file that says anything, to systemd or
+    to a person."""
     if next(assignments(text), None) is not None:
         return False
-    return not any(line.strip() and not line.strip().startswith("[") for line in text.splitlines())
+    return not any(
+        line.strip() and not line.strip().startswith("[")
+        for line in text.splitlines()
+    )

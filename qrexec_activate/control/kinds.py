@@ -1,49 +1,77 @@
-"""From what `add` is told (tcp 1234, or a name of one's own) to the unit and the daemon that serves it."""
+"""From what `add` is told (tcp 1234, or a name of one's own) to the unit and
+the daemon that serves it."""
 
 from __future__ import annotations
 
 from ..errors import ActivateError, BadName, UsageProblem
-from ..manager import Manager
-from ..names import check_argument, check_service, escape_instance, parse_unit_name
+from ..routing.names import (
+    check_argument,
+    check_service,
+    escape_instance,
+    parse_unit_name,
+)
+from ..systemd.manager import Manager
 from .survey import Daemon, find_daemon
 
 __all__ = ["KINDS", "daemon_of", "unit_of"]
 
-#: The prefixes that ship. Which RPC each of them calls is read from its service.
-KINDS = {"tcp": "qrexec-connect-tcp", "unix": "qrexec-connect-unix", "tcp-bind": "qrexec-connect-tcp-bind"}
+#: The prefixes that ship. Which RPC each of them calls is read from its
+#: service.
+KINDS = {
+    "tcp": "qrexec-connect-tcp",
+    "unix": "qrexec-connect-unix",
+    "tcp-bind": "qrexec-connect-tcp-bind",
+}
 
 
 def unit_of(kind: str, argument: str) -> str:
-    """Return the socket unit for tcp, unix, tcp-bind or a prefix of one's own; raises BadName."""
+    """Return the socket unit for tcp, unix, tcp-bind or a prefix of one's own;
+    raises BadName."""
     prefix = KINDS.get(kind, kind.removesuffix(".socket").removesuffix("@"))
     unit = f"{prefix}@{escape_instance(argument)}.socket"
     name = parse_unit_name(unit)
     if not argument or name.prefix != prefix:
         raise BadName(
-            f"{kind} {argument}: write it like tcp 1234, unix NAME, tcp-bind 2049-127.0.1.1 or my-rpc ARGUMENT"
+            f"{kind} {argument}: write it like tcp 1234, unix NAME, tcp-bind"
+            f" 2049-127.0.1.1 or my-rpc ARGUMENT"
         )
     return unit
 
 
 def daemon_of(manager: Manager, kind: str, argument: str, unit: str) -> Daemon:
-    """Find the daemon that a socket unit would start, and check that its RPC takes this argument."""
+    """Find the daemon that a socket unit would start, and check that its RPC
+    takes this argument."""
     template = f"{parse_unit_name(unit).prefix}@.socket"
     (row,) = manager.unit_properties([unit], "Unit", ["LoadState", "Triggers"])
     if row["LoadState"] in (None, "not-found"):
         if kind in KINDS:
-            raise ActivateError(f"{template} is not installed: install the package qrexec-activate")
+            raise ActivateError(
+                f"{template} is not installed: install the package"
+                f" qrexec-activate"
+            )
         raise UsageProblem(
-            f"there is no {template}: the kinds are {', '.join(KINDS)}, and what you have made with"
+            f"there is no {template}: the kinds are {', '.join(KINDS)}, and"
+            f" what you have made with"
             f" qrexec-activate add-rpc {parse_unit_name(unit).prefix} MY.RPC"
         )
     if row["LoadState"] == "masked":
-        raise ActivateError(f"{unit} is masked: systemctl unmask {unit} (with --user for a user unit)")
+        raise ActivateError(
+            f"{unit} is masked: systemctl unmask {unit} (with --user for a"
+            f" user unit)"
+        )
     for service in row["Triggers"] or ():
-        (properties,) = manager.unit_properties([service], "Service", ["ExecStart"])
+        (properties,) = manager.unit_properties(
+            [service], "Service", ["ExecStart"]
+        )
         if daemon := find_daemon(service, properties["ExecStart"] or ()):
-            check_argument(check_service(daemon.service), argument if daemon.argument is None else daemon.argument)
+            check_argument(
+                check_service(daemon.service),
+                argument if daemon.argument is None else daemon.argument,
+            )
             return daemon
     raise ActivateError(
-        f"{template} starts {' '.join(row['Triggers'] or ()) or 'no service'}, which does not run"
+        f"{template} starts"
+        f" {' '.join(row['Triggers'] or ()) or 'no service'}, which does not"
+        f" run"
         f" qrexec-activate serve: see systemctl cat {template}"
     )

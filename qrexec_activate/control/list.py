@@ -9,12 +9,31 @@ import click
 from .options import complete_routes, json_option, system_option
 from .select import select
 from .survey import Entry, survey
-from .table import BAD, DOUBTFUL, GOOD, print_json, print_rows, printable, short_path, with_short_paths
+from .table import (
+    BAD,
+    DOUBTFUL,
+    GOOD,
+    print_json,
+    print_rows,
+    printable,
+    short_path,
+    with_short_paths,
+)
 
-__all__ = ["HEADER", "NO_ROUTES", "command", "entry_as_json", "print_refusals", "row", "style"]
+__all__ = [
+    "HEADER",
+    "NO_ROUTES",
+    "command",
+    "entry_as_json",
+    "print_refusals",
+    "row",
+    "style",
+]
 
 HEADER = ("listener", "target", "service", "enabled", "state", "file")
-NO_ROUTES = "There are no routes yet. Make one: qrexec-activate add tcp 1234 QUBE"
+NO_ROUTES = (
+    "There are no routes yet. Make one: qrexec-activate add tcp 1234 QUBE"
+)
 
 
 def entry_as_json(entry: Entry) -> dict[str, Any]:
@@ -38,7 +57,14 @@ def entry_as_json(entry: Entry) -> dict[str, Any]:
 def row(entry: Entry) -> list[str]:
     state = "refused" if entry.refused else entry.state
     where = short_path(entry.file) if entry.file else entry.unit
-    return [short_path(entry.listener), entry.target or "-", entry.call, entry.enabled, state, where]
+    return [
+        short_path(entry.listener),
+        entry.target or "-",
+        entry.call,
+        entry.enabled,
+        state,
+        where,
+    ]
 
 
 def style(column: int, text: str) -> str:
@@ -59,12 +85,17 @@ def style(column: int, text: str) -> str:
 
 
 def print_refusals(entries: list[Entry]) -> None:
-    """Say below the table why routes are refused: reasons are too long for a column."""
+    """Say below the table why routes are refused: reasons are too long for a
+    column."""
     refused = [entry for entry in entries if entry.refused]
     if refused:
         click.echo()
     for entry in refused:
-        click.echo(with_short_paths(printable(f"{entry.listener} is refused: {entry.refused}")))
+        click.echo(
+            with_short_paths(
+                printable(f"{entry.listener} is refused: {entry.refused}")
+            )
+        )
 
 
 @click.command(
@@ -76,14 +107,18 @@ Example:
     127.0.0.1:1234  gitweb  qubes.ConnectTCP+1234  enabled  listening  ~/.config/…/gitweb.conf
 """,
 )
-@click.argument("routes", metavar="[ROUTE]...", nargs=-1, shell_complete=complete_routes)
+@click.argument(
+    "routes", metavar="[ROUTE]...", nargs=-1, shell_complete=complete_routes
+)
 @json_option
 @system_option
 def command(routes: tuple[str, ...], as_json: bool, system: bool) -> None:
-    """List every route: listener, target, service, file, and whether it is enabled, listening or refused.
+    """List every route: listener, target, service, file, and whether it is
+    enabled, listening or refused.
 
-    ROUTE is an address, a unit, a target, a call or a file; without one, all are listed. Routes that were written by
-    hand, or by other programs, are listed too.
+    ROUTE is an address, a unit, a target, a call or a file; without one, all
+    are listed. Routes that were written by hand, or by other programs, are
+    listed too.
     """
     entries = select(survey(user=not system).entries, routes)
     if as_json:

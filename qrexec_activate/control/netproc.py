@@ -1,4 +1,5 @@
-"""Which sockets this machine listens on, and which process holds one, as /proc tells.
+"""Which sockets this machine listens on, and which process holds one, as /proc
+tells.
 
 Nothing here connects to anything: a look must not start a service.
 """
@@ -12,9 +13,17 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..unitfile import AddressKey, address_key
+from ..routing.unitfile import AddressKey, address_key
 
-__all__ = ["Holder", "Listening", "holders", "is_wildcard", "listening", "overlaps", "process_name"]
+__all__ = [
+    "Holder",
+    "Listening",
+    "holders",
+    "is_wildcard",
+    "listening",
+    "overlaps",
+    "process_name",
+]
 
 _TCP_LISTEN = "0A"
 #: The flag of a listening unix socket in /proc/net/unix (__SO_ACCEPTCON).
@@ -34,22 +43,27 @@ class Holder:
 
 @dataclass(slots=True)
 class Listening:
-    """The listening sockets of this network namespace: what address_key() makes of an address → inode."""
+    """The listening sockets of this network namespace: what address_key() makes
+    of an address → inode."""
 
     inodes: dict[AddressKey, int]
 
     def holds(self, address: str) -> bool | None:
-        """Whether somebody listens on exactly this address; None where /proc does not tell."""
+        """Whether somebody listens on exactly this address; None where /proc
+        does not tell."""
         key = address_key(address)
         if key is None or key[0] == "vsock" or (key[0] == "ip" and key[2] == 0):
             return None
         if key in self.inodes:
             return True
         # A bare port is IPv4 any where the kernel has no IPv6.
-        return key[:2] == ("ip", "::") and ("ip", "0.0.0.0", key[2]) in self.inodes
+        return (
+            key[:2] == ("ip", "::") and ("ip", "0.0.0.0", key[2]) in self.inodes
+        )
 
     def in_the_way(self, address: str) -> int | None:
-        """Return the inode of a socket that keeps others from listening on this address; None: nobody does."""
+        """Return the inode of a socket that keeps others from listening on this
+        address; None: nobody does."""
         key = address_key(address)
         if key is None:
             return None
@@ -65,20 +79,26 @@ def is_wildcard(key: AddressKey) -> bool:
 
 
 def overlaps(one: AddressKey, other: AddressKey) -> bool:
-    """Whether two addresses exclude each other though they differ: one is all addresses, and the port is the same."""
+    """Whether two addresses exclude each other though they differ: one is all
+    addresses, and the port is the same."""
     if one[0] != "ip" or other[0] != "ip" or one[2] != other[2] or one == other:
         return False
     if "::" in (one[1], other[1]):
-        # systemd's IPv6 sockets take IPv4 as well (bindv6only is off by default).
+        # systemd's IPv6 sockets take IPv4 as well (bindv6only is off by
+        # default).
         return True
     both_v4 = ":" not in one[1] and ":" not in other[1]
     return both_v4 and "0.0.0.0" in (one[1], other[1])
 
 
 def _address(text: str) -> tuple[str, int]:
-    """Decode an address of /proc/net/tcp and tcp6: words in the machine's byte order, then the port."""
+    """Decode an address of /proc/net/tcp and tcp6: words in the machine's byte
+    order, then the port."""
     host, _, port = text.partition(":")
-    words = [int(host[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(host), 8)]
+    words = [
+        int(host[at : at + 8], 16).to_bytes(4, sys.byteorder)
+        for at in range(0, len(host), 8)
+    ]
     address = ipaddress.ip_address(b"".join(words))
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
@@ -86,7 +106,12 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _lines(name: str) -> Iterable[str]:
-    with contextlib.suppress(OSError), open(f"/proc/net/{name}", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        contextlib.suppress(OSError),
+        open(
+            f"/proc/net/{name}", encoding="utf-8", errors="surrogateescape"
+        ) as file,
+    ):
         next(file, None)
         yield from file
 
@@ -102,15 +127,21 @@ def listening() -> Listening:
                 inodes["ip", host, port] = int(fields[9])
     for line in _lines("unix"):
         *front, last = line.rstrip("\n").split(None, 7)
-        if len(front) == 7 and int(front[3], 16) & _UNIX_LISTENS and (key := address_key(last)):
+        if (
+            len(front) == 7
+            and int(front[3], 16) & _UNIX_LISTENS
+            and (key := address_key(last))
+        ):
             inodes[key] = int(front[6])
     return Listening(inodes)
 
 
 def holders(inodes: Iterable[int]) -> dict[int, Holder]:
-    """Find for each socket a process that holds it; without privileges, only the user's own can be seen.
+    """Find for each socket a process that holds it; without privileges, only
+    the user's own can be seen.
 
-    systemd holds all sockets that it made, so it is named only where no other process has the socket.
+    systemd holds all sockets that it made, so it is named only where no other
+    process has the socket.
     """
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
     found: dict[int, Holder] = {}
@@ -122,14 +153,19 @@ def holders(inodes: Iterable[int]) -> dict[int, Holder]:
             for fd in os.listdir(folder):
                 with contextlib.suppress(OSError):
                     inode = wanted.get(os.readlink(f"{folder}/{fd}"))
-                    if inode is not None and (inode not in found or found[inode].name == "systemd"):
+                    if inode is not None and (
+                        inode not in found or found[inode].name == "systemd"
+                    ):
                         found[inode] = Holder(pid, process_name(pid))
     return found
 
 
 def process_name(pid: int) -> str:
     """The name of a process as the kernel has it; empty if there is none."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+    with (
+        contextlib.suppress(OSError),
+        open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file,
+    ):
         name = file.read().strip()
         return name if name.isprintable() else repr(name)
     return ""

@@ -1,4 +1,5 @@
-"""What the commands for people share on the command line: options, and completion of what is already in use."""
+"""What the commands for people share on the command line: options, and
+completion of what is already in use."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 class Invocation:
-    """What main() has to know when an error comes: click's own contexts are gone by then.
+    """What main() has to know when an error comes: click's own contexts are
+    gone by then.
 
     No dataclass, as importing that is a tenth of the time that --help takes.
     """
@@ -38,7 +40,9 @@ class Invocation:
         self.debug = False
 
 
-def _set_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+def _set_debug(
+    ctx: click.Context, _param: click.Parameter, value: bool
+) -> None:
     invocation = ctx.find_root().obj
     if value and isinstance(invocation, Invocation):
         invocation.debug = True
@@ -58,17 +62,28 @@ def debug_option(command: _Command) -> _Command:
 
 def system_option(command: _Command) -> _Command:
     """Add --system and --debug, which every command for people has."""
-    option = click.option("--system", is_flag=True, help="Use the system's systemd instead of your own.")
+    option = click.option(
+        "--system",
+        is_flag=True,
+        help="Use the system's systemd instead of your own.",
+    )
     return debug_option(option(command))
 
 
 def json_option(command: _Command) -> _Command:
     """Add --json; docs/json.md says what it prints."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON, as docs/json.md describes.")(command)
+    return click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print JSON, as docs/json.md describes.",
+    )(command)
 
 
 def _complete(
-    ctx: click.Context, incomplete: str, words: Callable[[Entry], list[tuple[str, str]]]
+    ctx: click.Context,
+    incomplete: str,
+    words: Callable[[Entry], list[tuple[str, str]]],
 ) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
@@ -79,40 +94,65 @@ def _complete(
     except Exception:
         # A shell that completes a line has no place for messages.
         return []
-    found = {word: help for entry in entries for word, help in words(entry) if word.startswith(incomplete)}
-    return [CompletionItem(word, help=help) for word, help in sorted(found.items())]
+    found = {
+        word: help
+        for entry in entries
+        for word, help in words(entry)
+        if word.startswith(incomplete)
+    }
+    return [
+        CompletionItem(word, help=help) for word, help in sorted(found.items())
+    ]
 
 
-def complete_routes(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_routes(
+    ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
     """Offer the addresses, units and targets of all routes."""
 
     def words(entry: Entry) -> list[tuple[str, str]]:
         about = f"{entry.target or 'refused'} {entry.call}"
         offered = [(entry.listener, about), (entry.unit, about)]
-        return [*offered, (entry.target, entry.call)] if entry.target else offered
+        return (
+            [*offered, (entry.target, entry.call)] if entry.target else offered
+        )
 
     return _complete(ctx, incomplete, words)
 
 
-def complete_targets(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_targets(
+    ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
     """Offer the qubes that routes already reach, and qrexec's keywords."""
     from click.shell_completion import CompletionItem
 
-    found = _complete(ctx, incomplete, lambda entry: [(entry.target, "")] if entry.target else [])
+    found = _complete(
+        ctx,
+        incomplete,
+        lambda entry: [(entry.target, "")] if entry.target else [],
+    )
     keywords = ("@default", "@dispvm")
     known = {item.value for item in found}
-    return found + [CompletionItem(word) for word in keywords if word.startswith(incomplete) and word not in known]
+    return found + [
+        CompletionItem(word)
+        for word in keywords
+        if word.startswith(incomplete) and word not in known
+    ]
 
 
-def complete_units(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_units(
+    ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
     """Offer the socket units that systemd has loaded."""
     from click.shell_completion import CompletionItem
 
-    from ..manager import open_manager
+    from ..systemd.manager import open_manager
 
     try:
         with open_manager(user=not ctx.params.get("system")) as manager:
             names = sorted(unit.name for unit in manager.list_units("*.socket"))
     except Exception:
         return []
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return [
+        CompletionItem(name) for name in names if name.startswith(incomplete)
+    ]

@@ -1,7 +1,9 @@
-"""What this qube offers by qubes.ConnectUnix: names in $XDG_RUNTIME_DIR/qubes.ConnectUnix, and who makes them.
+"""What this qube offers by qubes.ConnectUnix: names in
+$XDG_RUNTIME_DIR/qubes.ConnectUnix, and who makes them.
 
-A name is a symbolic link to a socket (or, rarely, the socket itself). One that a socket unit makes, by Symlinks=, comes
-again at the next login; one that was made by hand does not.
+A name is a symbolic link to a socket (or, rarely, the socket itself). One that
+a socket unit makes, by Symlinks=, comes again at the next login; one that was
+made by hand does not.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ActivateError, BadName, ManagerError
-from ..manager import Manager, open_manager
-from ..names import check_argument
-from ..routes import unit_specifiers
-from ..unitfile import address_key, assignments, expand_specifiers
+from ..routing.names import check_argument
+from ..routing.routes import unit_specifiers
+from ..routing.unitfile import address_key, assignments, expand_specifiers
+from ..systemd.manager import Manager, open_manager
+from ..systemd.systemctl import Systemctl
+from ..systemd.unitdirs import own_folder
 from .netproc import listening
 from .survey import read_file
-from .systemctl import Systemctl
-from .unitdirs import own_folder
 
 __all__ = [
     "FOLDER",
@@ -55,7 +57,8 @@ class Publication:
     link: str
     #: The socket that it leads to; empty where nothing is there.
     socket: str
-    #: The socket unit that makes it, and the file that says so; empty where a person made it.
+    #: The socket unit that makes it, and the file that says so; empty where a
+    #: person made it.
     unit: str
     file: str
     alive: bool
@@ -64,30 +67,49 @@ class Publication:
     for_system: bool = False
 
 
-def folder(*, user: bool = True, environment: Mapping[str, str] = os.environ) -> Path:
-    """The folder in which qubes.ConnectUnix looks for names: first the user's, then the system's."""
+def folder(
+    *, user: bool = True, environment: Mapping[str, str] = os.environ
+) -> Path:
+    """The folder in which qubes.ConnectUnix looks for names: first the user's,
+    then the system's."""
     if not user:
         return SYSTEM_FOLDER
-    return Path(environment.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}", RPC)
+    return Path(
+        environment.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}", RPC
+    )
 
 
 def where_installed(rpc: str) -> str:
-    """The path of a qrexec service on this machine; empty where it is not installed."""
-    return next((path for path in (f"{place}/{rpc}" for place in RPC_FOLDERS) if os.path.lexists(path)), "")
+    """The path of a qrexec service on this machine; empty where it is not
+    installed."""
+    return next(
+        (
+            path
+            for path in (f"{place}/{rpc}" for place in RPC_FOLDERS)
+            if os.path.lexists(path)
+        ),
+        "",
+    )
 
 
 def check_name(name: str) -> str:
     """Return the name if other qubes can call it; raises BadName."""
     check_argument(RPC, name)
     if len(name) > MAX_NAME:
-        raise BadName(f"{name!r} is too long: a name has at most {MAX_NAME} characters")
+        raise BadName(
+            f"{name!r} is too long: a name has at most {MAX_NAME} characters"
+        )
     return name
 
 
 @contextlib.contextmanager
 def managers() -> Iterator[list[Manager]]:
-    """The systemd managers that may publish something: the user's, and the system's where there is something of it."""
-    system = bool(_names(SYSTEM_FOLDER) or glob.glob(f"{own_folder(user=False)}/qrexec-publish-*.socket"))
+    """The systemd managers that may publish something: the user's, and the
+    system's where there is something of it."""
+    system = bool(
+        _names(SYSTEM_FOLDER)
+        or glob.glob(f"{own_folder(user=False)}/qrexec-publish-*.socket")
+    )
     with contextlib.ExitStack() as stack:
         found = []
         try:
@@ -119,14 +141,29 @@ def published(manager: Manager) -> list[Publication]:
         alive = bool(socket) and bool(now.holds(socket))
         if not alive and not problem:
             problem = f"nobody listens on {socket}"
-            problem += f": {restart(unit)}" if unit else "; start the program that should"
+            problem += (
+                f": {restart(unit)}"
+                if unit
+                else "; start the program that should"
+            )
         elif problem and unit:
             problem += f": {restart(unit)}"
         try:
             check_name(name)
         except BadName as error:
             problem = str(error)
-        found.append(Publication(name, str(link), socket, unit, file, alive, problem, not manager.user))
+        found.append(
+            Publication(
+                name,
+                str(link),
+                socket,
+                unit,
+                file,
+                alive,
+                problem,
+                not manager.user,
+            )
+        )
     return found
 
 
@@ -138,7 +175,8 @@ def _names(place: Path) -> list[str]:
 
 
 def _destination(link: Path) -> tuple[str, str]:
-    """Follow a name to its socket; returns the socket's path, and what is wrong."""
+    """Follow a name to its socket; returns the socket's path, and what is
+    wrong."""
     real = os.path.realpath(link)
     try:
         if stat.S_ISSOCK(os.stat(real).st_mode):
@@ -153,48 +191,78 @@ def _destination(link: Path) -> tuple[str, str]:
 
 
 def _promised(manager: Manager, place: Path) -> dict[str, tuple[str, str]]:
-    """Find the socket units that make names there: name → unit, and the file with the line, where it is known."""
+    """Find the socket units that make names there: name → unit, and the file
+    with the line, where it is known."""
     units = [unit.name for unit in manager.list_units("*.socket")]
     rows = manager.unit_properties(units, "Socket", ["Symlinks", "Listen"])
     promised: dict[str, tuple[str, str]] = {}
     for unit, row in zip(units, rows, strict=True):
-        paths = [*(row["Symlinks"] or ()), *(address for kind, address in row["Listen"] or () if kind == "Stream")]
+        paths = [
+            *(row["Symlinks"] or ()),
+            *(
+                address
+                for kind, address in row["Listen"] or ()
+                if kind == "Stream"
+            ),
+        ]
         for path in paths:
             if os.path.dirname(path) == str(place):
-                promised[os.path.basename(path)] = (unit, _file_with(manager, unit, path))
+                promised[os.path.basename(path)] = (
+                    unit,
+                    _file_with(manager, unit, path),
+                )
     return promised
 
 
 def _file_with(manager: Manager, unit: str, link: str) -> str:
-    (row,) = manager.unit_properties([unit], "Unit", ["FragmentPath", "DropInPaths"])
+    (row,) = manager.unit_properties(
+        [unit], "Unit", ["FragmentPath", "DropInPaths"]
+    )
     specifiers = manager.specifiers()
-    for path in reversed([row["FragmentPath"] or "", *(row["DropInPaths"] or ())]):
+    for path in reversed(
+        [row["FragmentPath"] or "", *(row["DropInPaths"] or ())]
+    ):
         if path and symlink_lines(path, unit, link, specifiers):
             return str(path)
     return ""
 
 
-def symlink_lines(path: str, unit: str, link: str, specifiers: Mapping[str, str]) -> set[int]:
-    """The numbers of a file's lines that say Symlinks= for just this link; raises ActivateError for one of several."""
+def symlink_lines(
+    path: str, unit: str, link: str, specifiers: Mapping[str, str]
+) -> set[int]:
+    """The numbers of a file's lines that say Symlinks= for just this link;
+    raises ActivateError for one of several."""
     values = unit_specifiers(unit, specifiers)
     numbers = set()
     for one in assignments(read_file(path).text or ""):
         if (one.section, one.key) != ("Socket", "Symlinks"):
             continue
-        links = [expand_specifiers(word, values) or word for word in one.value.split()]
+        links = [
+            expand_specifiers(word, values) or word
+            for word in one.value.split()
+        ]
         if link in links:
             if len(links) > 1:
-                raise ActivateError(f"{path}:{one.line} names several links: take {link} out of it by hand")
+                raise ActivateError(
+                    f"{path}:{one.line} names several links: take {link} out"
+                    f" of it by hand"
+                )
             numbers.add(one.line)
     return numbers
 
 
 def socket_path(properties: Mapping[str, Any], unit: str) -> str:
-    """The one unix socket of a unit, to which Symlinks= can lead; raises ActivateError where there is not just one."""
-    paths = [address for kind, address in properties["Listen"] or () if kind == "Stream" and address.startswith("/")]
+    """The one unix socket of a unit, to which Symlinks= can lead; raises
+    ActivateError where there is not just one."""
+    paths = [
+        address
+        for kind, address in properties["Listen"] or ()
+        if kind == "Stream" and address.startswith("/")
+    ]
     if len(paths) != 1 or address_key(paths[0]) is None:
         raise ActivateError(
-            f"{unit} listens on {len(paths)} unix sockets that have a path, and a name can only lead to one:"
+            f"{unit} listens on {len(paths)} unix sockets that have a path,"
+            f" and a name can only lead to one:"
             " give --unix PATH instead"
         )
     return str(paths[0])

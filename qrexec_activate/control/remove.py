@@ -1,4 +1,5 @@
-"""qrexec-activate remove: just the lines that a route needs, and nothing else."""
+"""qrexec-activate remove: just the lines that a route needs, and nothing
+else."""
 
 from __future__ import annotations
 
@@ -9,27 +10,49 @@ from pathlib import Path
 
 import click
 
-from ..claim import Claim, Route
 from ..errors import ActivateError, UsageProblem
-from ..manager import open_manager
-from ..routes import unit_specifiers
-from ..unitfile import SourceFile, address_key, assignments, declared_listeners, expand_specifiers
-from .dropins import finishing, is_idle, locked, remove_file, replace_file, without_lines
+from ..routing.claim import Claim, Route
+from ..routing.routes import unit_specifiers
+from ..routing.unitfile import (
+    SourceFile,
+    address_key,
+    assignments,
+    declared_listeners,
+    expand_specifiers,
+)
+from ..systemd.manager import open_manager
+from ..systemd.systemctl import Systemctl
+from ..systemd.unitdirs import own_folder
+from .dropins import (
+    finishing,
+    is_idle,
+    locked,
+    remove_file,
+    replace_file,
+    without_lines,
+)
 from .kinds import unit_of
 from .options import complete_routes, system_option
 from .select import select
 from .settle import is_active, start, stop
-from .survey import Daemon, Entry, Survey, foresee, read_file, source_files, take_survey
-from .systemctl import Systemctl
+from .survey import (
+    Daemon,
+    Entry,
+    Survey,
+    foresee,
+    read_file,
+    source_files,
+    take_survey,
+)
 from .table import short_path
-from .unitdirs import own_folder
 
 __all__ = ["command"]
 
 
 @dataclass(slots=True)
 class Change:
-    """What becomes of one socket unit: new texts of files, None for those that go."""
+    """What becomes of one socket unit: new texts of files, None for those that
+    go."""
 
     unit: str
     daemon: Daemon
@@ -49,17 +72,32 @@ Examples:
 """,
 )
 @click.argument(
-    "words", metavar="ROUTE... | KIND ARGUMENT [TARGET]", nargs=-1, required=True, shell_complete=complete_routes
+    "words",
+    metavar="ROUTE... | KIND ARGUMENT [TARGET]",
+    nargs=-1,
+    required=True,
+    shell_complete=complete_routes,
 )
-@click.option("--all", "all_of_them", is_flag=True, help="Remove every route that ROUTE may mean.")
-@click.option("--dry-run", is_flag=True, help="Show what would be changed, and change nothing.")
+@click.option(
+    "--all",
+    "all_of_them",
+    is_flag=True,
+    help="Remove every route that ROUTE may mean.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show what would be changed, and change nothing.",
+)
 @system_option
-def command(words: tuple[str, ...], all_of_them: bool, dry_run: bool, system: bool) -> None:
-    """Remove routes: the lines that open an address, the drop-in if nothing else is in it, and the instance if it was
-    its last.
+def command(
+    words: tuple[str, ...], all_of_them: bool, dry_run: bool, system: bool
+) -> None:
+    """Remove routes: the lines that open an address, the drop-in if nothing
+    else is in it, and the instance if it was its last.
 
-    ROUTE is an address, a unit, a target, a call or a file. Open connections go on; other routes, comments and other
-    settings stay.
+    ROUTE is an address, a unit, a target, a call or a file. Open connections go
+    on; other routes, comments and other settings stay.
     """
     systemctl = Systemctl(user=not system)
     folder = own_folder(user=not system)
@@ -76,12 +114,16 @@ def command(words: tuple[str, ...], all_of_them: bool, dry_run: bool, system: bo
 # ---------------------------------------------------------------------- decide
 
 
-def _plan(words: Sequence[str], all_of_them: bool, folder: Path, user: bool) -> list[Change]:
+def _plan(
+    words: Sequence[str], all_of_them: bool, folder: Path, user: bool
+) -> list[Change]:
     with open_manager(user=user) as manager:
         now = take_survey(manager)
     changes: dict[str, Change] = {}
     for entry in _meant(words, all_of_them, now):
-        change = changes.setdefault(entry.unit, Change(entry.unit, now.units[entry.unit].daemon))
+        change = changes.setdefault(
+            entry.unit, Change(entry.unit, now.units[entry.unit].daemon)
+        )
         change.entries.append(entry)
         if entry.file and os.path.exists(entry.file):
             _check_ours(entry, folder)
@@ -99,13 +141,17 @@ def _meant(words: Sequence[str], all_of_them: bool, now: Survey) -> list[Entry]:
         found = select(now.entries, [word])
         if len(found) > 1 and not all_of_them:
             listeners = ", ".join(entry.listener for entry in found)
-            raise UsageProblem(f"{word!r} may mean {len(found)} routes: {listeners}; name one of these, or add --all")
+            raise UsageProblem(
+                f"{word!r} may mean {len(found)} routes: {listeners}; name"
+                f" one of these, or add --all"
+            )
         meant |= dict.fromkeys(found)
     return list(meant)
 
 
 def _by_kind(words: Sequence[str], now: Survey) -> list[Entry]:
-    """Understand KIND ARGUMENT [TARGET], as add takes it; empty if the words are no such thing."""
+    """Understand KIND ARGUMENT [TARGET], as add takes it; empty if the words
+    are no such thing."""
     if len(words) not in (2, 3):
         return []
     try:
@@ -113,9 +159,14 @@ def _by_kind(words: Sequence[str], now: Survey) -> list[Entry]:
     except ActivateError:
         return []
     mine = [entry for entry in now.entries if entry.unit == unit]
-    # Whose file is gone has no target any more; an earlier run has not come to its end.
+    # Whose file is gone has no target any more; an earlier run has not come to
+    # its end.
     target = words[2] if len(words) == 3 else None
-    return [entry for entry in mine if target is None or entry.target == target or not _has_file(entry)]
+    return [
+        entry
+        for entry in mine
+        if target is None or entry.target == target or not _has_file(entry)
+    ]
 
 
 def _has_file(entry: Entry) -> bool:
@@ -125,20 +176,29 @@ def _has_file(entry: Entry) -> bool:
 def _check_ours(entry: Entry, folder: Path) -> None:
     if not entry.file.startswith(f"{folder}/"):
         raise UsageProblem(
-            f"{entry.listener} is opened by {entry.file}, which is not among the units in {folder}:"
-            f" hide it with an empty file of the same name there, or remove it where it came from"
+            f"{entry.listener} is opened by {entry.file}, which is not among"
+            f" the units in {folder}:"
+            f" hide it with an empty file of the same name there, or remove"
+            f" it where it came from"
         )
 
 
 def _decide(change: Change, now: Survey) -> None:
-    """Work out the new texts, and make sure that no other route of the unit changes with them."""
+    """Work out the new texts, and make sure that no other route of the unit
+    changes with them."""
     before = source_files(change.unit, now.files)
     values = unit_specifiers(change.unit, now.specifiers)
-    for path in sorted({entry.file for entry in change.entries if _has_file(entry)}):
-        doomed = [entry.listener for entry in change.entries if entry.file == path]
+    for path in sorted(
+        {entry.file for entry in change.entries if _has_file(entry)}
+    ):
+        doomed = [
+            entry.listener for entry in change.entries if entry.file == path
+        ]
         change.files[path] = _without(path, doomed, values)
     after = [
-        SourceFile(file.path, change.files[file.path]) if file.path in change.files else file
+        SourceFile(file.path, change.files[file.path])
+        if file.path in change.files
+        else file
         for file in before
         if change.files.get(file.path, "") is not None
     ]
@@ -146,21 +206,33 @@ def _decide(change: Change, now: Survey) -> None:
     change.left = [claim.address for claim in claimed]
     removed = {entry.listener for entry in change.entries}
     for claim in foresee(change.daemon, change.unit, before, now.specifiers):
-        if isinstance(claim, Route) and claim.address not in removed and not _survives(claim, claimed):
+        if (
+            isinstance(claim, Route)
+            and claim.address not in removed
+            and not _survives(claim, claimed)
+        ):
             raise ActivateError(
-                f"{claim.address} has its target {claim.target} from the file of the route that is to be removed:"
-                f" add FileDescriptorName={claim.target} to {claim.file}, then try again"
+                f"{claim.address} has its target {claim.target} from the file"
+                f" of the route that is to be removed:"
+                f" add FileDescriptorName={claim.target} to {claim.file},"
+                f" then try again"
             )
 
 
 def _survives(claim: Route, claimed: list[Claim]) -> bool:
     return any(
-        isinstance(one, Route) and one.address == claim.address and one.target == claim.target for one in claimed
+        isinstance(one, Route)
+        and one.address == claim.address
+        and one.target == claim.target
+        for one in claimed
     )
 
 
-def _without(path: str, listeners: list[str], values: dict[str, str]) -> str | None:
-    """The text of a file without these listeners; None if nothing worth keeping is left of it."""
+def _without(
+    path: str, listeners: list[str], values: dict[str, str]
+) -> str | None:
+    """The text of a file without these listeners; None if nothing worth keeping
+    is left of it."""
     file = read_file(path)
     if file.text is None:
         raise ActivateError(f"{path} {file.problem}")
@@ -169,14 +241,18 @@ def _without(path: str, listeners: list[str], values: dict[str, str]) -> str | N
     doomed = [
         one
         for one in declared
-        if (expanded := expand_specifiers(one.address, values) or one.address) in listeners
+        if (expanded := expand_specifiers(one.address, values) or one.address)
+        in listeners
         or address_key(expanded) in keys
     ]
     lines = {one.line for one in doomed}
     if len(doomed) == len(declared) and ".d/" in path:
-        # A name without an address would be that of all addresses in the files before it.
+        # A name without an address would be that of all addresses in the files
+        # before it.
         lines |= {
-            one.line for one in assignments(file.text) if one.section == "Socket" and one.key == "FileDescriptorName"
+            one.line
+            for one in assignments(file.text)
+            if one.section == "Socket" and one.key == "FileDescriptorName"
         }
     text = without_lines(file.text, lines)
     return None if is_idle(text) and ".d/" in path else text
@@ -186,7 +262,8 @@ def _without(path: str, listeners: list[str], values: dict[str, str]) -> str | N
 
 
 def _carry_out(change: Change, systemctl: Systemctl) -> None:
-    """Change the files, then systemd. Whoever is killed in between runs it again; what is left then is done."""
+    """Change the files, then systemd. Whoever is killed in between runs it
+    again; what is left then is done."""
     was_active = is_active(systemctl, change.unit)
     with finishing():
         for path, text in change.files.items():
@@ -204,7 +281,9 @@ def _carry_out(change: Change, systemctl: Systemctl) -> None:
 
 def _show(change: Change, systemctl: Systemctl) -> None:
     for path, text in change.files.items():
-        click.echo(f"# {path}: removed" if text is None else f"# {path}\n{text}")
+        click.echo(
+            f"# {path}: removed" if text is None else f"# {path}\n{text}"
+        )
     if change.left:
         commands = [("daemon-reload",), ("restart", change.unit)]
     else:
@@ -215,8 +294,13 @@ def _show(change: Change, systemctl: Systemctl) -> None:
 
 def _report(change: Change) -> None:
     for entry in change.entries:
-        click.echo(f"{entry.listener} does not reach {entry.target or 'anything'} any more")
+        click.echo(
+            f"{entry.listener} does not reach {entry.target or 'anything'}"
+            f" any more"
+        )
     for path, text in change.files.items():
-        click.echo(f"{'Removed' if text is None else 'Changed'}: {short_path(path)}")
+        click.echo(
+            f"{'Removed' if text is None else 'Changed'}: {short_path(path)}"
+        )
     if not change.left:
         click.echo(f"{change.unit} had no other address: stopped and disabled")

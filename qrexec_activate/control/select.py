@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import UsageProblem
-from ..unitfile import address_key
+from ..routing.unitfile import address_key
 from .survey import Entry
 
 __all__ = ["select"]
 
 
 def select(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
-    """Return the routes that any of the words means, in order; without words, all. Raises UsageProblem for none."""
+    """Return the routes that any of the words means, in order; without words,
+    all. Raises UsageProblem for none."""
     if not words:
         return list(entries)
     chosen: dict[Entry, None] = {}
@@ -20,7 +21,8 @@ def select(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
         found = [entry for entry in entries if _means(word, entry)]
         if not found:
             raise UsageProblem(
-                f"there is no route {word!r}: name one by its address, unit, target, call or file,"
+                f"there is no route {word!r}: name one by its address, unit,"
+                f" target, call or file,"
                 " as qrexec-activate list shows them"
             )
         chosen |= dict.fromkeys(found)
@@ -32,4 +34,8 @@ def _means(word: str, entry: Entry) -> bool:
         return True
     key = address_key(word)
     # A bare number is a port, thus an instance, and not the address [::]:PORT.
-    return key is not None and not word.isdigit() and key == address_key(entry.listener)
+    return (
+        key is not None
+        and not word.isdigit()
+        and key == address_key(entry.listener)
+    )

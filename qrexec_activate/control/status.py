@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from ..errors import ActivateError, UsageProblem
-from ..manager import open_manager
-from ..outcome import format_bytes, format_seconds
+from ..forward.outcome import format_bytes, format_seconds
+from ..systemd.journalreader import Record, records
+from ..systemd.manager import open_manager
 from .connections import Connection, open_connections
-from .journalreader import Record, records
 from .list import HEADER as LIST_HEADER
 from .list import NO_ROUTES, entry_as_json, print_refusals
 from .list import row as route_row
@@ -23,13 +23,33 @@ from .list import style as route_style
 from .options import complete_routes, json_option, system_option
 from .select import select
 from .survey import Entry, Survey, take_survey
-from .table import BAD, DOUBTFUL, GOOD, plain_lines, print_json, print_rows, printable, rich_table, short_path
+from .table import (
+    BAD,
+    DOUBTFUL,
+    GOOD,
+    plain_lines,
+    print_json,
+    print_rows,
+    printable,
+    rich_table,
+    short_path,
+)
 
 __all__ = ["command"]
 
 HEADER = (*LIST_HEADER[:3], "state", "open", "waiting", "last")
-CONNECTION_HEADER = ("id", "age", "state", "peer", "listener", "target", "to qube", "from qube")
-#: How far back the journal is searched for the last connection of each route, in records.
+CONNECTION_HEADER = (
+    "id",
+    "age",
+    "state",
+    "peer",
+    "listener",
+    "target",
+    "to qube",
+    "from qube",
+)
+#: How far back the journal is searched for the last connection of each route,
+#: in records.
 LOOK_BACK = 500
 INTERVAL = 2.0
 
@@ -55,7 +75,11 @@ class Status:
     last: dict[tuple[str, str], Record] = field(default_factory=dict)
 
     def of(self, entry: Entry) -> list[Connection]:
-        return [one for one in self.connections if one.unit == entry.unit and one.listener == entry.listener]
+        return [
+            one
+            for one in self.connections
+            if one.unit == entry.unit and one.listener == entry.listener
+        ]
 
 
 @click.command(
@@ -66,8 +90,15 @@ Examples:
     $ qrexec-activate status --watch gitweb
 """,
 )
-@click.argument("routes", metavar="[ROUTE]...", nargs=-1, shell_complete=complete_routes)
-@click.option("-w", "--watch", is_flag=True, help="Go on, and redraw in place, until Ctrl-C.")
+@click.argument(
+    "routes", metavar="[ROUTE]...", nargs=-1, shell_complete=complete_routes
+)
+@click.option(
+    "-w",
+    "--watch",
+    is_flag=True,
+    help="Go on, and redraw in place, until Ctrl-C.",
+)
 @click.option(
     "--interval",
     metavar="SECONDS",
@@ -78,11 +109,18 @@ Examples:
 )
 @json_option
 @system_option
-def command(routes: tuple[str, ...], watch: bool, interval: float, as_json: bool, system: bool) -> None:
-    """Show the routes and what is alive on them: open connections with age, peer and bytes, and those that wait.
+def command(
+    routes: tuple[str, ...],
+    watch: bool,
+    interval: float,
+    as_json: bool,
+    system: bool,
+) -> None:
+    """Show the routes and what is alive on them: open connections with age,
+    peer and bytes, and those that wait.
 
-    A connection waits while dom0 asks a person, or the qube starts. Connections that outlived their daemon are shown,
-    too. Bytes are known for TCP only.
+    A connection waits while dom0 asks a person, or the qube starts. Connections
+    that outlived their daemon are shown, too. Bytes are known for TCP only.
     """
     if watch and as_json:
         raise UsageProblem("--watch and --json exclude each other")
@@ -100,12 +138,22 @@ def _look(routes: Sequence[str], user: bool) -> Status:
     with open_manager(user=user) as manager:
         now = take_survey(manager)
         units = sorted(now.daemons)
-        rows = manager.unit_properties(units, "Service", ["MainPID", "StatusText"])
+        rows = manager.unit_properties(
+            units, "Service", ["MainPID", "StatusText"]
+        )
     entries = select(now.entries, routes)
-    connections = [one for one in open_connections(now) if not routes or _is_among(one, entries)]
+    connections = [
+        one
+        for one in open_connections(now)
+        if not routes or _is_among(one, entries)
+    ]
     daemons = [
         DaemonNow(
-            unit, now.daemons[unit].service, now.daemons[unit].active, row["MainPID"] or None, row["StatusText"] or ""
+            unit,
+            now.daemons[unit].service,
+            now.daemons[unit].active,
+            row["MainPID"] or None,
+            row["StatusText"] or "",
         )
         for unit, row in zip(units, rows, strict=True)
         if not routes or any(entry.daemon == unit for entry in entries)
@@ -114,34 +162,52 @@ def _look(routes: Sequence[str], user: bool) -> Status:
 
 
 def _is_among(connection: Connection, entries: list[Entry]) -> bool:
-    return any(connection.unit == entry.unit and connection.listener == entry.listener for entry in entries)
+    return any(
+        connection.unit == entry.unit and connection.listener == entry.listener
+        for entry in entries
+    )
 
 
 def _last_records(now: Survey) -> dict[tuple[str, str], Record]:
-    """The last connection of each route that the journal knows of; no journal, no answer."""
+    """The last connection of each route that the journal knows of; no journal,
+    no answer."""
     last: dict[tuple[str, str], Record] = {}
     if not now.entries:
         return last
     with (
         contextlib.suppress(ActivateError),
-        records(user=now.user, control_group=now.control_group, latest_first=True) as found,
+        records(
+            user=now.user, control_group=now.control_group, latest_first=True
+        ) as found,
     ):
         for count, record in enumerate(found):
             if count >= LOOK_BACK:
                 break
             if record.connection:
-                last.setdefault((record.fields.get("UNIT", ""), record.fields.get("LISTENER", "")), record)
+                last.setdefault(
+                    (
+                        record.fields.get("UNIT", ""),
+                        record.fields.get("LISTENER", ""),
+                    ),
+                    record,
+                )
     return last
 
 
-# ---------------------------------------------------------------------- for programs
+# ----------------------------------------------------------------- for programs
 
 
 def _as_json(status: Status) -> dict[str, Any]:
     """The shape that docs/json.md promises."""
     return {
         "daemons": [
-            {"unit": one.unit, "rpc": one.rpc, "active": one.active, "pid": one.pid, "status": one.status or None}
+            {
+                "unit": one.unit,
+                "rpc": one.rpc,
+                "active": one.active,
+                "pid": one.pid,
+                "status": one.status or None,
+            }
             for one in status.daemons
         ],
         "routes": [
@@ -149,7 +215,9 @@ def _as_json(status: Status) -> dict[str, Any]:
                 **entry_as_json(entry),
                 "open": sum(one.state == "open" for one in status.of(entry)),
                 "waiting": sum(one.state != "open" for one in status.of(entry)),
-                "last": _record_as_json(status.last.get((entry.unit, entry.listener))),
+                "last": _record_as_json(
+                    status.last.get((entry.unit, entry.listener))
+                ),
             }
             for entry in status.entries
         ],
@@ -167,7 +235,9 @@ def _as_json(status: Status) -> dict[str, Any]:
                 "unit": one.unit,
                 "peer": one.peer,
                 "peer_pid": one.peer_process.pid if one.peer_process else None,
-                "peer_name": one.peer_process.name if one.peer_process else None,
+                "peer_name": one.peer_process.name
+                if one.peer_process
+                else None,
                 "bytes_to_qube": one.bytes_to_qube,
                 "bytes_from_qube": one.bytes_from_qube,
             }
@@ -190,7 +260,7 @@ def _record_as_json(record: Record | None) -> dict[str, Any] | None:
     }
 
 
-# ---------------------------------------------------------------------- for people
+# ------------------------------------------------------------------- for people
 
 
 def _route_rows(status: Status) -> list[list[str]]:
@@ -200,7 +270,15 @@ def _route_rows(status: Status) -> list[list[str]]:
         listener, target, call, _, state, _ = route_row(entry)
         is_open = sum(one.state == "open" for one in connections)
         rows.append(
-            [listener, target, call, state, str(is_open), str(len(connections) - is_open), _last_words(status, entry)]
+            [
+                listener,
+                target,
+                call,
+                state,
+                str(is_open),
+                str(len(connections) - is_open),
+                _last_words(status, entry),
+            ]
         )
     return rows
 
@@ -209,7 +287,10 @@ def _last_words(status: Status, entry: Entry) -> str:
     record = status.last.get((entry.unit, entry.listener))
     if record is None:
         return "-"
-    return f"{'failed' if record.is_warning else 'ended'} {_age(max(time.time() - record.when, 0))} ago"
+    return (
+        f"{'failed' if record.is_warning else 'ended'}"
+        f" {_age(max(time.time() - record.when, 0))} ago"
+    )
 
 
 def _connection_rows(status: Status) -> list[list[str]]:
@@ -221,8 +302,12 @@ def _connection_rows(status: Status) -> list[list[str]]:
             f"{one.peer_process}" if one.peer_process else one.peer,
             short_path(one.listener),
             one.target,
-            "?" if one.bytes_to_qube is None else format_bytes(one.bytes_to_qube),
-            "?" if one.bytes_from_qube is None else format_bytes(one.bytes_from_qube),
+            "?"
+            if one.bytes_to_qube is None
+            else format_bytes(one.bytes_to_qube),
+            "?"
+            if one.bytes_from_qube is None
+            else format_bytes(one.bytes_from_qube),
         ]
         for one in status.connections
     ]
@@ -239,14 +324,19 @@ def _style(column: int, text: str) -> str:
 
 
 def _connection_style(column: int, text: str) -> str:
-    return {"open": GOOD, "waiting": DOUBTFUL}.get(text, "") if column == 2 else ""
+    return (
+        {"open": GOOD, "waiting": DOUBTFUL}.get(text, "") if column == 2 else ""
+    )
 
 
 def _daemon_lines(status: Status) -> list[str]:
     lines = []
     for one in status.daemons:
         state = f"running, pid {one.pid}" if one.pid else one.active
-        lines.append(f"{one.unit}: {state}{': ' + printable(one.status) if one.status else ''}")
+        lines.append(
+            f"{one.unit}:"
+            f" {state}{': ' + printable(one.status) if one.status else ''}"
+        )
     return lines
 
 
@@ -257,7 +347,9 @@ def _print(status: Status) -> None:
     print_rows(HEADER, _route_rows(status), _style)
     click.echo()
     if status.connections:
-        print_rows(CONNECTION_HEADER, _connection_rows(status), _connection_style)
+        print_rows(
+            CONNECTION_HEADER, _connection_rows(status), _connection_style
+        )
     else:
         click.echo("No connection is open.")
     click.echo()
@@ -273,8 +365,13 @@ def _watch(routes: Sequence[str], user: bool, interval: float) -> None:
             status = _look(routes, user)
             lines = plain_lines(HEADER, _route_rows(status))
             if status.connections:
-                lines += ["", *plain_lines(CONNECTION_HEADER, _connection_rows(status))]
-            click.echo("\n".join([time.strftime("%Y-%m-%d %H:%M:%S"), *lines, ""]))
+                lines += [
+                    "",
+                    *plain_lines(CONNECTION_HEADER, _connection_rows(status)),
+                ]
+            click.echo(
+                "\n".join([time.strftime("%Y-%m-%d %H:%M:%S"), *lines, ""])
+            )
             time.sleep(interval)
     from rich.console import Console, Group
     from rich.live import Live
@@ -284,13 +381,22 @@ def _watch(routes: Sequence[str], user: bool, interval: float) -> None:
         status = _look(routes, user)
         parts: list[Any] = [rich_table(HEADER, _route_rows(status), _style)]
         if status.connections:
-            parts.append(rich_table(CONNECTION_HEADER, _connection_rows(status), _connection_style))
+            parts.append(
+                rich_table(
+                    CONNECTION_HEADER,
+                    _connection_rows(status),
+                    _connection_style,
+                )
+            )
         else:
             parts.append(Text("No connection is open."))
         return Group(*parts, *(Text(line) for line in _daemon_lines(status)))
 
     console = Console(highlight=False)
-    with contextlib.suppress(KeyboardInterrupt), Live(picture(), console=console, auto_refresh=False) as live:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Live(picture(), console=console, auto_refresh=False) as live,
+    ):
         while True:
             time.sleep(interval)
             live.update(picture(), refresh=True)

@@ -1,7 +1,9 @@
-"""All routes, as systemd has them loaded and as the files have them: what every command begins with.
+"""All routes, as systemd has them loaded and as the files have them: what every
+command begins with.
 
-Which units belong to this program is told by what their service runs, never by their names: units that a person
-wrote by hand, or that another program brought, count in the same way.
+Which units belong to this program is told by what their service runs, never by
+their names: units that a person wrote by hand, or that another program brought,
+count in the same way.
 """
 
 from __future__ import annotations
@@ -12,16 +14,33 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
-from ..claim import Claim, PassedSocket, Refusal, Route
 from ..errors import BadName
-from ..manager import Manager, open_manager
-from ..names import call_name, decode_escapes, parse_unit_name
-from ..routes import SocketUnit, by_name, claims, unit_specifiers
-from ..unitfile import LISTEN_KINDS, SourceFile, address_key, assignments, declared_listeners, expand_specifiers
+from ..routing.claim import Claim, PassedSocket, Refusal, Route
+from ..routing.names import call_name, decode_escapes, parse_unit_name
+from ..routing.routes import SocketUnit, by_name, claims, unit_specifiers
+from ..routing.unitfile import (
+    LISTEN_KINDS,
+    SourceFile,
+    address_key,
+    assignments,
+    declared_listeners,
+    expand_specifiers,
+)
+from ..systemd.manager import Manager, open_manager
+from ..systemd.unitdirs import UnitFiles, scan
 from .netproc import Listening, listening
-from .unitdirs import UnitFiles, scan
 
-__all__ = ["Daemon", "Entry", "Survey", "Unit", "find_daemon", "foresee", "survey", "take_survey", "written_claims"]
+__all__ = [
+    "Daemon",
+    "Entry",
+    "Survey",
+    "Unit",
+    "find_daemon",
+    "foresee",
+    "survey",
+    "take_survey",
+    "written_claims",
+]
 
 #: Options of `serve` that stand alone; all others are followed by their value.
 _FLAGS = {"--help", "-h", "--debug"}
@@ -33,7 +52,8 @@ class Daemon:
 
     unit: str
     service: str
-    #: The argument of all its calls, where it was given by --argument; None: each unit's instance is the argument.
+    #: The argument of all its calls, where it was given by --argument; None:
+    #: each unit's instance is the argument.
     argument: str | None
     active: str = "inactive"
     sub: str = "dead"
@@ -56,7 +76,8 @@ class Entry:
     active: str
     #: Whether somebody listens there now; None where the kernel does not tell.
     listens: bool | None
-    #: Why its connections are reset, or never come; empty if they reach the target.
+    #: Why its connections are reset, or never come; empty if they reach the
+    #: target.
     refused: str = ""
 
     @property
@@ -69,7 +90,8 @@ class Entry:
 
     @property
     def state(self) -> str:
-        """In one word or two, how it is: `listening`, `not started`, `restart needed`, `failed`…"""
+        """In one word or two, how it is: `listening`, `not started`, `restart
+        needed`, `failed`…"""
         if self.active == "failed":
             return "failed"
         if self.active in ("inactive", "deactivating"):
@@ -78,7 +100,14 @@ class Entry:
 
     def matches(self, word: str) -> bool:
         """Whether a person who writes this word may mean this route."""
-        names = {self.listener, self.unit, self.unit.removesuffix(".socket"), self.call, self.target, self.file}
+        names = {
+            self.listener,
+            self.unit,
+            self.unit.removesuffix(".socket"),
+            self.call,
+            self.target,
+            self.file,
+        }
         if self.instance:
             names.add(self.instance)
         if self.file.endswith(".conf"):
@@ -106,7 +135,8 @@ class Unit:
 
 @dataclass(slots=True)
 class Survey:
-    """What there is. Entries are in the order in which a person would look for them."""
+    """What there is. Entries are in the order in which a person would look for
+    them."""
 
     user: bool
     daemons: dict[str, Daemon] = field(default_factory=dict)
@@ -118,8 +148,11 @@ class Survey:
     control_group: str = ""
 
 
-def find_daemon(unit: str, exec_start: Sequence[Sequence[Any]]) -> Daemon | None:
-    """Read from a service's ExecStart which RPC it serves; None if it runs another program.
+def find_daemon(
+    unit: str, exec_start: Sequence[Sequence[Any]]
+) -> Daemon | None:
+    """Read from a service's ExecStart which RPC it serves; None if it runs
+    another program.
 
     `exec_start` is the D-Bus property: (path, argv, …) for each command line.
     """
@@ -128,8 +161,12 @@ def find_daemon(unit: str, exec_start: Sequence[Sequence[Any]]) -> Daemon | None
         if "serve" not in words:
             continue
         at = words.index("serve")
-        # As a program, as `python3 -m qrexec_activate`, or by a path of one's own.
-        if any(PurePath(word).name in ("qrexec-activate", "qrexec_activate") for word in words[:at]):
+        # As a program, as `python3 -m qrexec_activate`, or by a path of one's
+        # own.
+        if any(
+            PurePath(word).name in ("qrexec-activate", "qrexec_activate")
+            for word in words[:at]
+        ):
             service, argument = _serve_options(words[at + 1 :])
             if service:
                 return Daemon(unit, service, argument, argv=tuple(words))
@@ -160,15 +197,25 @@ def survey(*, user: bool) -> Survey:
 
 def take_survey(manager: Manager) -> Survey:
     """Ask systemd and read the disk."""
-    search_path, control_group = manager.manager_properties("UnitPath", "ControlGroup")
-    result = Survey(manager.user, specifiers=manager.specifiers(), control_group=control_group or "")
+    search_path, control_group = manager.manager_properties(
+        "UnitPath", "ControlGroup"
+    )
+    result = Survey(
+        manager.user,
+        specifiers=manager.specifiers(),
+        control_group=control_group or "",
+    )
     result.files = scan(search_path or ())
     result.listening = listening()
-    loaded = {unit.name: unit for unit in manager.list_units("*.socket", "*.service")}
+    loaded = {
+        unit.name: unit for unit in manager.list_units("*.socket", "*.service")
+    }
     sockets = _our_sockets(manager, result, loaded)
     names = sorted(sockets)
     states = {name: loaded[name] for name in names if name in loaded}
-    load_states = dict(_load_states(manager, [name for name in names if name not in states]))
+    load_states = dict(
+        _load_states(manager, [name for name in names if name not in states])
+    )
     for socket in manager.socket_units(names):
         name = socket.name
         known = states.get(name)
@@ -187,13 +234,23 @@ def take_survey(manager: Manager) -> Survey:
     return result
 
 
-def _our_sockets(manager: Manager, result: Survey, loaded: Mapping[str, Any]) -> dict[str, str]:
-    """Find the socket units that start a daemon, by name, with the name of the daemon's unit."""
+def _our_sockets(
+    manager: Manager, result: Survey, loaded: Mapping[str, Any]
+) -> dict[str, str]:
+    """Find the socket units that start a daemon, by name, with the name of the
+    daemon's unit."""
     services = [name for name in loaded if name.endswith(".service")]
-    # A unit that nothing has asked for yet is not loaded; asking for its properties loads it.
-    unloaded = sorted(name for name in result.files.units("socket") if name not in loaded)
+    # A unit that nothing has asked for yet is not loaded; asking for its
+    # properties loads it.
+    unloaded = sorted(
+        name for name in result.files.units("socket") if name not in loaded
+    )
     triggered: dict[str, str] = {}
-    for name, row in zip(unloaded, manager.unit_properties(unloaded, "Unit", ["Triggers"]), strict=True):
+    for name, row in zip(
+        unloaded,
+        manager.unit_properties(unloaded, "Unit", ["Triggers"]),
+        strict=True,
+    ):
         for service in row["Triggers"] or ():
             triggered[name] = service
     services += sorted(set(triggered.values()) - set(services))
@@ -201,49 +258,88 @@ def _our_sockets(manager: Manager, result: Survey, loaded: Mapping[str, Any]) ->
     for name, row in zip(services, rows, strict=True):
         if daemon := find_daemon(name, row["ExecStart"] or ()):
             state = loaded.get(name)
-            result.daemons[name] = replace(daemon, active=state.active, sub=state.sub) if state else daemon
-    sockets = {name: service for name, service in triggered.items() if service in result.daemons}
+            result.daemons[name] = (
+                replace(daemon, active=state.active, sub=state.sub)
+                if state
+                else daemon
+            )
+    sockets = {
+        name: service
+        for name, service in triggered.items()
+        if service in result.daemons
+    }
     daemons = sorted(result.daemons)
-    for daemon_name, row in zip(daemons, manager.unit_properties(daemons, "Unit", ["TriggeredBy"]), strict=True):
-        sockets |= {name: daemon_name for name in row["TriggeredBy"] or () if name.endswith(".socket")}
+    for daemon_name, row in zip(
+        daemons,
+        manager.unit_properties(daemons, "Unit", ["TriggeredBy"]),
+        strict=True,
+    ):
+        sockets |= {
+            name: daemon_name
+            for name in row["TriggeredBy"] or ()
+            if name.endswith(".socket")
+        }
     return sockets
 
 
-def _load_states(manager: Manager, names: Sequence[str]) -> Iterable[tuple[str, str]]:
-    for name, row in zip(names, manager.unit_properties(names, "Unit", ["LoadState"]), strict=True):
+def _load_states(
+    manager: Manager, names: Sequence[str]
+) -> Iterable[tuple[str, str]]:
+    for name, row in zip(
+        names,
+        manager.unit_properties(names, "Unit", ["LoadState"]),
+        strict=True,
+    ):
         yield name, row["LoadState"] or "not-found"
 
 
 def _enabled(files: UnitFiles, name: str) -> str:
-    if name in files.fragments and os.path.realpath(files.fragments[name]) == "/dev/null":
+    if (
+        name in files.fragments
+        and os.path.realpath(files.fragments[name]) == "/dev/null"
+    ):
         return "masked"
     return files.enabled.get(name, "disabled")
 
 
 def _unread(files: UnitFiles, socket: SocketUnit) -> tuple[str, ...]:
     read = {file.path for file in socket.files}
-    return tuple(path for path in files.drop_ins(socket.name) if path not in read)
+    return tuple(
+        path for path in files.drop_ins(socket.name) if path not in read
+    )
 
 
 def _order(entry: Entry) -> tuple[Any, ...]:
     name = parse_unit_name(entry.unit)
     instance = name.instance or ""
-    number = int(instance) if instance.isascii() and instance.isdigit() and len(instance) < 10 else -1
+    number = (
+        int(instance)
+        if instance.isascii() and instance.isdigit() and len(instance) < 10
+        else -1
+    )
     return (name.prefix, number, instance, entry.file, entry.listener)
 
 
-# ---------------------------------------------------------------------- from a unit to its entries
+# --------------------------------------------------- from a unit to its entries
 
 
-def loaded_claims(daemon: Daemon, socket: SocketUnit, specifiers: Mapping[str, str]) -> list[Claim]:
+def loaded_claims(
+    daemon: Daemon, socket: SocketUnit, specifiers: Mapping[str, str]
+) -> list[Claim]:
     """Decide on each listener that systemd has loaded, as the daemon will."""
     if daemon.argument is None:
         return claims(daemon.service, socket, specifiers)
     try:
-        passed = [PassedSocket(-1, socket.fd_name, kind, address) for kind, address in socket.listen]
+        passed = [
+            PassedSocket(-1, socket.fd_name, kind, address)
+            for kind, address in socket.listen
+        ]
         return by_name(daemon.service, daemon.argument, passed)
     except BadName as error:
-        return [Refusal(address, f"{daemon.unit}: {error}", socket.name) for _, address in socket.listen]
+        return [
+            Refusal(address, f"{daemon.unit}: {error}", socket.name)
+            for _, address in socket.listen
+        ]
 
 
 def _argument(unit: str, daemon: Daemon) -> str:
@@ -256,7 +352,13 @@ def _argument(unit: str, daemon: Daemon) -> str:
 
 
 def _entries(unit: Unit, result: Survey) -> list[Entry]:
-    def entry(listener: str, target: str | None, file: str, refused: str = "", listens: bool | None = None) -> Entry:
+    def entry(
+        listener: str,
+        target: str | None,
+        file: str,
+        refused: str = "",
+        listens: bool | None = None,
+    ) -> Entry:
         return Entry(
             listener,
             target,
@@ -276,14 +378,28 @@ def _entries(unit: Unit, result: Survey) -> list[Entry]:
     for claim in loaded_claims(unit.daemon, unit.socket, result.specifiers):
         listens = result.listening.holds(claim.address)
         if isinstance(claim, Route):
-            entries.append(entry(claim.address, claim.target, claim.file or _only_file(unit), "", listens))
+            entries.append(
+                entry(
+                    claim.address,
+                    claim.target,
+                    claim.file or _only_file(unit),
+                    "",
+                    listens,
+                )
+            )
         else:
             reason = claim.reason
-            # A file may open the same address twice; that is one line to a person.
-            if claim.address in seen and entries[seen[claim.address]].refused == reason:
+            # A file may open the same address twice; that is one line to a
+            # person.
+            if (
+                claim.address in seen
+                and entries[seen[claim.address]].refused == reason
+            ):
                 continue
             seen[claim.address] = len(entries)
-            entries.append(entry(claim.address, None, claim.file, reason, listens))
+            entries.append(
+                entry(claim.address, None, claim.file, reason, listens)
+            )
     systemctl = "systemctl" if not result.user else "systemctl --user"
     for listener, path, where in _not_taken(unit, result.specifiers):
         entries.append(
@@ -291,7 +407,8 @@ def _entries(unit: Unit, result: Survey) -> list[Entry]:
                 listener,
                 None,
                 path,
-                f"{where}: systemd did not take this address; mend it, then {systemctl} daemon-reload",
+                f"{where}: systemd did not take this address; mend it, then"
+                f" {systemctl} daemon-reload",
                 False,
             )
         )
@@ -302,7 +419,8 @@ def _entries(unit: Unit, result: Survey) -> list[Entry]:
                     listener,
                     None,
                     path,
-                    f"{path}: systemd has not read this file yet; {systemctl} daemon-reload,"
+                    f"{path}: systemd has not read this file yet; {systemctl}"
+                    f" daemon-reload,"
                     f" then {systemctl} restart {unit.name}",
                     False,
                 )
@@ -311,14 +429,25 @@ def _entries(unit: Unit, result: Survey) -> list[Entry]:
 
 
 def _only_file(unit: Unit) -> str:
-    """The file that opens listeners, where the names and not the files decide and there is only one such file."""
-    files = {declaration.path for declaration in declared_listeners(unit.socket.files).listeners}
+    """The file that opens listeners, where the names and not the files decide
+    and there is only one such file."""
+    files = {
+        declaration.path
+        for declaration in declared_listeners(unit.socket.files).listeners
+    }
     return files.pop() if len(files) == 1 else ""
 
 
-def _not_taken(unit: Unit, specifiers: Mapping[str, str]) -> Iterable[tuple[str, str, str]]:
-    """Find listeners that a file declares and systemd has not loaded: (address, path, file and line)."""
-    lines = sum(one.key in LISTEN_KINDS for file in unit.socket.files for one in assignments(file.text or ""))
+def _not_taken(
+    unit: Unit, specifiers: Mapping[str, str]
+) -> Iterable[tuple[str, str, str]]:
+    """Find listeners that a file declares and systemd has not loaded: (address,
+    path, file and line)."""
+    lines = sum(
+        one.key in LISTEN_KINDS
+        for file in unit.socket.files
+        for one in assignments(file.text or "")
+    )
     if lines <= len(unit.socket.listen):
         return
     declared = declared_listeners(unit.socket.files)
@@ -331,52 +460,86 @@ def _not_taken(unit: Unit, specifiers: Mapping[str, str]) -> Iterable[tuple[str,
         if key is not None and key in loaded:
             loaded.remove(key)
         else:
-            doubtful.append((written or declaration.address, declaration.path, declaration.where))
-    # What systemd shows and nobody has claimed accounts for as many whose address cannot be compared.
+            doubtful.append(
+                (
+                    written or declaration.address,
+                    declaration.path,
+                    declaration.where,
+                )
+            )
+    # What systemd shows and nobody has claimed accounts for as many whose
+    # address cannot be compared.
     yield from doubtful[len(loaded) :]
 
 
-def _listeners_in(path: str, unit: str, specifiers: Mapping[str, str]) -> list[str]:
+def _listeners_in(
+    path: str, unit: str, specifiers: Mapping[str, str]
+) -> list[str]:
     """The stream listeners that one file declares, read from the disk now."""
     file = read_file(path)
     values = unit_specifiers(unit, specifiers)
-    found = [one.address for one in declared_listeners([file]).listeners if one.kind == "Stream"]
+    found = [
+        one.address
+        for one in declared_listeners([file]).listeners
+        if one.kind == "Stream"
+    ]
     return [expand_specifiers(address, values) or address for address in found]
 
 
 def read_file(path: str) -> SourceFile:
     """Read a unit file as it is on the disk now."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with open(
+            path, encoding="utf-8", errors="surrogateescape", newline=""
+        ) as file:
             return SourceFile(path, file.read())
     except OSError as error:
         return SourceFile(path, None, f"cannot be read ({error.strerror})")
 
 
-# ---------------------------------------------------------------------- what would be, were files other than they are
+# -------------------------------- what would be, were files other than they are
 
 
-def foresee(daemon: Daemon, unit: str, files: Sequence[SourceFile], specifiers: Mapping[str, str]) -> list[Claim]:
-    """Tell what would be claimed if systemd had loaded exactly these files, in this order.
+def foresee(
+    daemon: Daemon,
+    unit: str,
+    files: Sequence[SourceFile],
+    specifiers: Mapping[str, str],
+) -> list[Claim]:
+    """Tell what would be claimed if systemd had loaded exactly these files, in
+    this order.
 
-    Listeners whose address holds a specifier that only systemd knows keep it as written.
+    Listeners whose address holds a specifier that only systemd knows keep it as
+    written.
     """
     declared = declared_listeners(files)
     values = unit_specifiers(unit, specifiers)
-    listen = tuple((one.kind, expand_specifiers(one.address, values) or one.address) for one in declared.listeners)
+    listen = tuple(
+        (one.kind, expand_specifiers(one.address, values) or one.address)
+        for one in declared.listeners
+    )
     name = unit
     if declared.last_name is not None and declared.last_name.text:
-        name = expand_specifiers(declared.last_name.text, values) or declared.last_name.text
-    return loaded_claims(daemon, SocketUnit(unit, tuple(files), listen, name), specifiers)
+        name = (
+            expand_specifiers(declared.last_name.text, values)
+            or declared.last_name.text
+        )
+    return loaded_claims(
+        daemon, SocketUnit(unit, tuple(files), listen, name), specifiers
+    )
 
 
-def written_claims(daemon: Daemon, unit: str, files: UnitFiles, specifiers: Mapping[str, str]) -> list[Claim]:
-    """Tell what systemd would have after a daemon-reload, judged by what is on the disk now."""
+def written_claims(
+    daemon: Daemon, unit: str, files: UnitFiles, specifiers: Mapping[str, str]
+) -> list[Claim]:
+    """Tell what systemd would have after a daemon-reload, judged by what is on
+    the disk now."""
     return foresee(daemon, unit, source_files(unit, files), specifiers)
 
 
 def source_files(unit: str, files: UnitFiles) -> list[SourceFile]:
-    """Read the fragment and the drop-ins of a unit from the disk, in the order in which systemd would apply them."""
+    """Read the fragment and the drop-ins of a unit from the disk, in the order
+    in which systemd would apply them."""
     name = parse_unit_name(unit)
     template = f"{name.prefix}@.{name.suffix}" if name.instance else unit
     fragment = files.fragments.get(unit) or files.fragments.get(template)

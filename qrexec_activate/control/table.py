@@ -1,4 +1,5 @@
-"""Rows for a person or for a program: tables and colour on a terminal, plain columns in a pipe, JSON on request."""
+"""Rows for a person or for a program: tables and colour on a terminal, plain
+columns in a pipe, JSON on request."""
 
 from __future__ import annotations
 
@@ -26,13 +27,19 @@ __all__ = [
 #: Styles by meaning, as rich and click.style() both know them.
 GOOD, DOUBTFUL, BAD, QUIET = "green", "yellow", "red", "bright_black"
 
-#: rich takes about 1 ms a row to lay out a table; past so many rows nobody looks at it as a table.
+#: rich takes about 1 ms a row to lay out a table; past so many rows nobody
+#: looks at it as a table.
 LONGEST_TABLE = 400
 
 
 def wants_colour() -> bool:
-    """Whether stdout is a terminal and nobody has said no (https://no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    """Whether stdout is a terminal and nobody has said no
+    (https://no-color.org)."""
+    return (
+        sys.stdout.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM") != "dumb"
+    )
 
 
 def styled(text: str, style: str) -> str:
@@ -41,14 +48,23 @@ def styled(text: str, style: str) -> str:
 
 
 def printable(text: str) -> str:
-    """One line without control characters: names of processes and files are other people's text."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """One line without control characters: names of processes and files are
+    other people's text."""
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    )
 
 
 def short_path(path: str) -> str:
     """Write the home folder as ~, as a person does."""
     home = os.environ.get("HOME", "")
-    return f"~{path[len(home) :]}" if home not in ("", "/") and path.startswith(home + "/") else path
+    return (
+        f"~{path[len(home) :]}"
+        if home not in ("", "/") and path.startswith(home + "/")
+        else path
+    )
 
 
 def with_short_paths(text: str) -> str:
@@ -66,7 +82,8 @@ def print_rows(
     rows: Sequence[Sequence[str]],
     style: Callable[[int, str], str] = lambda column, text: "",
 ) -> None:
-    """Print a table; `style` says how a cell looks, from its column and its text."""
+    """Print a table; `style` says how a cell looks, from its column and its
+    text."""
     clean = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty() and len(clean) <= LONGEST_TABLE:
         from rich.console import Console
@@ -76,22 +93,43 @@ def print_rows(
         click.echo("\n".join(plain_lines(header, clean)))
 
 
-def plain_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def plain_lines(
+    header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> list[str]:
     """Lay rows out in columns, two blanks apart."""
     lines = [[cell.upper() for cell in header], *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
+    return [
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in lines
+    ]
 
 
-def rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], style: Callable[[int, str], str]) -> Any:
+def rich_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    style: Callable[[int, str], str],
+) -> Any:
     """Lay rows out as a rich table."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold"
+    )
     for title in header:
-        # Where the terminal is too narrow, the last column goes on below: names and addresses stay whole.
-        table.add_column(title.upper(), no_wrap=title != header[-1], overflow="fold")
+        # Where the terminal is too narrow, the last column goes on below: names
+        # and addresses stay whole.
+        table.add_column(
+            title.upper(), no_wrap=title != header[-1], overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(Text(cell, style=style(column, cell)) for column, cell in enumerate(row)))
+        table.add_row(
+            *(
+                Text(cell, style=style(column, cell))
+                for column, cell in enumerate(row)
+            )
+        )
     return table

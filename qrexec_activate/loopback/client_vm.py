@@ -1,8 +1,10 @@
-"""The loopback `qrexec-client-vm`: one process is the client, dom0's policy and the service's qube together.
+"""The loopback `qrexec-client-vm`: one process is the client, dom0's policy and
+the service's qube together.
 
-What its caller can see is that of the real one (qrexec 4.4.2): options, exit codes, messages, and above all
-this rule: nothing is read from fd 0, and O_NONBLOCK is not set on it, until the call is established. It must
-start in a few milliseconds, so it imports only what is built into Python.
+What its caller can see is that of the real one (qrexec 4.4.2): options, exit
+codes, messages, and above all this rule: nothing is read from fd 0, and
+O_NONBLOCK is not set on it, until the call is established. It must start in a
+few milliseconds, so it imports only what is built into Python.
 
 The root, QREXEC_LOOPBACK, is an absolute folder:
 
@@ -48,17 +50,23 @@ EXIT_NO_SERVICE = 127
 EXIT_VCHAN_CLOSED = 255
 
 MAX_ARGUMENT = 3900
-"""An argument longer than this wedges the agent of qrexec 4.4.2 for good: the call hangs."""
+"""An argument longer than this wedges the agent of qrexec 4.4.2 for good: the
+call hangs."""
 MAX_CONNECTIONS = 128
 """Open connections to one target; the next one is refused."""
 CHUNK = 256 * 1024
 PROMPT_POLL = 0.02
 SIGKILL, SIGPIPE = 9, 13  # the signal module imports enum
 
-# What a terminal could be tricked with becomes `_` under --filter-escape-chars-stdout.
-FILTER = bytes(byte if 32 <= byte <= 126 or byte in b"\t\n\r\b\a" else ord("_") for byte in range(256))
+# What a terminal could be tricked with becomes `_` under
+# --filter-escape-chars-stdout.
+FILTER = bytes(
+    byte if 32 <= byte <= 126 or byte in b"\t\n\r\b\a" else ord("_")
+    for byte in range(256)
+)
 
-# Of the caller's environment only this reaches a service: it stands for a program in another qube.
+# Of the caller's environment only this reaches a service: it stands for a
+# program in another qube.
 PASSED_ENVIRONMENT = (
     "PATH",
     "LANG",
@@ -74,7 +82,8 @@ PASSED_ENVIRONMENT = (
 
 
 class Ended(Exception):
-    """The call is over: exit with `code`, after `message` on stderr. `reason` is for the log of calls."""
+    """The call is over: exit with `code`, after `message` on stderr. `reason`
+    is for the log of calls."""
 
     def __init__(self, code: int, message: str = "", reason: str = "") -> None:
         super().__init__(code, message, reason)
@@ -83,10 +92,11 @@ class Ended(Exception):
         self.reason = reason or message
 
 
-# -- options ---------------------------------------------------------------------------------------
+# -- options -------------------------------------------------------------------
 
 HELP_STDIN_SOCKET = (
-    "  --use-stdin-socket - use stdin, which must be a stream socket, for both directions instead of stdout\n"
+    "  --use-stdin-socket - use stdin, which must be a stream socket, for"
+    " both directions instead of stdout\n"
 )
 HELP = """\
 usage: {name} [options] target_vmname program_ident [local_program [local program arguments]]
@@ -122,7 +132,8 @@ SHORT_OPTIONS = {
 
 
 class Options:
-    """A parsed command line. `filter_stdout` is None where the terminal decides."""
+    """A parsed command line. `filter_stdout` is None where the terminal
+    decides."""
 
     def __init__(self) -> None:
         self.target = ""
@@ -134,19 +145,30 @@ class Options:
 
 
 def parse_version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.strip().split(".") if part.isascii() and part.isdigit())
+    return tuple(
+        int(part)
+        for part in text.strip().split(".")
+        if part.isascii() and part.isdigit()
+    )
 
 
 def parse_options(argv: list[str], version: tuple[int, ...]) -> Options:
-    """As getopt_long with `+`: options end at the first word that is none; a long one may be abbreviated."""
+    """As getopt_long with `+`: options end at the first word that is none; a
+    long one may be abbreviated."""
     name = argv[0]
     usage = HELP.format(name=name)
     if version >= STDIN_SOCKET_IN_HELP_SINCE:
         usage += HELP_STDIN_SOCKET
-    known = [key for key in LONG_OPTIONS if key != "use-stdin-socket" or version >= STDIN_SOCKET_SINCE]
+    known = [
+        key
+        for key in LONG_OPTIONS
+        if key != "use-stdin-socket" or version >= STDIN_SOCKET_SINCE
+    ]
 
     def bad(problem: str) -> Ended:
-        return Ended(EXIT_USAGE, f"{name}: {problem}\n{usage}".rstrip("\n"), problem)
+        return Ended(
+            EXIT_USAGE, f"{name}: {problem}\n{usage}".rstrip("\n"), problem
+        )
 
     options = Options()
     words = argv[1:]
@@ -156,7 +178,9 @@ def parse_options(argv: list[str], version: tuple[int, ...]) -> Options:
             break
         if word.startswith("--"):
             written, equals, value = word[2:].partition("=")
-            found = [key for key in known if key == written] or [key for key in known if key.startswith(written)]
+            found = [key for key in known if key == written] or [
+                key for key in known if key.startswith(written)
+            ]
             if not found:
                 raise bad(f"unrecognized option '--{written}'")
             if len(found) > 1:
@@ -185,7 +209,10 @@ def parse_options(argv: list[str], version: tuple[int, ...]) -> Options:
     if len(words) < 2:
         raise Ended(EXIT_USAGE, usage.rstrip("\n"), "usage")
     if len(words) > 2:
-        raise Ended(EXIT_USAGE, f"{name}: a local program is not supported by the loopback")
+        raise Ended(
+            EXIT_USAGE,
+            f"{name}: a local program is not supported by the loopback",
+        )
     options.target, options.service = words
     return options
 
@@ -195,23 +222,30 @@ def apply_option(options: Options, key: str, value: str, usage: str) -> None:
         raise Ended(0, usage.rstrip("\n"), "help")
     if key == "buffer-size":
         if not value[:1].isdigit():
-            raise Ended(EXIT_FAILURE, "Bad buffer size: does not begin with a number")
+            raise Ended(
+                EXIT_FAILURE, "Bad buffer size: does not begin with a number"
+            )
         if not (value.isascii() and value.isdigit()):
             raise Ended(EXIT_FAILURE, "Bad buffer size: trailing junk")
     elif key == "prefix-data":
         if options.prefix is not None:
-            raise Ended(EXIT_USAGE, usage.rstrip("\n"), "prefix data given twice")
+            raise Ended(
+                EXIT_USAGE, usage.rstrip("\n"), "prefix data given twice"
+            )
         options.prefix = os.fsencode(value)
     elif key == "agent-socket":
         options.agent_socket = value
     elif key == "use-stdin-socket":
         if options.stdin_socket:
-            raise Ended(EXIT_USAGE, "qrexec-client-vm: --use-stdin-socket passed twice")
+            raise Ended(
+                EXIT_USAGE, "qrexec-client-vm: --use-stdin-socket passed twice"
+            )
         check_stdin_socket()
         options.stdin_socket = True
     elif key.endswith("stdout"):
         options.filter_stdout = not key.startswith("no-")
-    # Filters of stderr are taken and do nothing: a service writes to the client's own stderr.
+    # Filters of stderr are taken and do nothing: a service writes to the
+    # client's own stderr.
 
 
 def check_stdin_socket() -> None:
@@ -220,16 +254,22 @@ def check_stdin_socket() -> None:
     except OSError as error:
         problem = "--use-stdin-socket passed, but stdin not a socket"
         if error.errno != errno.ENOTSOCK:
-            problem = f"getsockopt(0, SOL_SOCKET, SO_TYPE): {os.strerror(error.errno or 0)}"
+            problem = (
+                f"getsockopt(0, SOL_SOCKET, SO_TYPE):"
+                f" {os.strerror(error.errno or 0)}"
+            )
         raise Ended(EXIT_USAGE, f"qrexec-client-vm: {problem}") from None
     kind = sock.type
     sock.detach()
     if kind != _socket.SOCK_STREAM:
-        message = f"stdin was a socket of type {kind}, not SOCK_STREAM ({_socket.SOCK_STREAM})"
+        message = (
+            f"stdin was a socket of type {kind}, not SOCK_STREAM"
+            f" ({_socket.SOCK_STREAM})"
+        )
         raise Ended(EXIT_USAGE, f"qrexec-client-vm: {message}")
 
 
-# -- the loopback root -----------------------------------------------------------------------------
+# -- the loopback root ---------------------------------------------------------
 
 
 class Root:
@@ -239,17 +279,30 @@ class Root:
         if not path:
             raise Ended(
                 EXIT_FAILURE,
-                "loopback qrexec-client-vm: QREXEC_LOOPBACK is not set; it names the folder of pretend qubes",
+                "loopback qrexec-client-vm: QREXEC_LOOPBACK is not set; it"
+                " names the folder of pretend qubes",
             )
         if not path.startswith("/"):
-            raise Ended(EXIT_FAILURE, f"loopback qrexec-client-vm: QREXEC_LOOPBACK={path} is not an absolute path")
+            raise Ended(
+                EXIT_FAILURE,
+                f"loopback qrexec-client-vm: QREXEC_LOOPBACK={path} is not an"
+                f" absolute path",
+            )
         if not os.path.isdir(path):
-            raise Ended(EXIT_FAILURE, f"loopback qrexec-client-vm: QREXEC_LOOPBACK={path} is not a folder")
+            raise Ended(
+                EXIT_FAILURE,
+                f"loopback qrexec-client-vm: QREXEC_LOOPBACK={path} is not a"
+                f" folder",
+            )
         self.path = path.rstrip("/")
 
     def text(self, name: str) -> str | None:
         try:
-            with open(f"{self.path}/{name}", encoding="utf-8", errors="surrogateescape") as file:
+            with open(
+                f"{self.path}/{name}",
+                encoding="utf-8",
+                errors="surrogateescape",
+            ) as file:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -264,28 +317,50 @@ class Root:
         return os.path.isdir(self.qube(name))
 
     def log(self, event: str, **fields: str | int) -> None:
-        """Append one line to `calls`, by a single write: calls that run at once do not mix their lines."""
-        values: dict[str, str | int] = {"event": event, "pid": os.getpid(), **fields}
-        line = ", ".join(f'"{key}": {json_value(value)}' for key, value in values.items())
+        """Append one line to `calls`, by a single write: calls that run at once
+        do not mix their lines."""
+        values: dict[str, str | int] = {
+            "event": event,
+            "pid": os.getpid(),
+            **fields,
+        }
+        line = ", ".join(
+            f'"{key}": {json_value(value)}' for key, value in values.items()
+        )
         try:
-            log = os.open(f"{self.path}/calls", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            log = os.open(
+                f"{self.path}/calls",
+                os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC,
+                0o600,
+            )
         except OSError:
             return  # a root that cannot be written to still serves
         os.write(log, f"{{{line}}}\n".encode("ascii"))
         os.close(log)
 
     def take_place(self, name: str, places: int) -> int:
-        """Hold one of so many places until this process ends or closes the returned fd; -1 if all are taken.
+        """Hold one of so many places until this process ends or closes the
+        returned fd; -1 if all are taken.
 
-        A place is a byte of a file, locked: the kernel gives it back, however the process ends.
+        A place is a byte of a file, locked: the kernel gives it back, however
+        the process ends.
         """
         try:
-            file = os.open(f"{self.path}/{name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            file = os.open(
+                f"{self.path}/{name}",
+                os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
+                0o600,
+            )
         except OSError:
             return 0  # nowhere to count: let it pass
         for attempt in range(places):
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, (os.getpid() + attempt) % places)
+                fcntl.lockf(
+                    file,
+                    fcntl.LOCK_EX | fcntl.LOCK_NB,
+                    1,
+                    (os.getpid() + attempt) % places,
+                )
             except OSError:
                 continue
             return file
@@ -293,12 +368,19 @@ class Root:
         return -1
 
     def nth_call(self, line: faults.Line) -> int:
-        """Count the calls that a faults line with `first=` has met since the file was written."""
+        """Count the calls that a faults line with `first=` has met since the
+        file was written."""
         written = os.stat(f"{self.path}/faults").st_mtime_ns
         os.makedirs(f"{self.path}/.faults", exist_ok=True)
-        counter = os.open(f"{self.path}/.faults/{written}.{line.number}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        counter = os.open(
+            f"{self.path}/.faults/{written}.{line.number}",
+            os.O_WRONLY | os.O_APPEND | os.O_CREAT,
+            0o600,
+        )
         os.write(counter, b".")
-        count = os.lseek(counter, 0, os.SEEK_CUR)  # where this process's own byte ended, whoever else appends
+        count = os.lseek(
+            counter, 0, os.SEEK_CUR
+        )  # where this process's own byte ended, whoever else appends
         os.close(counter)
         return count
 
@@ -318,11 +400,13 @@ def json_value(value: str | int) -> str:
             quoted.append(f"\\u{code:04x}")
         else:
             code -= 0x10000
-            quoted.append(f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}")
+            quoted.append(
+                f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
+            )
     return '"' + "".join(quoted) + '"'
 
 
-# -- the answer ------------------------------------------------------------------------------------
+# -- the answer ----------------------------------------------------------------
 
 
 class Call:
@@ -338,7 +422,14 @@ class Call:
         text = root.text("policy")
         try:
             rules = None if text is None else policy.parse(text)
-            decision = policy.decide(rules, self.service, self.argument, self.source, target, root.is_known)
+            decision = policy.decide(
+                rules,
+                self.service,
+                self.argument,
+                self.source,
+                target,
+                root.is_known,
+            )
         except policy.PolicyError as error:
             decision = policy.Decision("refuse", "", f"policy: {error}")
         if not self.service:
@@ -347,8 +438,13 @@ class Call:
         try:
             lines = faults.parse(root.text("faults") or "")
         except faults.FaultsError as error:
-            raise Ended(EXIT_FAILURE, f"loopback qrexec-client-vm: {root.path}/faults: {error}") from None
-        self.faults = faults.chosen(lines, decision.resolved or options.target, root.nth_call)
+            raise Ended(
+                EXIT_FAILURE,
+                f"loopback qrexec-client-vm: {root.path}/faults: {error}",
+            ) from None
+        self.faults = faults.chosen(
+            lines, decision.resolved or options.target, root.nth_call
+        )
         root.log(
             "call",
             target=options.target,
@@ -363,11 +459,15 @@ class Call:
 
     @property
     def full_name(self) -> str:
-        return f"{self.service}+{self.argument}" if self.argument else self.service
+        return (
+            f"{self.service}+{self.argument}" if self.argument else self.service
+        )
 
     def happens(self, fault: str) -> bool:
         probability = self.faults.get(fault, 0)
-        return probability > 0 and int.from_bytes(os.urandom(6), "big") < probability * (1 << 48)
+        return probability > 0 and int.from_bytes(
+            os.urandom(6), "big"
+        ) < probability * (1 << 48)
 
 
 def refused(reason: str) -> Ended:
@@ -386,11 +486,16 @@ def hang() -> NoReturn:
 def wait_for_answer(root: Root, call: Call) -> services.Service:
     """Everything between the request and the data phase.
 
-    Meanwhile the client may go, and this does not see it: nor does qrexec while a prompt is open.
+    Meanwhile the client may go, and this does not see it: nor does qrexec while
+    a prompt is open.
     """
     if len(call.argument) > MAX_ARGUMENT:
         hang()
-    setups = root.take_place("setups", int(call.faults["max-setups"])) if "max-setups" in call.faults else 0
+    setups = (
+        root.take_place("setups", int(call.faults["max-setups"]))
+        if "max-setups" in call.faults
+        else 0
+    )
     time.sleep(call.faults.get("delay", 0))
     if call.happens("lose"):
         hang()
@@ -410,8 +515,16 @@ def wait_for_answer(root: Root, call: Call) -> services.Service:
     for state in ("halted", "agent-down"):
         if os.path.lexists(f"{qube}/{state}"):
             raise refused(f"{call.decision.resolved} is {state}")
-    if root.take_place(f"qubes/{call.decision.resolved}/connections", MAX_CONNECTIONS) < 0:
-        raise refused(f"{MAX_CONNECTIONS} connections to {call.decision.resolved} are open")
+    if (
+        root.take_place(
+            f"qubes/{call.decision.resolved}/connections", MAX_CONNECTIONS
+        )
+        < 0
+    ):
+        raise refused(
+            f"{MAX_CONNECTIONS} connections to {call.decision.resolved} are"
+            f" open"
+        )
     service = find_service(qube, call)
     if setups > 0:
         os.close(setups)
@@ -435,13 +548,21 @@ def find_service(qube: str, call: Call) -> services.Service:
         raise Ended(EXIT_CANNOT_START, "", str(error)) from None
 
 
-# -- the service -----------------------------------------------------------------------------------
+# -- the service ---------------------------------------------------------------
 
 
 class Running:
-    """A started service: where its input goes, where its output comes from, and its process, if it is one."""
+    """A started service: where its input goes, where its output comes from, and
+    its process, if it is one."""
 
-    __slots__ = ("exit_on_client_eof", "exit_on_service_eof", "pid", "preamble", "reads", "writes")
+    __slots__ = (
+        "exit_on_client_eof",
+        "exit_on_service_eof",
+        "pid",
+        "preamble",
+        "reads",
+        "writes",
+    )
 
     def __init__(self, reads: int, writes: int) -> None:
         self.reads = reads
@@ -458,13 +579,21 @@ def start(root: Root, call: Call, service: services.Service) -> Running:
             return start_script(root, call, service)
         return connect(call, service)
     except OSError as error:
-        raise Ended(EXIT_CANNOT_START, "", f"{service.path or service.host}: {error}") from None
+        raise Ended(
+            EXIT_CANNOT_START, "", f"{service.path or service.host}: {error}"
+        ) from None
 
 
 def start_script(root: Root, call: Call, service: services.Service) -> Running:
     qube = root.qube(call.decision.resolved)
-    environment = {key: value for key, value in os.environ.items() if key in PASSED_ENVIRONMENT}
-    environment.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key in PASSED_ENVIRONMENT
+    }
+    environment.setdefault(
+        "PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    )
     environment |= {
         "HOME": f"{qube}/home",
         "XDG_RUNTIME_DIR": f"{qube}/run",
@@ -477,14 +606,20 @@ def start_script(root: Root, call: Call, service: services.Service) -> Running:
             os.mkdir(f"{qube}/{folder}", 0o700)
         except FileExistsError:
             continue
-    # Two socket pairs, as in qrexec: a service that leaves without reading all its input loses none of its
-    # output.
+    # Two socket pairs, as in qrexec: a service that leaves without reading all
+    # its input loses none of its output.
     own_input, its_input = _socket.socketpair()
     own_output, its_output = _socket.socketpair()
     argv = [service.path] + ([call.argument] if call.argument else [])
     if not os.access(service.path, os.X_OK):
-        argv = ["/bin/sh", "--", *argv]  # as qubes-rpc-multiplexer runs a file without its run bit
-    os.chdir(f"{qube}/home")  # posix_spawn has no folder of its own to give, and nothing here needs the old one
+        argv = [
+            "/bin/sh",
+            "--",
+            *argv,
+        ]  # as qubes-rpc-multiplexer runs a file without its run bit
+    os.chdir(
+        f"{qube}/home"
+    )  # posix_spawn has no folder of its own to give, and nothing here needs the old one
     pid = os.posix_spawn(
         argv[0],
         argv,
@@ -493,7 +628,9 @@ def start_script(root: Root, call: Call, service: services.Service) -> Running:
             (os.POSIX_SPAWN_DUP2, its_input.fileno(), 0),
             (os.POSIX_SPAWN_DUP2, its_output.fileno(), 1),
         ],
-        setsigdef=[SIGPIPE],  # Python ignores it, and a service would inherit that
+        setsigdef=[
+            SIGPIPE
+        ],  # Python ignores it, and a service would inherit that
     )
     its_input.close()
     its_output.close()
@@ -507,7 +644,9 @@ def connect(call: Call, service: services.Service) -> Running:
         sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         connect_unix(sock, service.path)
     else:
-        found = _socket.getaddrinfo(service.host, service.port, 0, _socket.SOCK_STREAM)
+        found = _socket.getaddrinfo(
+            service.host, service.port, 0, _socket.SOCK_STREAM
+        )
         family, kind, protocol, _, address = found[0]
         sock = _socket.socket(family, kind, protocol)
         sock.connect(address)
@@ -515,14 +654,17 @@ def connect(call: Call, service: services.Service) -> Running:
     fd = sock.detach()
     running = Running(fd, fd)
     if not service.config.skip_service_descriptor:
-        running.preamble = os.fsencode(f"{call.full_name} {call.source}") + b"\0"
+        running.preamble = (
+            os.fsencode(f"{call.full_name} {call.source}") + b"\0"
+        )
     running.exit_on_service_eof = service.config.exit_on_service_eof
     running.exit_on_client_eof = service.config.exit_on_client_eof
     return running
 
 
 def connect_unix(sock: _socket.socket, path: str) -> None:
-    """Connect to a socket whose path may be longer than the 107 bytes that an address holds."""
+    """Connect to a socket whose path may be longer than the 107 bytes that an
+    address holds."""
     place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         sock.connect(f"/proc/self/fd/{place}")
@@ -530,19 +672,27 @@ def connect_unix(sock: _socket.socket, path: str) -> None:
         os.close(place)
 
 
-# -- the data phase --------------------------------------------------------------------------------
+# -- the data phase ------------------------------------------------------------
 
 
 class Way:
-    """One direction. The end of its source finishes its sink and nothing else: the other direction goes on.
+    """One direction. The end of its source finishes its sink and nothing else:
+    the other direction goes on.
 
-    Reads only when all that was read has been written, so that a slow reader slows the writer. A sink that is
-    gone is not an end: what still comes is read and dropped, and the sender is not told, as in qrexec.
+    Reads only when all that was read has been written, so that a slow reader
+    slows the writer. A sink that is gone is not an end: what still comes is
+    read and dropped, and the sender is not told, as in qrexec.
     """
 
     __slots__ = ("moved", "pending", "sink", "sink_state", "source", "table")
 
-    def __init__(self, source: int, sink: int, first: bytes = b"", table: bytes | None = None) -> None:
+    def __init__(
+        self,
+        source: int,
+        sink: int,
+        first: bytes = b"",
+        table: bytes | None = None,
+    ) -> None:
         self.source = source
         self.sink = sink
         self.pending = memoryview(first)
@@ -555,19 +705,23 @@ class Way:
         return self.sink_state == "finished"
 
     def waits_for(self) -> tuple[int, int]:
-        """The fd and the poll events that this direction can go on with; fd -1 if it is done."""
+        """The fd and the poll events that this direction can go on with; fd -1
+        if it is done."""
         if self.pending:
             return self.sink, select.POLLOUT
         return self.source, select.POLLIN
 
     def move(self) -> None:
-        """Write what is pending, or read and write one chunk, as far as it goes without waiting."""
+        """Write what is pending, or read and write one chunk, as far as it goes
+        without waiting."""
         try:
             if not self.pending and self.source >= 0:
                 chunk = read_chunk(self.source)
                 if chunk:
                     self.moved += len(chunk)
-                    self.pending = memoryview(chunk.translate(self.table) if self.table else chunk)
+                    self.pending = memoryview(
+                        chunk.translate(self.table) if self.table else chunk
+                    )
                 else:
                     self.source = -1
             if self.pending and self.sink_state == "open":
@@ -591,7 +745,8 @@ class Way:
 
 
 def read_chunk(fd: int) -> bytes:
-    """Bytes, or none at the end of the stream; a reset is one too. BlockingIOError if there are none yet."""
+    """Bytes, or none at the end of the stream; a reset is one too.
+    BlockingIOError if there are none yet."""
     try:
         return os.read(fd, CHUNK)
     except BlockingIOError:
@@ -616,19 +771,30 @@ def shut_writing(fd: int) -> None:
 
 
 def relay(call: Call, options: Options, running: Running) -> int:
-    """The data phase; returns the exit code. It begins by setting O_NONBLOCK on fd 0, for all to see."""
+    """The data phase; returns the exit code. It begins by setting O_NONBLOCK on
+    fd 0, for all to see."""
     out = 0 if options.stdin_socket else 1
     os.set_blocking(0, False)
     os.set_blocking(out, False)
     os.set_blocking(running.reads, False)
     os.set_blocking(running.writes, False)
-    filtered = options.filter_stdout or (options.filter_stdout is None and os.isatty(out))
+    filtered = options.filter_stdout or (
+        options.filter_stdout is None and os.isatty(out)
+    )
     up = Way(0, running.reads, running.preamble + (options.prefix or b""))
     down = Way(running.writes, out, table=FILTER if filtered else None)
     child = os.pidfd_open(running.pid) if running.pid >= 0 else -1
     code = 0
-    limit = int(call.faults.get("end-early-after", 1)) if call.happens("end-early") else -1
-    dies_at = time.monotonic() + call.faults["die-after"] if "die-after" in call.faults else 0.0
+    limit = (
+        int(call.faults.get("end-early-after", 1))
+        if call.happens("end-early")
+        else -1
+    )
+    dies_at = (
+        time.monotonic() + call.faults["die-after"]
+        if "die-after" in call.faults
+        else 0.0
+    )
 
     poller = select.poll()
     polled: dict[int, int] = {}
@@ -650,7 +816,8 @@ def relay(call: Call, options: Options, running: Running) -> int:
         for fd, events in (up.waits_for(), down.waits_for()):
             if fd >= 0:
                 wanted[fd] = wanted.get(fd, 0) | events
-        # An fd without a wish is not polled at all: its hang-up would be reported again and again.
+        # An fd without a wish is not polled at all: its hang-up would be
+        # reported again and again.
         for fd in polled.keys() - wanted.keys():
             poller.unregister(fd)
         for fd, events in wanted.items():
@@ -682,12 +849,18 @@ def exit_code(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-# -- main ------------------------------------------------------------------------------------------
+# -- main ----------------------------------------------------------------------
 
 
 def check_agent(root: Root, options: Options) -> None:
-    if root.has("agent-down") or (options.agent_socket and not is_socket(options.agent_socket)):
-        raise Ended(EXIT_FAILURE, "connect: No such file or directory", "no agent socket")
+    if root.has("agent-down") or (
+        options.agent_socket and not is_socket(options.agent_socket)
+    ):
+        raise Ended(
+            EXIT_FAILURE,
+            "connect: No such file or directory",
+            "no agent socket",
+        )
 
 
 def is_socket(path: str) -> bool:
@@ -698,7 +871,11 @@ def is_socket(path: str) -> bool:
 
 
 def run(argv: list[str], root: Root) -> int:
-    version = os.environ.get("QREXEC_LOOPBACK_VERSION") or root.text("version") or DEFAULT_VERSION
+    version = (
+        os.environ.get("QREXEC_LOOPBACK_VERSION")
+        or root.text("version")
+        or DEFAULT_VERSION
+    )
     options = parse_options(argv, parse_version(version))
     check_agent(root, options)
     call = Call(root, options)
@@ -730,4 +907,6 @@ def main() -> NoReturn:
         tell(message)
     if root:
         root.log("exit", code=code, reason=reason)
-    os._exit(code)  # at once: nothing is buffered, and Python's own way out costs milliseconds
+    os._exit(
+        code
+    )  # at once: nothing is buffered, and Python's own way out costs milliseconds

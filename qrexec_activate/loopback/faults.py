@@ -1,7 +1,8 @@
-"""Faults on demand: parse the faults file of a loopback root, and pick those that hit one call. No I/O.
+"""Faults on demand: parse the faults file of a loopback root, and pick those
+that hit one call. No I/O.
 
-Each line is `[QUBE] fault=value …`; without `[QUBE]` it meets calls to every qube, and a later line overrides
-an earlier one.
+Each line is `[QUBE] fault=value …`; without `[QUBE]` it meets calls to every
+qube, and a later line overrides an earlier one.
 
   delay=SECONDS          wait so long before the answer
   lose=P                 hang for ever before the answer, as a race in qrexec-daemon 4.4.2
@@ -30,15 +31,19 @@ WHOLE_NUMBERS = ("max-setups", "exit", "end-early-after", "first")
 
 
 class FaultsError(ValueError):
-    """A line that cannot be read; the text names the line and what is wrong with it."""
+    """A line that cannot be read; the text names the line and what is wrong
+    with it."""
 
 
 class Line:
-    """One line: the qube that it selects (empty: every qube), and its faults by name."""
+    """One line: the qube that it selects (empty: every qube), and its faults by
+    name."""
 
     __slots__ = ("number", "qube", "values")
 
-    def __init__(self, number: int, qube: str, values: dict[str, float]) -> None:
+    def __init__(
+        self, number: int, qube: str, values: dict[str, float]
+    ) -> None:
         self.number = number
         self.qube = qube
         self.values = values
@@ -55,7 +60,13 @@ def parse(text: str) -> list[Line]:
             if not words[0].endswith("]") or len(words[0]) < 3:
                 raise FaultsError(f"line {number}: {words[0]!r} is no [QUBE]")
             qube = words.pop(0)[1:-1]
-        lines.append(Line(number, "" if qube == "*" else qube, dict(_parse_fault(number, word) for word in words)))
+        lines.append(
+            Line(
+                number,
+                "" if qube == "*" else qube,
+                dict(_parse_fault(number, word) for word in words),
+            )
+        )
     return lines
 
 
@@ -66,7 +77,9 @@ def _parse_fault(number: int, word: str) -> tuple[str, float]:
             raise ValueError
         value = float(int(text)) if key in WHOLE_NUMBERS else float(text)
     except (ValueError, OverflowError):
-        raise FaultsError(f"line {number}: {word!r} is no fault=number") from None
+        raise FaultsError(
+            f"line {number}: {word!r} is no fault=number"
+        ) from None
     if key in PROBABILITIES:
         valid = 0 <= value <= 1
     elif key == "exit":
@@ -80,13 +93,18 @@ def _parse_fault(number: int, word: str) -> tuple[str, float]:
     return key, value
 
 
-def chosen(lines: list[Line], qube: str, nth_call: Callable[[Line], int]) -> dict[str, float]:
+def chosen(
+    lines: list[Line], qube: str, nth_call: Callable[[Line], int]
+) -> dict[str, float]:
     """The faults of a call to `qube`.
 
-    `nth_call` counts the calls that a line with `first=` has met, this one included.
+    `nth_call` counts the calls that a line with `first=` has met, this one
+    included.
     """
     values: dict[str, float] = {}
     for line in lines:
-        if line.qube in ("", qube) and ("first" not in line.values or nth_call(line) <= line.values["first"]):
+        if line.qube in ("", qube) and (
+            "first" not in line.values or nth_call(line) <= line.values["first"]
+        ):
             values.update(line.values)
     return values

@@ -1,8 +1,9 @@
 """Policy of the loopback qrexec: parse the 5.0 format, decide one call.
 
-Text and names in, a decision out: no I/O. As in dom0, the first line that matches decides, and what no line
-allows is refused. What this parser does not know (tags, includes) is an error, never a line that is skipped:
-a skipped `deny` would allow.
+Text and names in, a decision out: no I/O. As in dom0, the first line that
+matches decides, and what no line allows is refused. What this parser does not
+know (tags, includes) is an error, never a line that is skipped: a skipped
+`deny` would allow.
 """
 
 from __future__ import annotations
@@ -18,20 +19,32 @@ DEFAULT_TEMPLATE = "default-dvm"
 """The pretend qube whose services answer a call to a plain `@dispvm`."""
 
 MAX_QUBE_NAME = 31
-NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-.")
+NAME_CHARACTERS = frozenset(
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-."
+)
 CALL_CHARACTERS = NAME_CHARACTERS | {"+"}
 ACTIONS = ("allow", "deny", "ask")
 IGNORED_PARAMETERS = ("user", "notify", "autostart")
 
 
 class PolicyError(ValueError):
-    """A policy line that cannot be read; the text names the line and what is wrong with it."""
+    """A policy line that cannot be read; the text names the line and what is
+    wrong with it."""
 
 
 class Rule:
     """One policy line. `argument` is `*`, or `+` and the exact argument."""
 
-    __slots__ = ("action", "argument", "default_target", "line", "redirect", "service", "source", "target")
+    __slots__ = (
+        "action",
+        "argument",
+        "default_target",
+        "line",
+        "redirect",
+        "service",
+        "source",
+        "target",
+    )
 
     def __init__(
         self,
@@ -53,17 +66,24 @@ class Rule:
         self.redirect = redirect
         self.default_target = default_target
 
-    def matches(self, service: str, argument: str, source: str, target: str) -> bool:
+    def matches(
+        self, service: str, argument: str, source: str, target: str
+    ) -> bool:
         return (
             self.service in ("*", service)
             and self.argument in ("*", "+" + argument)
             and (self.source in ("*", "@anyvm") or self.source == source)
-            and (self.target == "*" or (self.target == "@anyvm" and target != ADMIN) or self.target == target)
+            and (
+                self.target == "*"
+                or (self.target == "@anyvm" and target != ADMIN)
+                or self.target == target
+            )
         )
 
 
 class Decision:
-    """What policy says: `allow`, `ask` or `refuse`; the qube that would run the service; and why."""
+    """What policy says: `allow`, `ask` or `refuse`; the qube that would run the
+    service; and why."""
 
     __slots__ = ("action", "reason", "resolved")
 
@@ -74,10 +94,13 @@ class Decision:
 
 
 def sanitise(name: str) -> str:
-    """Service or argument as policy sees it: every byte outside `A-Za-z0-9_-.+` silently becomes `_`."""
+    """Service or argument as policy sees it: every byte outside `A-Za-z0-9_-.+`
+    silently becomes `_`."""
     if all(char in CALL_CHARACTERS for char in name):
         return name
-    name = name.encode("utf-8", "surrogateescape").decode("latin-1")  # by byte, as qrexec does, not by character
+    name = name.encode("utf-8", "surrogateescape").decode(
+        "latin-1"
+    )  # by byte, as qrexec does, not by character
     return "".join(char if char in CALL_CHARACTERS else "_" for char in name)
 
 
@@ -91,7 +114,8 @@ def is_qube_name(name: str) -> bool:
 
 
 def effective_target(asked: str, is_known: Callable[[str], bool]) -> str:
-    """The target as policy sees it: one that is unknown or malformed silently becomes `@default`."""
+    """The target as policy sees it: one that is unknown or malformed silently
+    becomes `@default`."""
     asked = asked.replace("$", "@")
     if asked in ("dom0", ADMIN):
         return ADMIN
@@ -102,7 +126,8 @@ def effective_target(asked: str, is_known: Callable[[str], bool]) -> str:
 
 
 def parse(text: str) -> list[Rule]:
-    """The lines of one policy file. PolicyError names the first line that is no policy line."""
+    """The lines of one policy file. PolicyError names the first line that is no
+    policy line."""
     rules = []
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split()
@@ -118,11 +143,15 @@ def _parse_line(number: int, words: list[str]) -> Rule:
     if words[0].startswith("!"):
         raise fail(f"the directive {words[0]} is not known here")
     if len(words) < 5:
-        raise fail("five fields are needed: SERVICE +ARGUMENT|* SOURCE TARGET ACTION")
+        raise fail(
+            "five fields are needed: SERVICE +ARGUMENT|* SOURCE TARGET ACTION"
+        )
     service, argument, source, target, action = words[:5]
     if service != "*" and not all(char in NAME_CHARACTERS for char in service):
         raise fail(f"{service!r} is no service")
-    if argument != "*" and not (argument[0] == "+" and all(char in CALL_CHARACTERS for char in argument)):
+    if argument != "*" and not (
+        argument[0] == "+" and all(char in CALL_CHARACTERS for char in argument)
+    ):
         raise fail(f"{argument!r} is neither * nor +ARGUMENT")
     if service == "*" and argument != "*":
         raise fail("the service * needs the argument *")
@@ -153,10 +182,13 @@ def _parse_line(number: int, words: list[str]) -> Rule:
 
 
 def _rule_target(word: str) -> str:
-    """A target as written in a policy line, dom0 under one name; empty if it is none."""
+    """A target as written in a policy line, dom0 under one name; empty if it is
+    none."""
     if word in ("dom0", ADMIN):
         return ADMIN
-    if word in ("*", "@anyvm", DEFAULT, DISPOSABLE) or is_qube_name(word.removeprefix(DISPOSABLE + ":")):
+    if word in ("*", "@anyvm", DEFAULT, DISPOSABLE) or is_qube_name(
+        word.removeprefix(DISPOSABLE + ":")
+    ):
         return word
     return ""
 
@@ -169,11 +201,16 @@ def decide(
     target: str,
     is_known: Callable[[str], bool],
 ) -> Decision:
-    """Decide one call to an effective target. Without rules (None) a call to any known qube is allowed."""
+    """Decide one call to an effective target. Without rules (None) a call to
+    any known qube is allowed."""
     if rules is None:
         if target == ADMIN:
-            return Decision("refuse", "dom0", "dom0 needs a policy line of its own")
-        return _resolve("allow", target, source, is_known, "there is no policy file")
+            return Decision(
+                "refuse", "dom0", "dom0 needs a policy line of its own"
+            )
+        return _resolve(
+            "allow", target, source, is_known, "there is no policy file"
+        )
     for rule in rules:
         if rule.matches(service, argument, source, target):
             why = f"policy line {rule.line}"
@@ -186,7 +223,13 @@ def decide(
     return Decision("refuse", "", "no policy line matches")
 
 
-def _resolve(action: str, place: str, source: str, is_known: Callable[[str], bool], why: str) -> Decision:
+def _resolve(
+    action: str,
+    place: str,
+    source: str,
+    is_known: Callable[[str], bool],
+    why: str,
+) -> Decision:
     if place == DEFAULT:
         return Decision("refuse", "", f"{why}, but @default names no qube")
     if place == ADMIN:

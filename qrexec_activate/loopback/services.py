@@ -1,8 +1,10 @@
-"""Find what a call runs in a pretend qube: a script, a TCP or unix-socket service; and its rpc-config.
+"""Find what a call runs in a pretend qube: a script, a TCP or unix-socket
+service; and its rpc-config.
 
-It looks as qrexec looks in /etc/qubes-rpc: `SERVICE+ARGUMENT` wins over `SERVICE`, a symlink to
-`/dev/tcp/HOST[/PORT]` is a TCP service, a socket is a socket service, and everything else is a program.
-`qubes.ConnectTCP` is there unless the qube has its own.
+It looks as qrexec looks in /etc/qubes-rpc: `SERVICE+ARGUMENT` wins over
+`SERVICE`, a symlink to `/dev/tcp/HOST[/PORT]` is a TCP service, a socket is a
+socket service, and everything else is a program. `qubes.ConnectTCP` is there
+unless the qube has its own.
 """
 
 from __future__ import annotations
@@ -22,15 +24,24 @@ class NoService(Exception):
 
 
 class CannotStart(Exception):
-    """The service is there and cannot be started: exit code 125, and nothing on stderr."""
+    """The service is there and cannot be started: exit code 125, and nothing on
+    stderr."""
 
 
 class Service:
-    """What to run: a program at `path`. Or where to connect: the unix socket `path`; or `host`, `port`."""
+    """What to run: a program at `path`. Or where to connect: the unix socket
+    `path`; or `host`, `port`."""
 
     __slots__ = ("config", "host", "kind", "path", "port")
 
-    def __init__(self, kind: str, config: rpc_config.Config, path: str = "", host: str = "", port: int = 0) -> None:
+    def __init__(
+        self,
+        kind: str,
+        config: rpc_config.Config,
+        path: str = "",
+        host: str = "",
+        port: int = 0,
+    ) -> None:
         self.kind = kind
         self.config = config
         self.path = path
@@ -39,9 +50,17 @@ class Service:
 
 
 def find(qube: str, service: str, argument: str) -> Service:
-    """The service of the pretend qube in the folder `qube`. NoService or CannotStart say why, for the log."""
+    """The service of the pretend qube in the folder `qube`. NoService or
+    CannotStart say why, for the log."""
     names = [f"{service}+{argument}", service] if argument else [service]
-    path = next((path for path in (f"{qube}/rpc/{name}" for name in names) if _is_there(path)), "")
+    path = next(
+        (
+            path
+            for path in (f"{qube}/rpc/{name}" for name in names)
+            if _is_there(path)
+        ),
+        "",
+    )
     config = _config(qube, names)
     if not path:
         if service != CONNECT_TCP:
@@ -56,19 +75,27 @@ def find(qube: str, service: str, argument: str) -> Service:
     if link == "/dev/tcp" or link.startswith("/dev/tcp/"):
         host, _, port = link[len("/dev/tcp/") :].partition("/")
         return _tcp_service(qube, host, port or argument, config)
-    return Service("unix" if stat.S_ISSOCK(os.stat(path).st_mode) else "script", config, path)
+    return Service(
+        "unix" if stat.S_ISSOCK(os.stat(path).st_mode) else "script",
+        config,
+        path,
+    )
 
 
 def _is_there(path: str) -> bool:
     if len(os.path.basename(path)) > NAME_MAX:
         return False  # no file has so long a name; without its argument it may still be found
-    return os.path.exists(path) or (os.path.islink(path) and os.readlink(path).startswith("/dev/tcp"))
+    return os.path.exists(path) or (
+        os.path.islink(path) and os.readlink(path).startswith("/dev/tcp")
+    )
 
 
 def _config(qube: str, names: list[str]) -> rpc_config.Config | None:
     for name in names:
         try:
-            with open(f"{qube}/rpc-config/{name}", encoding="utf-8", errors="replace") as file:
+            with open(
+                f"{qube}/rpc-config/{name}", encoding="utf-8", errors="replace"
+            ) as file:
                 return rpc_config.parse(file.read())
         except rpc_config.ConfigError as error:
             raise CannotStart(f"{qube}/rpc-config/{name}: {error}") from None
@@ -77,14 +104,21 @@ def _config(qube: str, names: list[str]) -> rpc_config.Config | None:
     return None
 
 
-def _tcp_service(qube: str, host: str, port: str, config: rpc_config.Config) -> Service:
-    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) <= 65535):
+def _tcp_service(
+    qube: str, host: str, port: str, config: rpc_config.Config
+) -> Service:
+    if not (
+        port.isascii()
+        and port.isdigit()
+        and len(port) <= 5
+        and 0 < int(port) <= 65535
+    ):
         raise CannotStart(f"{port!r} is no port")
     if not host:
         raise CannotStart("/dev/tcp names no host")
     if host in OWN_LOOPBACK:
-        # Many pretend qubes share one machine: each may have a loopback address that stands for its own
-        # 127.0.0.1.
+        # Many pretend qubes share one machine: each may have a loopback address
+        # that stands for its own 127.0.0.1.
         try:
             with open(f"{qube}/address", encoding="ascii") as file:
                 host = file.read().strip()

@@ -28,5 +28,7 @@ def debs(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def newer_debs(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def newer_debs(
+    tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
     return build(tree, tmp_path_factory.mktemp("newer"), UPGRADE)

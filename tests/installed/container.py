@@ -1,8 +1,10 @@
-"""Debian in a container: the packages installed by apt, systemd as PID 1, and the stand-in qrexec.
+"""Debian in a container: the packages installed by apt, systemd as PID 1, and
+the stand-in qrexec.
 
-A tree is made by debootstrap once and kept in CACHE; each run works on an overlay of it, which goes with the namespace
-that it is mounted in. In there, /usr/bin/qrexec-client-vm is the stand-in for qrexec, and /var/lib/pretend holds the
-pretend qubes.
+A tree is made by debootstrap once and kept in CACHE; each run works on an
+overlay of it, which goes with the namespace that it is mounted in. In there,
+/usr/bin/qrexec-client-vm is the stand-in for qrexec, and /var/lib/pretend holds
+the pretend qubes.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from typing import NoReturn
 
 import pytest
 
-#: `yes`: do it, and fail where it cannot be done. `if-possible`: skip there. Not set: skip all of it.
+#: `yes`: do it, and fail where it cannot be done. `if-possible`: skip there.
+#: Not set: skip all of it.
 WANTED = os.environ.get("CHECK_INSTALLED", "")
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = Path(__file__).resolve().parent / "inside"
-CACHE = Path(os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate"))
+CACHE = Path(
+    os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate")
+)
 MIRROR = "http://deb.debian.org/debian"
 #: What is there before the packages; all else they have to bring along.
 BASE = "systemd,systemd-sysv,libpam-systemd,dbus"
@@ -43,7 +48,10 @@ SERVERS = [
     ("work", ["127.77.0.2", 1234]),
     ("web", ["127.77.0.3", 80]),
     ("nfs", ["127.0.0.1", 2049]),
-    ("vault", "/var/lib/pretend/qubes/vault/run/qubes.ConnectUnix/gpg-agent-ssh"),
+    (
+        "vault",
+        "/var/lib/pretend/qubes/vault/run/qubes.ConnectUnix/gpg-agent-ssh",
+    ),
     ("archive", "/var/lib/pretend/qubes/archive/rpc/my.Rpc"),
 ]
 POLICY = """\
@@ -63,7 +71,8 @@ WantedBy=multi-user.target
 
 
 class Impossible(Exception):
-    """This machine cannot run such a container; the message says what is missing."""
+    """This machine cannot run such a container; the message says what is
+    missing."""
 
 
 def why_impossible() -> str | None:
@@ -74,9 +83,16 @@ def why_impossible() -> str | None:
         if shutil.which(command) is None:
             return f"{command} is not installed: run tools/packages-setup"
     tried = subprocess.run(
-        ["unshare", "-m", "sh", "-ec", _cgroup_script()], capture_output=True, text=True, check=False
+        ["unshare", "-m", "sh", "-ec", _cgroup_script()],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    return f"no cgroup2 can be mounted: {tried.stderr.strip()}" if tried.returncode else None
+    return (
+        f"no cgroup2 can be mounted: {tried.stderr.strip()}"
+        if tried.returncode
+        else None
+    )
 
 
 def give_up(problem: str) -> NoReturn:
@@ -87,7 +103,8 @@ def give_up(problem: str) -> NoReturn:
 
 
 def _cgroup_script() -> str:
-    """What gives a mount namespace a cgroup2 of its own where the machine has the hybrid or the old layout."""
+    """What gives a mount namespace a cgroup2 of its own where the machine has
+    the hybrid or the old layout."""
     return (
         '[ "$(stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ] ||'
         " { umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup; }"
@@ -95,7 +112,11 @@ def _cgroup_script() -> str:
 
 
 def _proxies() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key.lower() in ("http_proxy", "https_proxy", "no_proxy")}
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key.lower() in ("http_proxy", "https_proxy", "no_proxy")
+    }
 
 
 def base_tree(suite: str) -> Path:
@@ -106,10 +127,22 @@ def base_tree(suite: str) -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{suite}.", dir=CACHE))
         try:
-            debootstrap = ["debootstrap", "--variant=minbase", f"--include={BASE}", suite, str(partial), MIRROR]
-            made = subprocess.run(debootstrap, capture_output=True, text=True, check=False)
+            debootstrap = [
+                "debootstrap",
+                "--variant=minbase",
+                f"--include={BASE}",
+                suite,
+                str(partial),
+                MIRROR,
+            ]
+            made = subprocess.run(
+                debootstrap, capture_output=True, text=True, check=False
+            )
             if made.returncode:
-                give_up(f"debootstrap of {suite} from {MIRROR} failed: {' '.join(made.stdout.split()[-30:])}")
+                give_up(
+                    f"debootstrap of {suite} from {MIRROR} failed:"
+                    f" {' '.join(made.stdout.split()[-30:])}"
+                )
             partial.chmod(0o755)
             partial.rename(tree)
         except BaseException:
@@ -127,12 +160,20 @@ class Container:
         self._archives = CACHE / f"archives-{suite}"
         self._root = folder / "root"
         self._upper = folder / "upper"
-        #: The same tree once more: systemd-nspawn --read-only makes the mount that it is given read-only.
+        #: The same tree once more: systemd-nspawn --read-only makes the mount
+        #: that it is given read-only.
         self._writable = folder / "writable"
-        for path in (self._root, self._upper, self._writable, folder / "work", self._archives / "partial"):
+        for path in (
+            self._root,
+            self._upper,
+            self._writable,
+            folder / "work",
+            self._archives / "partial",
+        ):
             path.mkdir(parents=True, exist_ok=True)
         self._mount = (
-            f"mount -t overlay overlay -o lowerdir={self._lower},upperdir={self._upper},workdir={folder / 'work'}"
+            f"mount -t overlay overlay -o"
+            f" lowerdir={self._lower},upperdir={self._upper},workdir={folder / 'work'}"
             f" {self._root}; mount --bind {self._root} {self._writable}"
         )
         self._leader = 0
@@ -141,23 +182,58 @@ class Container:
     # While it is not booted, as a template is that is being made
 
     def _nspawn(self, *options: str) -> list[str]:
-        script = f"{_cgroup_script()}; {self._mount}; SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn " + '"$@"'
-        common = ["--quiet", f"--directory={self._root}", "--register=no", "--keep-unit", "--console=pipe"]
+        script = (
+            f"{_cgroup_script()}; {self._mount};"
+            f" SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn " + '"$@"'
+        )
+        common = [
+            "--quiet",
+            f"--directory={self._root}",
+            "--register=no",
+            "--keep-unit",
+            "--console=pipe",
+        ]
         bind = f"--bind={self._archives}:/var/cache/apt/archives"
-        return ["unshare", "-m", "sh", "-ec", script, "sh", *common, bind, *options]
+        return [
+            "unshare",
+            "-m",
+            "sh",
+            "-ec",
+            script,
+            "sh",
+            *common,
+            bind,
+            *options,
+        ]
 
     def install(self, debs: Sequence[Path]) -> str:
-        """Install packages by apt, with all that they depend on and nothing more."""
+        """Install packages by apt, with all that they depend on and nothing
+        more."""
         self.put(debs)
         names = " ".join(f"/root/{deb.name}" for deb in debs)
-        install = f"apt-get install --yes --quiet --no-install-recommends {names}"
-        environment = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8", **_proxies()}
-        options = [f"--setenv={key}={value}" for key, value in environment.items()]
+        install = (
+            f"apt-get install --yes --quiet --no-install-recommends {names}"
+        )
+        environment = {
+            "DEBIAN_FRONTEND": "noninteractive",
+            "LC_ALL": "C.UTF-8",
+            **_proxies(),
+        }
+        options = [
+            f"--setenv={key}={value}" for key, value in environment.items()
+        ]
         # An index of the cached tree may be too old for the mirror.
         keep = "-o Binary::apt-get::APT::Keep-Downloaded-Packages=true"
-        script = f"{install} {keep} || {{ apt-get update --quiet && {install} {keep}; }}"
+        script = (
+            f"{install} {keep} ||"
+            f" {{ apt-get update --quiet && {install} {keep}; }}"
+        )
         done = subprocess.run(
-            self._nspawn(*options, "sh", "-c", script), capture_output=True, text=True, check=False, timeout=600
+            self._nspawn(*options, "sh", "-c", script),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         return done.stdout
@@ -168,7 +244,8 @@ class Container:
             shutil.copy(file, self._upper / "root")
 
     def prepare(self) -> None:
-        """Make what a qube has beside the packages: users, the group of qrexec, and qrexec itself."""
+        """Make what a qube has beside the packages: users, the group of qrexec,
+        and qrexec itself."""
         pretend = self._upper / "var/lib/pretend"
         for qube, address in SERVERS:
             top = pretend / "qubes" / qube
@@ -178,33 +255,52 @@ class Container:
                 (top / "address").write_text(str(address[0]))
             for service in ("qubes.ConnectUnix", "qubes.ConnectTCPBind"):
                 (top / "rpc" / service).symlink_to(f"/etc/qubes-rpc/{service}")
-                (top / "rpc-config" / service).symlink_to(f"/etc/qubes/rpc-config/{service}")
+                (top / "rpc-config" / service).symlink_to(
+                    f"/etc/qubes/rpc-config/{service}"
+                )
         # A socket gets the name of the call first, unless this says otherwise.
-        (pretend / "qubes/archive/rpc-config/my.Rpc").write_text("skip-service-descriptor=true\n")
+        (pretend / "qubes/archive/rpc-config/my.Rpc").write_text(
+            "skip-service-descriptor=true\n"
+        )
         (pretend / "name").write_text("client\n")
         (pretend / "policy").write_text(POLICY)
         (pretend / "servers").write_text(json.dumps(SERVERS))
         for name in ("agent.py", "talk.py"):
             shutil.copy(INSIDE / name, pretend)
         # A copy: qrexec is there also while the package is not.
-        shutil.copytree(ROOT / "qrexec_activate", pretend / "qrexec_activate", ignore=shutil.ignore_patterns("__pyc*"))
+        shutil.copytree(
+            ROOT / "qrexec_activate",
+            pretend / "qrexec_activate",
+            ignore=shutil.ignore_patterns("__pyc*"),
+        )
         (self._upper / "usr/bin").mkdir(parents=True, exist_ok=True)
         shutil.copy(INSIDE / "qrexec-client-vm", self._upper / "usr/bin")
         units = self._upper / "etc/systemd/system"
         (units / "multi-user.target.wants").mkdir(parents=True, exist_ok=True)
         (units / "qubes-qrexec-agent.service").write_text(AGENT_UNIT)
-        (units / "multi-user.target.wants/qubes-qrexec-agent.service").symlink_to("../qubes-qrexec-agent.service")
+        (
+            units / "multi-user.target.wants/qubes-qrexec-agent.service"
+        ).symlink_to("../qubes-qrexec-agent.service")
         (self._upper / "rw").mkdir()
-        script = "groupadd --system qubes; mkdir -p /var/lib/systemd/linger; systemd-machine-id-setup;"
+        script = (
+            "groupadd --system qubes; mkdir -p /var/lib/systemd/linger;"
+            " systemd-machine-id-setup;"
+        )
         for name, uid in USERS.items():
-            script += f" useradd --create-home --uid {uid} --groups qubes --shell /bin/sh {name};"
+            script += (
+                f" useradd --create-home --uid {uid} --groups qubes --shell"
+                f" /bin/sh {name};"
+            )
             script += f" touch /var/lib/systemd/linger/{name};"
-        subprocess.run(self._nspawn("sh", "-ec", script), check=True, capture_output=True)
+        subprocess.run(
+            self._nspawn("sh", "-ec", script), check=True, capture_output=True
+        )
 
     # While it is booted
 
     def boot(self, *, read_only: bool) -> None:
-        """Boot it, or boot it again; with `read_only`, only what an app qube can write is writable."""
+        """Boot it, or boot it again; with `read_only`, only what an app qube
+        can write is writable."""
         self.shut_down()
         self._running = contextlib.ExitStack()
         self._running.enter_context(self._booted(read_only))
@@ -217,17 +313,25 @@ class Container:
         options = ["--boot", "--private-network", "--kill-signal=SIGRTMIN+3"]
         if read_only:
             options.append("--read-only")
-            options += [f"--bind={self._writable}{path}:{path}" for path in ("/home", "/rw", "/var")]
+            options += [
+                f"--bind={self._writable}{path}:{path}"
+                for path in ("/home", "/rw", "/var")
+            ]
         with tempfile.TemporaryFile() as console:
             nspawn = subprocess.Popen(
-                self._nspawn(*options), stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT
+                self._nspawn(*options),
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
             )
             try:
                 try:
                     self._wait_until_booted(nspawn)
                 except AssertionError as error:
                     console.seek(0)
-                    raise AssertionError(f"{error}\n{console.read()[-4000:].decode(errors='replace')}") from None
+                    raise AssertionError(
+                        f"{error}\n{console.read()[-4000:].decode(errors='replace')}"
+                    ) from None
                 yield
             finally:
                 # It passes this on as an order to shut down.
@@ -242,47 +346,100 @@ class Container:
     def _wait_until_booted(self, nspawn: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + BOOT_TIMEOUT
         while not (leader := _init_of(nspawn.pid)):
-            assert nspawn.poll() is None, f"systemd-nspawn ended with exit code {nspawn.returncode}"
+            assert nspawn.poll() is None, (
+                f"systemd-nspawn ended with exit code {nspawn.returncode}"
+            )
             assert time.monotonic() < deadline, "systemd-nspawn started nothing"
             time.sleep(0.05)
         self._leader = leader
-        while self.run("systemctl", "is-system-running", check=False).strip() not in ("running", "degraded"):
-            assert time.monotonic() < deadline, "systemd has not come up: " + self.run(
-                "systemctl", "list-jobs", check=False
+        while self.run(
+            "systemctl", "is-system-running", check=False
+        ).strip() not in ("running", "degraded"):
+            assert time.monotonic() < deadline, (
+                "systemd has not come up: "
+                + self.run("systemctl", "list-jobs", check=False)
             )
             time.sleep(0.1)
         for user in USERS:
-            while self.user_systemctl("is-system-running", user=user, check=False).strip() not in (
+            while self.user_systemctl(
+                "is-system-running", user=user, check=False
+            ).strip() not in (
                 "running",
                 "degraded",
             ):
-                assert time.monotonic() < deadline, f"the manager of {user} has not come up"
+                assert time.monotonic() < deadline, (
+                    f"the manager of {user} has not come up"
+                )
                 time.sleep(0.1)
 
     def _enter(self, argv: Sequence[str], user: str | None) -> list[str]:
         prefix = ["nsenter", f"--target={self._leader}", "--all"]
         path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
-        common = ["env", "--chdir=/", "-i", path, "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive", "SYSTEMD_PAGER="]
+        common = [
+            "env",
+            "--chdir=/",
+            "-i",
+            path,
+            "LC_ALL=C.UTF-8",
+            "DEBIAN_FRONTEND=noninteractive",
+            "SYSTEMD_PAGER=",
+        ]
         if user is None:
             return [*prefix, *common, "HOME=/root", *argv]
         runtime = f"XDG_RUNTIME_DIR=/run/user/{USERS[user]}"
         home = f"/home/{user}"
-        return [*prefix, *common, f"HOME={home}", f"USER={user}", runtime, "runuser", "-u", user, "--", *argv]
+        return [
+            *prefix,
+            *common,
+            f"HOME={home}",
+            f"USER={user}",
+            runtime,
+            "runuser",
+            "-u",
+            user,
+            "--",
+            *argv,
+        ]
 
-    def run(self, *argv: str, user: str | None = None, check: bool = True, input: str = "") -> str:
+    def run(
+        self,
+        *argv: str,
+        user: str | None = None,
+        check: bool = True,
+        input: str = "",
+    ) -> str:
         """What a command in there prints, as root or as a user."""
         done = subprocess.run(
-            self._enter(argv, user), input=input, capture_output=True, text=True, check=False, timeout=180
+            self._enter(argv, user),
+            input=input,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
         )
-        assert not check or done.returncode == 0, f"{argv}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert not check or done.returncode == 0, (
+            f"{argv}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done.stdout + (done.stderr if done.returncode else "")
 
-    def user_systemctl(self, *arguments: str, user: str = "user", check: bool = True) -> str:
-        return self.run("systemctl", "--user", *arguments, user=user, check=check)
+    def user_systemctl(
+        self, *arguments: str, user: str = "user", check: bool = True
+    ) -> str:
+        return self.run(
+            "systemctl", "--user", *arguments, user=user, check=check
+        )
 
     def write(self, path: str, text: str, user: str | None = None) -> None:
         """Write a file in there, as root or as a user."""
-        self.run("sh", "-ec", 'mkdir -p "${1%/*}"; cat >"$1"', "sh", path, user=user, input=text)
+        self.run(
+            "sh",
+            "-ec",
+            'mkdir -p "${1%/*}"; cat >"$1"',
+            "sh",
+            path,
+            user=user,
+            input=text,
+        )
 
     def put_while_booted(self, files: Sequence[Path]) -> None:
         for file in files:
@@ -290,11 +447,27 @@ class Container:
 
     def ask(self, *address: str, user: str = "user", check: bool = True) -> str:
         """The line that a local address greets with."""
-        return self.run("python3", "/var/lib/pretend/talk.py", *address, user=user, check=check).strip()
+        return self.run(
+            "python3",
+            "/var/lib/pretend/talk.py",
+            *address,
+            user=user,
+            check=check,
+        ).strip()
 
     def talk(self, *address: str, user: str = "user") -> Talk:
-        argv = self._enter(["python3", "-u", "/var/lib/pretend/talk.py", *address], user)
-        return Talk(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1))
+        argv = self._enter(
+            ["python3", "-u", "/var/lib/pretend/talk.py", *address], user
+        )
+        return Talk(
+            subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+            )
+        )
 
 
 class Talk:
@@ -325,7 +498,12 @@ def _init_of(nspawn: int) -> int:
     """The container's PID 1, as this machine sees it; 0 while there is none."""
     for path in Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError):
-            fields = dict(line.partition(":\t")[::2] for line in path.read_text().splitlines())
-            if fields.get("NSpid", "").split()[1:] == ["1"] and fields["PPid"] == str(nspawn):
+            fields = dict(
+                line.partition(":\t")[::2]
+                for line in path.read_text().splitlines()
+            )
+            if fields.get("NSpid", "").split()[1:] == ["1"] and fields[
+                "PPid"
+            ] == str(nspawn):
                 return int(fields["Pid"])
     return 0

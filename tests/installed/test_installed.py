@@ -1,7 +1,9 @@
-"""The packages in a booted Debian: installed by apt, used as the README says, upgraded, removed.
+"""The packages in a booted Debian: installed by apt, used as the README says,
+upgraded, removed.
 
-Run by `make check-installed`, as root: it takes minutes, and the first time it fetches a Debian. The tests of one
-Debian follow each other, as the days of a qube do.
+Run by `make check-installed`, as root: it takes minutes, and the first time it
+fetches a Debian. The tests of one Debian follow each other, as the days of a
+qube do.
 """
 
 from __future__ import annotations
@@ -15,12 +17,17 @@ import pytest
 from container import ROOT, USERS, WANTED, Container
 from debs import UPGRADE
 
-pytestmark = pytest.mark.skipif(not WANTED, reason="make check-installed does this")
+pytestmark = pytest.mark.skipif(
+    not WANTED, reason="make check-installed does this"
+)
 
 
 @pytest.fixture(scope="module", params=["bookworm", "trixie"])
 def debian(
-    request: pytest.FixtureRequest, possible: None, debs: list[Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    possible: None,
+    debs: list[Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Container]:
     """A Debian with the packages; the first test boots it."""
     container = Container(request.param, tmp_path_factory.mktemp(request.param))
@@ -31,14 +38,22 @@ def debian(
 
 
 def readme_section(title: str) -> str:
-    return (ROOT / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return (
+        (ROOT / "README.md")
+        .read_text()
+        .split(f"\n## {title}\n")[1]
+        .split("\n## ")[0]
+    )
 
 
 def do_as_the_readme_says(debian: Container, title: str) -> None:
-    """Write the files of a section that are for the client qube, and run its systemctl commands."""
+    """Write the files of a section that are for the client qube, and run its
+    systemctl commands."""
     path, text, commands = "", "", []
     for line in [*readme_section(title).splitlines(), "."]:
-        if header := re.fullmatch(r"    # (?:(\w+): )?~/(\S+)", line) or (not line.startswith("    ") and line):
+        if header := re.fullmatch(r"    # (?:(\w+): )?~/(\S+)", line) or (
+            not line.startswith("    ") and line
+        ):
             if path:
                 debian.write(path, text, user="user")
             path, text = "", ""
@@ -59,16 +74,26 @@ def do_as_the_readme_says(debian: Container, title: str) -> None:
             debian.run(*command, user="user")
 
 
-def daemon(debian: Container, prefix: str = "qrexec-connect-tcp", user: str = "user") -> str:
-    return debian.user_systemctl("show", "--value", "-p", "MainPID", f"{prefix}.service", user=user).strip()
+def daemon(
+    debian: Container, prefix: str = "qrexec-connect-tcp", user: str = "user"
+) -> str:
+    return debian.user_systemctl(
+        "show", "--value", "-p", "MainPID", f"{prefix}.service", user=user
+    ).strip()
 
 
 def drop_in(address: str, qube: str) -> str:
     return f"[Socket]\nListenStream={address}\nFileDescriptorName={qube}\n"
 
 
-def add_route(debian: Container, unit: str, address: str, qube: str, user: str = "user") -> None:
-    debian.write(f"/home/{user}/.config/systemd/user/{unit}.d/{qube}.conf", drop_in(address, qube), user=user)
+def add_route(
+    debian: Container, unit: str, address: str, qube: str, user: str = "user"
+) -> None:
+    debian.write(
+        f"/home/{user}/.config/systemd/user/{unit}.d/{qube}.conf",
+        drop_in(address, qube),
+        user=user,
+    )
     debian.user_systemctl("daemon-reload", user=user)
     debian.user_systemctl("enable", "--now", unit, user=user)
 
@@ -78,11 +103,33 @@ def add_route(debian: Container, unit: str, address: str, qube: str, user: str =
 
 def test_installing_enables_nothing(debian: Container) -> None:
     debian.boot(read_only=True)
-    assert debian.run("qrexec-activate", "--version") == f"qrexec-activate {(ROOT / 'version').read_text()}"
+    assert (
+        debian.run("qrexec-activate", "--version")
+        == f"qrexec-activate {(ROOT / 'version').read_text()}"
+    )
     for user in USERS:
-        assert debian.user_systemctl("list-units", "--all", "--no-legend", "qrexec-*", user=user) == ""
-    assert debian.run("systemctl", "list-units", "--all", "--no-legend", "qrexec-connect-*") == ""
-    assert debian.run("dpkg", "--verify", "qrexec-activate", "qrexec-activate-services") == ""
+        assert (
+            debian.user_systemctl(
+                "list-units", "--all", "--no-legend", "qrexec-*", user=user
+            )
+            == ""
+        )
+    assert (
+        debian.run(
+            "systemctl",
+            "list-units",
+            "--all",
+            "--no-legend",
+            "qrexec-connect-*",
+        )
+        == ""
+    )
+    assert (
+        debian.run(
+            "dpkg", "--verify", "qrexec-activate", "qrexec-activate-services"
+        )
+        == ""
+    )
 
 
 def test_the_root_file_system_is_that_of_an_app_qube(debian: Container) -> None:
@@ -100,7 +147,10 @@ def test_two_qubes_one_port(debian: Container) -> None:
 
 def test_split_ssh_as_in_the_readme(debian: Container) -> None:
     do_as_the_readme_says(debian, "Split SSH")
-    assert debian.ask("/run/user/1000/qrexec/gpg-agent-ssh") == "vault to a unix socket"
+    assert (
+        debian.ask("/run/user/1000/qrexec/gpg-agent-ssh")
+        == "vault to a unix socket"
+    )
 
 
 def test_a_source_address_of_its_own(debian: Container) -> None:
@@ -127,41 +177,82 @@ def test_the_commands_of_the_control_plane(debian: Container) -> None:
 
 
 def test_the_shells_complete(debian: Container) -> None:
-    script = ". /usr/share/bash-completion/completions/qrexec-activate; complete -p qrexec-activate"
+    script = (
+        ". /usr/share/bash-completion/completions/qrexec-activate; complete"
+        " -p qrexec-activate"
+    )
     assert "_qrexec_activate_completion" in debian.run("bash", "-c", script)
-    asked = ("COMP_WORDS=qrexec-activate li", "COMP_CWORD=1", "_QREXEC_ACTIVATE_COMPLETE=bash_complete")
+    asked = (
+        "COMP_WORDS=qrexec-activate li",
+        "COMP_CWORD=1",
+        "_QREXEC_ACTIVATE_COMPLETE=bash_complete",
+    )
     assert "plain,list" in debian.run("env", *asked, "qrexec-activate")
 
 
 def test_the_demo(debian: Container) -> None:
-    assert "Each address reached its own qube." in debian.run("qrexec-activate", "demo", user="user")
+    assert "Each address reached its own qube." in debian.run(
+        "qrexec-activate", "demo", user="user"
+    )
 
 
 def test_a_port_under_1024_for_the_whole_qube(debian: Container) -> None:
-    # In an app qube /etc does not last, and a runtime drop-in is what rc.local would write.
-    debian.write("/run/systemd/system/qrexec-connect-tcp@80.socket.d/web.conf", drop_in("127.0.0.1:80", "web"))
+    # In an app qube /etc does not last, and a runtime drop-in is what rc.local
+    # would write.
+    debian.write(
+        "/run/systemd/system/qrexec-connect-tcp@80.socket.d/web.conf",
+        drop_in("127.0.0.1:80", "web"),
+    )
     debian.run("systemctl", "daemon-reload")
     debian.run("systemctl", "start", "qrexec-connect-tcp@80.socket")
     assert debian.ask("127.0.0.1", "80", user="other").startswith("web to ")
-    pid = debian.run("systemctl", "show", "--value", "-p", "MainPID", "qrexec-connect-tcp.service").strip()
-    status = dict(line.partition(":\t")[::2] for line in debian.run("cat", f"/proc/{pid}/status").splitlines())
+    pid = debian.run(
+        "systemctl",
+        "show",
+        "--value",
+        "-p",
+        "MainPID",
+        "qrexec-connect-tcp.service",
+    ).strip()
+    status = dict(
+        line.partition(":\t")[::2]
+        for line in debian.run("cat", f"/proc/{pid}/status").splitlines()
+    )
     who = debian.run("id", "--user", "qrexec-activate").strip()
     assert status["Uid"].split() == [who] * 4
-    groups = {debian.run("getent", "group", name).split(":")[2] for name in ("qubes", "qrexec-activate")}
+    groups = {
+        debian.run("getent", "group", name).split(":")[2]
+        for name in ("qubes", "qrexec-activate")
+    }
     assert set(status["Groups"].split()) == groups
-    assert {status[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    assert {
+        status[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")
+    } == {"0" * 16}
     assert status["NoNewPrivs"] == "1"
-    assert debian.run("tail", "-n", "1", "/var/lib/pretend/callers").startswith("qrexec-activate ")
+    assert debian.run("tail", "-n", "1", "/var/lib/pretend/callers").startswith(
+        "qrexec-activate "
+    )
 
 
-def test_no_number_of_changes_makes_a_system_socket_fail(debian: Container) -> None:
-    # Fewer starts than the unit allows, so that these are more in any case. And each one must find its address free.
-    debian.write("/run/systemd/system/qrexec-connect-tcp.service.d/few.conf", "[Unit]\nStartLimitBurst=3\n")
+def test_no_number_of_changes_makes_a_system_socket_fail(
+    debian: Container,
+) -> None:
+    # Fewer starts than the unit allows, so that these are more in any case. And
+    # each one must find its address free.
+    debian.write(
+        "/run/systemd/system/qrexec-connect-tcp.service.d/few.conf",
+        "[Unit]\nStartLimitBurst=3\n",
+    )
     debian.run("systemctl", "daemon-reload")
     for _ in range(20):
         debian.run("systemctl", "restart", "qrexec-connect-tcp@80.socket")
         assert debian.ask("127.0.0.1", "80").startswith("web to ")
-    assert debian.run("systemctl", "is-failed", "qrexec-connect-tcp.service", check=False).strip() != "failed"
+    assert (
+        debian.run(
+            "systemctl", "is-failed", "qrexec-connect-tcp.service", check=False
+        ).strip()
+        != "failed"
+    )
 
 
 # -- the second day: a standalone qube, or the template itself
@@ -171,14 +262,28 @@ def test_a_reboot_finds_the_routes_back(debian: Container) -> None:
     debian.boot(read_only=False)
     assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
     assert debian.ask("127.0.0.2", "1234").startswith("work to ")
-    assert debian.ask("/run/user/1000/qrexec/gpg-agent-ssh") == "vault to a unix socket"
+    assert (
+        debian.ask("/run/user/1000/qrexec/gpg-agent-ssh")
+        == "vault to a unix socket"
+    )
     assert debian.ask("127.0.0.1", "2049") == "nfs to 127.0.1.1"
     assert debian.ask("/run/user/1000/backup") == "archive to a unix socket"
 
 
-def test_an_upgrade_loses_no_connection_and_leaves_no_old_daemon(debian: Container, newer_debs: list[Path]) -> None:
-    add_route(debian, "qrexec-connect-tcp@1234.socket", "127.0.0.3:1234", "work", user="other")
-    debian.write("/etc/systemd/system/qrexec-connect-tcp@80.socket.d/web.conf", drop_in("127.0.0.1:80", "web"))
+def test_an_upgrade_loses_no_connection_and_leaves_no_old_daemon(
+    debian: Container, newer_debs: list[Path]
+) -> None:
+    add_route(
+        debian,
+        "qrexec-connect-tcp@1234.socket",
+        "127.0.0.3:1234",
+        "work",
+        user="other",
+    )
+    debian.write(
+        "/etc/systemd/system/qrexec-connect-tcp@80.socket.d/web.conf",
+        drop_in("127.0.0.1:80", "web"),
+    )
     debian.run("systemctl", "daemon-reload")
     debian.run("systemctl", "enable", "--now", "qrexec-connect-tcp@80.socket")
     with (
@@ -188,15 +293,24 @@ def test_an_upgrade_loses_no_connection_and_leaves_no_old_daemon(debian: Contain
         debian.talk("127.0.0.1", "80") as four,
     ):
         talks = [one, two, three, four]
-        assert [talk.greeting.split()[0] for talk in talks] == ["gitweb", "work", "archive", "web"]
+        assert [talk.greeting.split()[0] for talk in talks] == [
+            "gitweb",
+            "work",
+            "archive",
+            "web",
+        ]
         before = old_daemons(debian)
         assert "0" not in before
         debian.put_while_booted(newer_debs)
         debian.run("sh", "-ec", "apt-get install --yes /root/*upgrade*.deb")
         assert UPGRADE in debian.run("qrexec-activate", "--version")
-        assert [talk.echo("still there") for talk in talks] == ["still there"] * 4
+        assert [talk.echo("still there") for talk in talks] == [
+            "still there"
+        ] * 4
         assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
-        assert debian.ask("127.0.0.3", "1234", user="other").startswith("work to ")
+        assert debian.ask("127.0.0.3", "1234", user="other").startswith(
+            "work to "
+        )
         assert debian.ask("/run/user/1000/backup").startswith("archive to ")
         assert debian.ask("127.0.0.1", "80").startswith("web to ")
         after = old_daemons(debian)
@@ -204,8 +318,16 @@ def test_an_upgrade_loses_no_connection_and_leaves_no_old_daemon(debian: Contain
         assert not set(before) & set(after)
         assert [talk.echo("and now") for talk in talks] == ["and now"] * 4
     for user in USERS:
-        assert debian.user_systemctl("is-enabled", "qrexec-connect-tcp@1234.socket", user=user) == "enabled\n"
-    assert debian.run("systemctl", "is-enabled", "qrexec-connect-tcp@80.socket") == "enabled\n"
+        assert (
+            debian.user_systemctl(
+                "is-enabled", "qrexec-connect-tcp@1234.socket", user=user
+            )
+            == "enabled\n"
+        )
+    assert (
+        debian.run("systemctl", "is-enabled", "qrexec-connect-tcp@80.socket")
+        == "enabled\n"
+    )
 
 
 def old_daemons(debian: Container) -> list[str]:
@@ -213,18 +335,33 @@ def old_daemons(debian: Container) -> list[str]:
         daemon(debian),
         daemon(debian, user="other"),
         daemon(debian, "my-rpc"),
-        debian.run("systemctl", "show", "--value", "-p", "MainPID", "qrexec-connect-tcp.service").strip(),
+        debian.run(
+            "systemctl",
+            "show",
+            "--value",
+            "-p",
+            "MainPID",
+            "qrexec-connect-tcp.service",
+        ).strip(),
     ]
 
 
-def test_an_upgrade_waits_for_connections_that_go_through_pipes(debian: Container) -> None:
+def test_an_upgrade_waits_for_connections_that_go_through_pipes(
+    debian: Container,
+) -> None:
     relay = "[Service]\nEnvironment=QREXEC_ACTIVATE_RELAY=splice\n"
-    debian.write("/home/user/.config/systemd/user/qrexec-connect-tcp.service.d/relay.conf", relay, user="user")
+    debian.write(
+        "/home/user/.config/systemd/user/qrexec-connect-tcp.service.d/relay.conf",
+        relay,
+        user="user",
+    )
     debian.user_systemctl("daemon-reload")
     debian.user_systemctl("stop", "qrexec-connect-tcp.service")
     with debian.talk("127.0.0.1", "1234") as talk:
         before = daemon(debian)
-        said = debian.run("sh", "-ec", "apt-get install --yes --reinstall /root/*upgrade*.deb")
+        said = debian.run(
+            "sh", "-ec", "apt-get install --yes --reinstall /root/*upgrade*.deb"
+        )
         assert "qrexec-connect-tcp.service (/run/user/1000)" in said
         time.sleep(6)  # TimeoutStopSec= and more
         assert talk.echo("still there") == "still there"
@@ -232,26 +369,69 @@ def test_an_upgrade_waits_for_connections_that_go_through_pipes(debian: Containe
 
 
 def test_removal_leaves_no_unit_and_breaks_no_login(debian: Container) -> None:
-    debian.run("apt-get", "remove", "--yes", "qrexec-activate", "qrexec-activate-services")
+    debian.run(
+        "apt-get",
+        "remove",
+        "--yes",
+        "qrexec-activate",
+        "qrexec-activate-services",
+    )
     for user in USERS:
-        active = debian.user_systemctl("list-units", "--no-legend", "--plain", "--state=active", "qrexec-*", user=user)
+        active = debian.user_systemctl(
+            "list-units",
+            "--no-legend",
+            "--plain",
+            "--state=active",
+            "qrexec-*",
+            user=user,
+        )
         assert active == ""
         debian.user_systemctl("daemon-reload", user=user)
-        known = debian.user_systemctl("list-unit-files", "--no-legend", "qrexec-*", user=user, check=False)
+        known = debian.user_systemctl(
+            "list-unit-files", "--no-legend", "qrexec-*", user=user, check=False
+        )
         # A link that the user made, to nothing, is all that is left.
-        assert not [line for line in known.splitlines() if line.split()[1] not in ("enabled", "bad", "not-found")]
-    assert debian.run("systemctl", "list-units", "--no-legend", "--state=active", "qrexec-connect-*") == ""
+        assert not [
+            line
+            for line in known.splitlines()
+            if line.split()[1] not in ("enabled", "bad", "not-found")
+        ]
+    assert (
+        debian.run(
+            "systemctl",
+            "list-units",
+            "--no-legend",
+            "--state=active",
+            "qrexec-connect-*",
+        )
+        == ""
+    )
     assert "ConnectionRefused" in debian.ask("127.0.0.1", "1234", check=False)
     assert debian.run("find", "/usr", "-name", "*qrexec-connect*") == ""
     debian.run("systemctl", "restart", "user@1000.service")
-    assert debian.user_systemctl("is-system-running", check=False).strip() == "running"
+    assert (
+        debian.user_systemctl("is-system-running", check=False).strip()
+        == "running"
+    )
 
 
 def test_purging_leaves_the_users_own_files_alone(debian: Container) -> None:
-    homes = "cd /home; find . -path '*systemd*' | sort; cat */.config/systemd/user/*.d/*.conf"
+    homes = (
+        "cd /home; find . -path '*systemd*' | sort; cat"
+        " */.config/systemd/user/*.d/*.conf"
+    )
     mine = debian.run("sh", "-ec", homes)
-    debian.run("apt-get", "purge", "--yes", "qrexec-activate", "qrexec-activate-services")
-    found = "find /etc /usr /var/lib/systemd -name '*qrexec-*' -o -name 'qubes.Con*'"
+    debian.run(
+        "apt-get",
+        "purge",
+        "--yes",
+        "qrexec-activate",
+        "qrexec-activate-services",
+    )
+    found = (
+        "find /etc /usr /var/lib/systemd -name '*qrexec-*' -o -name"
+        " 'qubes.Con*'"
+    )
     # What an administrator wrote, and what qrexec itself brought.
     assert sorted(debian.run("sh", "-ec", found).split()) == [
         "/etc/systemd/system/multi-user.target.wants/qubes-qrexec-agent.service",

@@ -1,4 +1,5 @@
-"""The packages as files: what they hold, that two builds are one, and what lintian and rpmlint say."""
+"""The packages as files: what they hold, that two builds are one, and what
+lintian and rpmlint say."""
 
 from __future__ import annotations
 
@@ -11,11 +12,15 @@ import pytest
 from container import ROOT, WANTED
 from debs import build
 
-pytestmark = pytest.mark.skipif(not WANTED, reason="make check-installed does this")
+pytestmark = pytest.mark.skipif(
+    not WANTED, reason="make check-installed does this"
+)
 
 
 def output(*argv: str | Path) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        argv, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, f"{argv}:\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -25,9 +30,14 @@ def files_of_deb(deb: Path) -> set[str]:
     return {line.split()[5][1:] for line in lines if not line.startswith("d")}
 
 
-def test_two_builds_are_one(tree: Path, debs: list[Path], tmp_path: Path) -> None:
+def test_two_builds_are_one(
+    tree: Path, debs: list[Path], tmp_path: Path
+) -> None:
     def hashes(paths: list[Path]) -> dict[str, str]:
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+        return {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in paths
+        }
 
     again = build(tree, tmp_path)
     assert len(again) == 2
@@ -36,12 +46,16 @@ def test_two_builds_are_one(tree: Path, debs: list[Path], tmp_path: Path) -> Non
 
 def test_lintian_finds_nothing(debs: list[Path]) -> None:
     changes = next(debs[0].parent.glob("*.changes"))
-    said = output("lintian", "--allow-root", "--fail-on=error,warning", "--info", changes)
+    said = output(
+        "lintian", "--allow-root", "--fail-on=error,warning", "--info", changes
+    )
     assert not re.findall("^[EW]:.*", said, re.MULTILINE)
 
 
 def test_the_service_side_needs_no_python(debs: list[Path]) -> None:
-    services = next(deb for deb in debs if deb.name.startswith("qrexec-activate-services"))
+    services = next(
+        deb for deb in debs if deb.name.startswith("qrexec-activate-services")
+    )
     assert output("dpkg-deb", "--field", services, "Depends").strip() == "socat"
     assert not [path for path in files_of_deb(services) if "python" in path]
 
@@ -51,7 +65,9 @@ def test_nothing_is_taken_for_the_real_qrexec(debs: list[Path]) -> None:
         for path in files_of_deb(deb):
             assert "qrexec-client-vm" not in path
             if "loopback" in path:
-                assert path.startswith("/usr/lib/python3/dist-packages/qrexec_activate/")
+                assert path.startswith(
+                    "/usr/lib/python3/dist-packages/qrexec_activate/"
+                )
 
 
 def test_the_launcher_starts_at_once(debs: list[Path], tmp_path: Path) -> None:
@@ -63,13 +79,19 @@ def test_the_launcher_starts_at_once(debs: list[Path], tmp_path: Path) -> None:
 
 
 def comparable(paths: set[str]) -> set[str]:
-    """Paths as both kinds of packages have them: what each kind puts elsewhere by its own rules is put together."""
+    """Paths as both kinds of packages have them: what each kind puts elsewhere
+    by its own rules is put together."""
     found = set()
     for path in paths:
-        path = re.sub(r"/usr/lib/python3[^/]*/(dist|site)-packages", "/python", path)
+        path = re.sub(
+            r"/usr/lib/python3[^/]*/(dist|site)-packages", "/python", path
+        )
         path = path.replace("/zsh/site-functions/", "/zsh/vendor-completions/")
         path = re.sub(r"(/usr/share/man/.*)\.gz$", r"\1", path)
-        if re.search(r"\.dist-info/|/(changelog|NEWS)[^/]*gz$|/copyright$|/usr/share/licenses/|__pycache__", path):
+        if re.search(
+            r"\.dist-info/|/(changelog|NEWS)[^/]*gz$|/copyright$|/usr/share/licenses/|__pycache__",
+            path,
+        ):
             continue
         found.add(path)
     return found
@@ -85,12 +107,26 @@ def rpms(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rpms_hold_what_debs_hold(debs: list[Path], rpms: Path) -> None:
     for deb in debs:
         name = deb.name.split("_")[0]
-        rpm = next(path for path in rpms.glob("*.noarch.rpm") if re.match(rf"{name}-\d", path.name))
-        lines = output("rpm", "--query", "--package", "--list", "--verbose", rpm).splitlines()
-        in_rpm = {line.split()[-1] for line in lines if not line.startswith("d")}
+        rpm = next(
+            path
+            for path in rpms.glob("*.noarch.rpm")
+            if re.match(rf"{name}-\d", path.name)
+        )
+        lines = output(
+            "rpm", "--query", "--package", "--list", "--verbose", rpm
+        ).splitlines()
+        in_rpm = {
+            line.split()[-1] for line in lines if not line.startswith("d")
+        }
         assert comparable(in_rpm) == comparable(files_of_deb(deb))
 
 
 def test_rpmlint_finds_nothing_that_is_not_explained(rpms: Path) -> None:
-    said = output("rpmlint", "--config", ROOT / "packaging/rpmlint.toml", *rpms.glob("*.rpm"), *rpms.glob("*.spec"))
+    said = output(
+        "rpmlint",
+        "--config",
+        ROOT / "packaging/rpmlint.toml",
+        *rpms.glob("*.rpm"),
+        *rpms.glob("*.spec"),
+    )
     assert " 0 errors, 0 warnings" in said, said

@@ -1,4 +1,5 @@
-"""The Salt formula, applied with salt-call to its own example pillar: in an app qube, a template and dom0."""
+"""The Salt formula, applied with salt-call to its own example pillar: in an app
+qube, a template and dom0."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from container import CACHE, ROOT, WANTED
 
 from qrexec_activate.loopback import policy
 
-pytestmark = pytest.mark.skipif(not WANTED, reason="make check-installed does this")
+pytestmark = pytest.mark.skipif(
+    not WANTED, reason="make check-installed does this"
+)
 
 FORMULA = ROOT / "salt"
 EXAMPLE = FORMULA / "qrexec-activate/pillar.example"
@@ -29,29 +32,56 @@ class Minion:
         self.policies = folder / "policy.d"
         for name in ("pillar", "conf", "root", "policy.d"):
             (folder / name).mkdir()
-        (folder / "pillar/top.sls").write_text("base:\n  '*': [qrexec-activate, kind]\n")
+        (folder / "pillar/top.sls").write_text(
+            "base:\n  '*': [qrexec-activate, kind]\n"
+        )
         self.pillar(EXAMPLE.read_text())
-        roots = {"file_roots": {"base": [str(FORMULA)]}, "pillar_roots": {"base": [str(folder / "pillar")]}}
-        conf = {"file_client": "local", "root_dir": str(folder / "root"), "log_level": "error", **roots}
+        roots = {
+            "file_roots": {"base": [str(FORMULA)]},
+            "pillar_roots": {"base": [str(folder / "pillar")]},
+        }
+        conf = {
+            "file_client": "local",
+            "root_dir": str(folder / "root"),
+            "log_level": "error",
+            **roots,
+        }
         (folder / "conf/minion").write_text(json.dumps(conf))
 
     def pillar(self, text: str) -> None:
-        """The pillar of the example, for a home and a policy folder in scratch."""
-        places = f"  user: {getpass.getuser()}\n  home: {self.home}\n  policy_dir: {self.policies}\n"
+        """The pillar of the example, for a home and a policy folder in
+        scratch."""
+        places = (
+            f"  user: {getpass.getuser()}\n  home: {self.home}\n  policy_dir:"
+            f" {self.policies}\n"
+        )
         (self.folder / "pillar/qrexec-activate.sls").write_text(
-            text.replace("\nqrexec-activate:\n", f"\nqrexec-activate:\n{places}")
+            text.replace(
+                "\nqrexec-activate:\n", f"\nqrexec-activate:\n{places}"
+            )
         )
 
     def call(self, name: str, kind: str, *arguments: str) -> Any:
-        (self.folder / "pillar/kind.sls").write_text(f"qubes: {{type: {kind}}}\n")
-        command = [CACHE / "salt/bin/salt-call", "--local", "--out=json", f"--config-dir={self.folder / 'conf'}"]
+        (self.folder / "pillar/kind.sls").write_text(
+            f"qubes: {{type: {kind}}}\n"
+        )
+        command = [
+            CACHE / "salt/bin/salt-call",
+            "--local",
+            "--out=json",
+            f"--config-dir={self.folder / 'conf'}",
+        ]
         done = subprocess.run(
             [*command, f"--id={name}", "--retcode-passthrough", *arguments],
             capture_output=True,
             text=True,
             check=False,
             timeout=300,
-            env={"PATH": os.environ["PATH"], "HOME": str(self.folder), "LC_ALL": "C.UTF-8"},
+            env={
+                "PATH": os.environ["PATH"],
+                "HOME": str(self.folder),
+                "LC_ALL": "C.UTF-8",
+            },
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)["local"]
@@ -59,13 +89,20 @@ class Minion:
     def apply(self, name: str, kind: str) -> dict[str, Any]:
         """Apply the formula; what was changed."""
         results = self.call(name, kind, "state.apply", "qrexec-activate")
-        return {key: value["changes"] for key, value in results.items() if value["changes"]}
+        return {
+            key: value["changes"]
+            for key, value in results.items()
+            if value["changes"]
+        }
 
     def units(self) -> dict[str, str]:
-        """What a user's manager finds: drop-ins and their text, links and where they lead."""
+        """What a user's manager finds: drop-ins and their text, links and where
+        they lead."""
         top = self.home / ".config/systemd/user"
         return {
-            str(path.relative_to(top)): os.readlink(path) if path.is_symlink() else path.read_text()
+            str(path.relative_to(top)): os.readlink(path)
+            if path.is_symlink()
+            else path.read_text()
             for path in sorted(top.glob("**/*"))
             if path.is_symlink() or path.is_file()
         }
@@ -106,7 +143,11 @@ def test_what_is_right_is_not_touched(minion: Minion) -> None:
 
 def test_a_route_that_is_absent_goes(minion: Minion) -> None:
     minion.apply("work", "app")
-    minion.pillar(EXAMPLE.read_text().replace("target: nfs\n", "target: nfs\n      absent: true\n"))
+    minion.pillar(
+        EXAMPLE.read_text().replace(
+            "target: nfs\n", "target: nfs\n      absent: true\n"
+        )
+    )
     minion.apply("work", "app")
     assert not [name for name in minion.units() if "2049" in name]
     assert len(minion.units()) == 6
@@ -116,7 +157,9 @@ def test_other_qubes_get_nothing(minion: Minion) -> None:
     assert minion.apply("personal", "app") == {}
 
 
-def test_dom0_gets_a_policy_that_allows_these_calls_only(minion: Minion) -> None:
+def test_dom0_gets_a_policy_that_allows_these_calls_only(
+    minion: Minion,
+) -> None:
     minion.apply("dom0", "admin")
     text = (minion.policies / "31-qrexec-activate.policy").read_text()
     assert text.splitlines()[1:] == [
@@ -129,8 +172,11 @@ def test_dom0_gets_a_policy_that_allows_these_calls_only(minion: Minion) -> None
 
 
 def test_a_template_gets_its_packages(minion: Minion) -> None:
-    # Shown, and not applied: the package manager is that of the machine that runs the tests.
-    states = minion.call("debian-13", "template", "state.show_sls", "qrexec-activate")
+    # Shown, and not applied: the package manager is that of the machine that
+    # runs the tests.
+    states = minion.call(
+        "debian-13", "template", "state.show_sls", "qrexec-activate"
+    )
     (packages,) = [state["pkg"] for state in states.values() if "pkg" in state]
     assert {"pkgs": ["qrexec-activate", "qrexec-activate-services"]} in packages
     assert "installed" in packages

@@ -1,4 +1,5 @@
-"""A qube whose system is a real Debian, booted in a container: for what only a whole system does."""
+"""A qube whose system is a real Debian, booted in a container: for what only a
+whole system does."""
 
 from __future__ import annotations
 
@@ -10,8 +11,12 @@ from pathlib import Path
 import pytest
 from recipe import EXAMPLES, PATIENCE, require, until
 
-CACHE = Path(os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate")) / "recipes"
-#: A container in a machine that may itself be one: cgroups of its own, and all that it writes is gone afterwards.
+CACHE = (
+    Path(os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate"))
+    / "recipes"
+)
+#: A container in a machine that may itself be one: cgroups of its own, and all
+#: that it writes is gone afterwards.
 BOOT = """
 set -e
 mount -t tmpfs none {top}
@@ -27,51 +32,106 @@ SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn --quiet -D {top}/root --m
 
 
 class Container:
-    """The booted system of a recipe's qube, with the files that go to its /etc; `more` is shell, with `{top}/root`."""
+    """The booted system of a recipe's qube, with the files that go to its /etc;
+    `more` is shell, with `{top}/root`."""
 
-    def __init__(self, recipe: str, qube: str, folder: Path, more: str = "") -> None:
+    def __init__(
+        self, recipe: str, qube: str, folder: Path, more: str = ""
+    ) -> None:
         cache = CACHE / recipe
-        require(recipe, "systemd-nspawn", "nsenter", "socat", str(cache), root="it boots a system in a container")
+        require(
+            recipe,
+            "systemd-nspawn",
+            "nsenter",
+            "socat",
+            str(cache),
+            root="it boots a system in a container",
+        )
         self.recipe, self.qube = recipe, qube
         files = EXAMPLES / recipe / qube / "etc"
         more = more.format(top=folder)
-        script = BOOT.format(top=folder, cache=cache, files=files, name=f"qa-{os.getpid()}", more=more)
+        script = BOOT.format(
+            top=folder,
+            cache=cache,
+            files=files,
+            name=f"qa-{os.getpid()}",
+            more=more,
+        )
         self.log = folder.with_suffix(".log").open("wb")
         self.process = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", script], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log
+            ["unshare", "--mount", "sh", "-c", script],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
         )
         self.leader = 0
 
     def wait(self) -> None:
-        until("the container boots", lambda: self.process.poll() is not None or self.find_leader())
+        until(
+            "the container boots",
+            lambda: self.process.poll() is not None or self.find_leader(),
+        )
         if self.process.poll() is not None:
-            said = Path(self.log.name).read_text(errors="replace").strip().splitlines()[-1:]
-            pytest.skip(f"recipe {self.recipe}: no container boots here: {said}")
+            said = (
+                Path(self.log.name)
+                .read_text(errors="replace")
+                .strip()
+                .splitlines()[-1:]
+            )
+            pytest.skip(
+                f"recipe {self.recipe}: no container boots here: {said}"
+            )
         until(
             "systemd runs in it",
-            lambda: self.run("systemctl is-system-running", check=False).split()[:1] in (["running"], ["degraded"]),
+            lambda: (
+                self.run("systemctl is-system-running", check=False).split()[:1]
+                in (["running"], ["degraded"])
+            ),
         )
 
     def find_leader(self) -> int:
-        """The container's first process; systemd-nspawn has other children on its way there."""
-        children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
+        """The container's first process; systemd-nspawn has other children on
+        its way there."""
+        children = subprocess.run(
+            ["pgrep", "-P", str(self.process.pid)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         for pid in children.stdout.split():
             with contextlib.suppress(OSError):
                 status = Path(f"/proc/{pid}/status").read_text()
-                if status.partition("NSpid:")[2].splitlines()[0].split()[1:] == ["1"] and "Name:\tsystemd\n" in status:
+                if (
+                    status.partition("NSpid:")[2].splitlines()[0].split()[1:]
+                    == ["1"]
+                    and "Name:\tsystemd\n" in status
+                ):
                     self.leader = int(pid)
         return self.leader
 
     def run(self, command: str, *, check: bool = True) -> str:
-        argv = ["nsenter", f"--target={self.leader}", "--all", "/bin/sh", "-c", command]
-        result = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        assert not check or result.returncode == 0, f"{self.qube}# {command}: {result.stderr}"
+        argv = [
+            "nsenter",
+            f"--target={self.leader}",
+            "--all",
+            "/bin/sh",
+            "-c",
+            command,
+        ]
+        result = subprocess.run(
+            argv, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        assert not check or result.returncode == 0, (
+            f"{self.qube}# {command}: {result.stderr}"
+        )
         return result.stdout
 
     def close(self) -> None:
         if self.leader and self.process.poll() is None:
             # As halt -p: its first process ends all others.
-            subprocess.run(["kill", "-s", "RTMIN+4", str(self.leader)], check=False)
+            subprocess.run(
+                ["kill", "-s", "RTMIN+4", str(self.leader)], check=False
+            )
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
         self.process.kill()

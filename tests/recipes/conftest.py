@@ -1,4 +1,5 @@
-"""Every recipe has a bound on its time: a server that does not answer is a failure, not a wait."""
+"""Every recipe has a bound on its time: a server that does not answer is a
+failure, not a wait."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ LIMIT = 120
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "limit(seconds): after so long a recipe has failed")
+    config.addinivalue_line(
+        "markers", "limit(seconds): after so long a recipe has failed"
+    )
 
 
 @pytest.fixture(autouse=True)

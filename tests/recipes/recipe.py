@@ -1,8 +1,11 @@
-"""Follow a recipe of examples/ as a person does: copy its files, type its commands, put its policy into dom0.
+"""Follow a recipe of examples/ as a person does: copy its files, type its
+commands, put its policy into dom0.
 
-Each qube of a recipe is a machine of its own, with a real user manager; the loopback joins them: what one of them
-calls by qrexec, runs in the runtime folder of the other. One machine cannot give everything, so files and
-commands differ from what is written in this alone: a qube's 127.0.0.1 is the loopback address that stands for it.
+Each qube of a recipe is a machine of its own, with a real user manager; the
+loopback joins them: what one of them calls by qrexec, runs in the runtime
+folder of the other. One machine cannot give everything, so files and commands
+differ from what is written in this alone: a qube's 127.0.0.1 is the loopback
+address that stands for it.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ PATIENCE = 60.0
 PROMPT = re.compile(r" {4}([a-z][a-z0-9-]*)([$#]) (.*)")
 VENDOR_UNITS = Path("/usr/lib/systemd/user")
 
-#: What qrexec-agent does for a script with force-user, and the loopback does not: it runs in the qube's own manager, as
-#: the loopback itself runs confined in the daemon of the calling qube.
+#: What qrexec-agent does for a script with force-user, and the loopback does
+#: not: it runs in the qube's own manager, as the loopback itself runs confined
+#: in the daemon of the calling qube.
 AS_USER = """\
 #!/bin/sh
 export XDG_RUNTIME_DIR={run} DBUS_SESSION_BUS_ADDRESS=unix:path={run}/bus
@@ -41,18 +45,29 @@ _taken: set[str] = set()
 
 
 def require(recipe: str, *programs: str, root: str = "") -> None:
-    """Skip, by the recipe's name, where its software is not installed, or where it needs root and has not."""
+    """Skip, by the recipe's name, where its software is not installed, or where
+    it needs root and has not."""
     if root and os.geteuid() != 0:
         pytest.skip(f"recipe {recipe}: needs root: {root}")
     if missing := [program for program in programs if not which(program)]:
-        pytest.skip(f"recipe {recipe}: not installed: {', '.join(missing)} (tools/recipes-setup {recipe})")
+        pytest.skip(
+            f"recipe {recipe}: not installed: {', '.join(missing)}"
+            f" (tools/recipes-setup {recipe})"
+        )
 
 
 def which(program: str) -> str:
-    """Where a program is, also one that is no command of everyone; empty if it is nowhere."""
+    """Where a program is, also one that is no command of everyone; empty if it
+    is nowhere."""
     if "/" in program:
         return program if os.path.exists(program) else ""
-    return shutil.which(program, path="/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin") or ""
+    return (
+        shutil.which(
+            program,
+            path="/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin",
+        )
+        or ""
+    )
 
 
 def until(what: str, condition: Callable[[], object]) -> None:
@@ -63,7 +78,8 @@ def until(what: str, condition: Callable[[], object]) -> None:
 
 
 def free_host() -> str:
-    """A loopback address that no other qube has, here or, most likely, in other tests that run beside these."""
+    """A loopback address that no other qube has, here or, most likely, in other
+    tests that run beside these."""
     while True:
         host = f"127.{random.randint(20, 60)}.{random.randint(0, 255)}.{random.randint(1, 254)}"
         if host not in _taken:
@@ -72,20 +88,26 @@ def free_host() -> str:
 
 
 def listens(address: tuple[str, int] | str) -> bool:
-    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as probe:
+    with socket.socket(
+        socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    ) as probe:
         return probe.connect_ex(address) == 0
 
 
 class Qube:
-    """One qube of a recipe: its name, its machine, and the address that stands for its 127.0.0.1."""
+    """One qube of a recipe: its name, its machine, and the address that stands
+    for its 127.0.0.1."""
 
-    def __init__(self, name: str, machine: Machine, substitutes: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, machine: Machine, substitutes: Mapping[str, str]
+    ) -> None:
         self.name = name
         self.machine = machine
         self.host = free_host()
         self.environment = dict(machine.environment)
         self.etc = machine.directory / "etc"
-        #: What runs a command of root's, if anything can; and one of the user's, where that is not this machine.
+        #: What runs a command of root's, if anything can; and one of the
+        #: user's, where that is not this machine.
         self.as_root: Callable[[str], str] | None = None
         self.as_user: Callable[[str], str] | None = None
         self.rpc = self.etc / "qubes-rpc"
@@ -114,43 +136,66 @@ class Qube:
                     self.add_log(place.name)
 
     def add_log(self, unit: str) -> None:
-        # A machine sends what all services print to its log, by a drop-in that this one takes the place of.
+        # A machine sends what all services print to its log, by a drop-in that
+        # this one takes the place of.
         log = self.machine.directory / "units" / f"{unit}.d" / "log.conf"
         log.parent.mkdir()
-        log.write_text(f"[Service]\nStandardError=append:{self.machine.daemon_log}\n")
+        log.write_text(
+            f"[Service]\nStandardError=append:{self.machine.daemon_log}\n"
+        )
 
     def add_service(self, name: str) -> None:
-        """Give the qube one of this project's RPC services, reaching this qube's own 127.0.0.1."""
+        """Give the qube one of this project's RPC services, reaching this
+        qube's own 127.0.0.1."""
         script = self.rpc / name
         script.write_text(self.local((ROOT / "rpc" / name).read_text()))
         script.chmod(0o755)
         shutil.copy(ROOT / "rpc" / "rpc-config" / name, self.rpc_config)
 
     def force_users(self, folder: Path) -> None:
-        """Do for services with force-user in rpc-config what qrexec-agent does, and the loopback does not.
+        """Do for services with force-user in rpc-config what qrexec-agent does,
+        and the loopback does not.
 
-        They are copied to `folder`, which those users can read: a machine's own is closed to them.
+        They are copied to `folder`, which those users can read: a machine's own
+        is closed to them.
         """
         self.add_log("qrexec-call-.service")
         for config in self.rpc_config.iterdir():
-            if user := re.search(r"^force-user=(\S+)$", config.read_text(), re.MULTILINE):
+            if user := re.search(
+                r"^force-user=(\S+)$", config.read_text(), re.MULTILINE
+            ):
                 script = Path(shutil.copy(self.rpc / config.name, folder))
                 (self.rpc / config.name).write_text(
-                    AS_USER.format(user=user[1], home=folder, script=script, run=self.machine.runtime)
+                    AS_USER.format(
+                        user=user[1],
+                        home=folder,
+                        script=script,
+                        run=self.machine.runtime,
+                    )
                 )
 
     def vendor_units(self, *names: str) -> None:
-        """Units that a Debian package ships, which a private machine has not by itself."""
+        """Units that a Debian package ships, which a private machine has not by
+        itself."""
         for name in names:
             shutil.copy(VENDOR_UNITS / name, self.machine.directory / "units")
 
-    def run(self, command: str, *, check: bool = True, input: str | None = None, timeout: float = PATIENCE) -> str:
-        """Type one command into this qube's shell; what it prints on stdout. MachineError if it fails."""
+    def run(
+        self,
+        command: str,
+        *,
+        check: bool = True,
+        input: str | None = None,
+        timeout: float = PATIENCE,
+    ) -> str:
+        """Type one command into this qube's shell; what it prints on stdout.
+        MachineError if it fails."""
         command = self.local(command)
         if variable := re.match(r"export (\w+)=", command):
             name = variable[1]
             self.environment[name] = self.run(
-                f'{command}; printf %s "${name}"'.removeprefix("export "), timeout=timeout
+                f'{command}; printf %s "${name}"'.removeprefix("export "),
+                timeout=timeout,
             )
             return ""
         result = subprocess.run(
@@ -167,19 +212,25 @@ class Qube:
         )
         if check and result.returncode:
             raise MachineError(
-                f"{self.name}$ {command}: exit code {result.returncode}: {result.stderr or result.stdout}"
+                f"{self.name}$ {command}: exit code {result.returncode}:"
+                f" {result.stderr or result.stdout}"
             )
         return result.stdout
 
     def let_in(self, other: Qube) -> str:
-        """Let another qube log in here by ssh, with a key of its own; the options that its ssh and sftp need for it.
+        """Let another qube log in here by ssh, with a key of its own; the
+        options that its ssh and sftp need for it.
 
-        ssh and sshd go by the home of the user, who is the same in all qubes here: they are told where theirs is.
+        ssh and sshd go by the home of the user, who is the same in all qubes
+        here: they are told where theirs is.
         """
         if os.geteuid() == 0:
             # The folder that sshd locks its unprivileged half into.
             Path("/run/sshd").mkdir(exist_ok=True)
-        other.run("mkdir -p ~/.ssh && ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519")
+        other.run(
+            "mkdir -p ~/.ssh && ssh-keygen -q -t ed25519 -N '' -f"
+            " ~/.ssh/id_ed25519"
+        )
         keys = self.machine.home / ".ssh" / "authorized_keys"
         keys.parent.mkdir(exist_ok=True)
         shutil.copy(other.machine.home / ".ssh" / "id_ed25519.pub", keys)
@@ -187,7 +238,10 @@ class Qube:
         config.write_text(f"{config.read_text()}StrictModes no\n")
         other.substitutes["/home/user"] = str(self.machine.home)
         identity = other.machine.home / ".ssh" / "id_ed25519"
-        return f"-F none -i {identity} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+        return (
+            f"-F none -i {identity} -o StrictHostKeyChecking=no -o"
+            f" UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+        )
 
     @property
     def log(self) -> str:
@@ -195,9 +249,11 @@ class Qube:
 
 
 class Recipe:
-    """A context manager: the machines of a recipe. Its qubes are the folders of the recipe, unless given.
+    """A context manager: the machines of a recipe. Its qubes are the folders of
+    the recipe, unless given.
 
-    `substitutes` are further things that one machine cannot give, such as a port that must be free.
+    `substitutes` are further things that one machine cannot give, such as a
+    port that must be free.
     """
 
     def __init__(
@@ -209,7 +265,9 @@ class Recipe:
         environment: Callable[[str], Mapping[str, str]] = lambda qube: {},
     ) -> None:
         self.folder = EXAMPLES / name
-        self.names = list(qubes) or sorted(path.name for path in self.folder.iterdir() if path.is_dir())
+        self.names = list(qubes) or sorted(
+            path.name for path in self.folder.iterdir() if path.is_dir()
+        )
         self._substitutes = dict(substitutes or {})
         self._environment = environment
         self._stack = contextlib.ExitStack()
@@ -219,10 +277,16 @@ class Recipe:
         return self.qubes[name]
 
     def __enter__(self) -> Recipe:
-        measured = {key: value for key, value in os.environ.items() if key.startswith("COVERAGE_")}
+        measured = {
+            key: value
+            for key, value in os.environ.items()
+            if key.startswith("COVERAGE_")
+        }
         with contextlib.ExitStack() as stack:
             for name in self.names:
-                machine = stack.enter_context(Machine(environment={**measured, **self._environment(name)}))
+                machine = stack.enter_context(
+                    Machine(environment={**measured, **self._environment(name)})
+                )
                 self.qubes[name] = Qube(name, machine, self._substitutes)
             for qube in self.qubes.values():
                 self._join(qube)
@@ -235,12 +299,15 @@ class Recipe:
     def __exit__(self, *failure: object) -> None:
         self._stack.close()
 
-    def callback(self, function: Callable[..., object], *arguments: object) -> None:
+    def callback(
+        self, function: Callable[..., object], *arguments: object
+    ) -> None:
         """Call this when the recipe ends, before its machines do."""
         self._stack.callback(function, *arguments)
 
     def _join(self, qube: Qube) -> None:
-        """Let a qube see the others: their runtime folders, homes, services and addresses are the real ones."""
+        """Let a qube see the others: their runtime folders, homes, services and
+        addresses are the real ones."""
         machine = qube.machine
         (machine.loopback / "name").write_text(f"{qube.name}\n")
         shutil.copy(self.folder / "policy", machine.loopback / "policy")
@@ -259,54 +326,94 @@ class Recipe:
                 (place / name).symlink_to(target)
 
     def _copy(self, qube: Qube) -> None:
-        """QUBE/config goes to ~/.config, and QUBE/etc to /etc, as every README says."""
-        for part, target in (("config", qube.machine.config), ("etc", qube.etc)):
+        """QUBE/config goes to ~/.config, and QUBE/etc to /etc, as every README
+        says."""
+        for part, target in (
+            ("config", qube.machine.config),
+            ("etc", qube.etc),
+        ):
             if (self.folder / qube.name / part).is_dir():
                 qube.copy(self.folder / qube.name / part, target)
 
     def commands(self, section: str = "") -> list[tuple[str, str]]:
-        """The qubes and commands that a section of the README shows; without a name, what stands before all of them."""
-        sections = re.split(r"^## (.+)\n", (self.folder / "README.md").read_text(), flags=re.MULTILINE)
+        """The qubes and commands that a section of the README shows; without a
+        name, what stands before all of them."""
+        sections = re.split(
+            r"^## (.+)\n",
+            (self.folder / "README.md").read_text(),
+            flags=re.MULTILINE,
+        )
         texts = dict(zip(["", *sections[1::2]], sections[::2], strict=True))
-        assert section in texts, f"{self.folder.name}: its README has no section {section!r}"
+        assert section in texts, (
+            f"{self.folder.name}: its README has no section {section!r}"
+        )
         text = texts[section]
-        found = [match.groups() for line in text.replace("\\\n", "").splitlines() if (match := PROMPT.fullmatch(line))]
-        return [(f"{qube}{prompt}", " ".join(command.split())) for qube, prompt, command in found]
+        found = [
+            match.groups()
+            for line in text.replace("\\\n", "").splitlines()
+            if (match := PROMPT.fullmatch(line))
+        ]
+        return [
+            (f"{qube}{prompt}", " ".join(command.split()))
+            for qube, prompt, command in found
+        ]
 
-    def follow(self, section: str = "", timeout: float = PATIENCE) -> dict[str, str]:
-        """Type what the README says, in its order; what each command printed."""
+    def follow(
+        self, section: str = "", timeout: float = PATIENCE
+    ) -> dict[str, str]:
+        """Type what the README says, in its order; what each command
+        printed."""
         said: dict[str, str] = {}
         for prompt, command in self.commands(section):
             qube = self.qubes[prompt[:-1]]
             try:
                 if prompt.endswith("$"):
-                    said[command] = qube.as_user(command) if qube.as_user else qube.run(command, timeout=timeout)
+                    said[command] = (
+                        qube.as_user(command)
+                        if qube.as_user
+                        else qube.run(command, timeout=timeout)
+                    )
                 elif qube.as_root:
                     said[command] = qube.as_root(command)
             except MachineError as error:
-                logs = "".join(f"\n-- log of {name}:\n{other.log[-2000:]}" for name, other in self.qubes.items())
+                logs = "".join(
+                    f"\n-- log of {name}:\n{other.log[-2000:]}"
+                    for name, other in self.qubes.items()
+                )
                 raise MachineError(f"{error}{logs}") from None
-        assert said, f"{self.folder.name}: its README shows no commands in {section!r}"
+        assert said, (
+            f"{self.folder.name}: its README shows no commands in {section!r}"
+        )
         return said
 
 
 @contextlib.contextmanager
 def sshd(folder: Path, authorized_keys: Path) -> Iterator[str]:
-    """A host that one logs in to with a key, on a port of its own; the block gets the words for ssh."""
+    """A host that one logs in to with a key, on a port of its own; the block
+    gets the words for ssh."""
     folder.mkdir()
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "host"], check=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "host"],
+        check=True,
+    )
     host, port = free_host(), 2222
     if os.geteuid() == 0:
         # The folder that sshd locks its unprivileged half into.
         Path("/run/sshd").mkdir(exist_ok=True)
     config = folder / "sshd_config"
     config.write_text(
-        f"ListenAddress {host}:{port}\nHostKey {folder}/host\nAuthorizedKeysFile {authorized_keys}\n"
+        f"ListenAddress {host}:{port}\nHostKey"
+        f" {folder}/host\nAuthorizedKeysFile {authorized_keys}\n"
         "PasswordAuthentication no\nStrictModes no\nUsePAM no\nPidFile none\n"
     )
-    process = subprocess.Popen([which("sshd"), "-D", "-E", folder / "log", "-f", config])
+    process = subprocess.Popen(
+        [which("sshd"), "-D", "-E", folder / "log", "-f", config]
+    )
     try:
-        until("sshd listens", lambda: listens((host, port)) or process.poll() is not None)
+        until(
+            "sshd listens",
+            lambda: listens((host, port)) or process.poll() is not None,
+        )
         yield f"-p {port} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes {host}"
     finally:
         process.terminate()

@@ -1,4 +1,5 @@
-"""Asterisk 22 in a booted Debian sid: each of its three sockets starts it, and is reached from `work`."""
+"""Asterisk 22 in a booted Debian sid: each of its three sockets starts it, and
+is reached from `work`."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from booted import Container
 from recipe import EXAMPLES, PATIENCE, Recipe, require, until
 
 MANAGER_LOGIN = (
-    b"Action: Login\r\nUsername: work\r\nSecret: work\r\n\r\nAction: CoreSettings\r\n\r\nAction: Logoff\r\n\r\n"
+    b"Action: Login\r\nUsername: work\r\nSecret: work\r\n\r\nAction:"
+    b" CoreSettings\r\n\r\nAction: Logoff\r\n\r\n"
 )
 
 
@@ -29,11 +31,17 @@ def pbx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
 
 @pytest.fixture(scope="module")
 def recipe(pbx: Container) -> Iterator[Recipe]:
-    with Recipe("asterisk", substitutes={"/run/asterisk": f"/proc/{pbx.leader}/root/run/asterisk"}) as recipe:
+    with Recipe(
+        "asterisk",
+        substitutes={"/run/asterisk": f"/proc/{pbx.leader}/root/run/asterisk"},
+    ) as recipe:
         qube = recipe["pbx"]
         qube.as_root = pbx.run
-        # The container's loopback is not this machine's: its ports are reached by a socket.
-        (qube.rpc_config / "qubes.ConnectTCP").write_text("skip-service-descriptor=true\n")
+        # The container's loopback is not this machine's: its ports are reached
+        # by a socket.
+        (qube.rpc_config / "qubes.ConnectTCP").write_text(
+            "skip-service-descriptor=true\n"
+        )
         for port in (5038, 8088):
             bridge = qube.machine.directory / f"port-{port}"
             argv = ["nsenter", f"--target={pbx.leader}", "--net", "socat"]
@@ -49,7 +57,9 @@ def recipe(pbx: Container) -> Iterator[Recipe]:
 
 
 def ask(address: tuple[str, int] | str, question: bytes) -> str:
-    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as client:
+    with socket.socket(
+        socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    ) as client:
         client.settimeout(PATIENCE)
         client.connect(address)
         client.sendall(question)
@@ -67,20 +77,34 @@ def state(pbx: Container) -> str:
 def stopped(pbx: Container, recipe: Recipe) -> None:
     if state(pbx) != "inactive":
         # One that still starts is waited for: it does not end before.
-        pbx.run("systemctl start asterisk.service && systemctl stop asterisk.service")
+        pbx.run(
+            "systemctl start asterisk.service && systemctl stop"
+            " asterisk.service"
+        )
     assert state(pbx) == "inactive"
 
 
-def test_its_command_line(pbx: Container, recipe: Recipe, stopped: None) -> None:
+def test_its_command_line(
+    pbx: Container, recipe: Recipe, stopped: None
+) -> None:
     path = str(recipe["work"].machine.runtime / "qrexec" / "asterisk.ctl")
     # What `asterisk -rx` sends. Its commands come by and by while it starts.
-    until("it answers", lambda: "Asterisk 22" in ask(path, b"cli quit after core show version\0"))
+    until(
+        "it answers",
+        lambda: (
+            "Asterisk 22" in ask(path, b"cli quit after core show version\0")
+        ),
+    )
     until("it has started", lambda: state(pbx) == "active")
-    mode = pbx.run("stat --format='%U %G %a' /run/asterisk/asterisk.ctl").split()
+    mode = pbx.run(
+        "stat --format='%U %G %a' /run/asterisk/asterisk.ctl"
+    ).split()
     assert mode == ["asterisk", "asterisk", "660"]
 
 
-def test_its_manager_interface(pbx: Container, recipe: Recipe, stopped: None) -> None:
+def test_its_manager_interface(
+    pbx: Container, recipe: Recipe, stopped: None
+) -> None:
     answer = ask((recipe["work"].host, 5038), MANAGER_LOGIN)
     assert "Authentication accepted" in answer
     assert "AsteriskVersion: 22" in answer
@@ -88,35 +112,64 @@ def test_its_manager_interface(pbx: Container, recipe: Recipe, stopped: None) ->
 
 
 def test_its_web_server(pbx: Container, recipe: Recipe, stopped: None) -> None:
-    answer = ask((recipe["work"].host, 8088), b"GET /httpstatus HTTP/1.0\r\nConnection: close\r\n\r\n")
+    answer = ask(
+        (recipe["work"].host, 8088),
+        b"GET /httpstatus HTTP/1.0\r\nConnection: close\r\n\r\n",
+    )
     assert "Asterisk HTTP Status" in answer
     until("it has started", lambda: state(pbx) == "active")
 
 
-def test_stopping_does_not_start_it_again(pbx: Container, stopped: None) -> None:
-    pbx.run("systemctl start asterisk.service && systemctl stop asterisk.service && sleep 1")
+def test_stopping_does_not_start_it_again(
+    pbx: Container, stopped: None
+) -> None:
+    pbx.run(
+        "systemctl start asterisk.service && systemctl stop asterisk.service"
+        " && sleep 1"
+    )
     assert state(pbx) == "inactive"
-    assert pbx.run("systemctl show --value -p ExecStop asterisk.service").strip() == ""
+    assert (
+        pbx.run("systemctl show --value -p ExecStop asterisk.service").strip()
+        == ""
+    )
 
 
-def test_a_socket_that_it_does_not_use_is_reported(pbx: Container, stopped: None) -> None:
+def test_a_socket_that_it_does_not_use_is_reported(
+    pbx: Container, stopped: None
+) -> None:
     # All were used up to now.
     assert "does not use it" not in pbx.run("journalctl --identifier=asterisk")
-    pbx.run("sed -i 's/^enabled = yes/enabled = no/' /etc/asterisk/http.conf && systemctl start asterisk.service")
+    pbx.run(
+        "sed -i 's/^enabled = yes/enabled = no/' /etc/asterisk/http.conf &&"
+        " systemctl start asterisk.service"
+    )
     said = pbx.run("journalctl --identifier=asterisk --priority=warning")
-    assert "asterisk-http.socket: Asterisk was given 127.0.0.1:8088 and does not use it" in said
+    assert (
+        "asterisk-http.socket: Asterisk was given 127.0.0.1:8088 and does not"
+        " use it" in said
+    )
     assert "asterisk-manager.socket" not in said
 
 
 def test_its_units_are_well_formed(tmp_path: Path) -> None:
-    """Also where no container boots, as far as this machine's systemd can tell."""
+    """Also where no container boots, as far as this machine's systemd can
+    tell."""
     require("asterisk", "systemd-analyze")
     units = EXAMPLES / "asterisk" / "pbx" / "etc" / "systemd" / "system"
     shutil.copytree(units, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "asterisk.service").write_text("[Service]\nType=notify\nExecStart=/bin/true\n")
-    (tmp_path / "asterisk.service.d" / "here.conf").write_text("[Service]\nExecStartPost=\n")
+    (tmp_path / "asterisk.service").write_text(
+        "[Service]\nType=notify\nExecStart=/bin/true\n"
+    )
+    (tmp_path / "asterisk.service.d" / "here.conf").write_text(
+        "[Service]\nExecStartPost=\n"
+    )
     names = sorted(path.name for path in units.glob("*.socket"))
-    argv = ["systemd-analyze", "verify", "--man=no", *(str(tmp_path / name) for name in names)]
+    argv = [
+        "systemd-analyze",
+        "verify",
+        "--man=no",
+        *(str(tmp_path / name) for name in names),
+    ]
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     ours = [line for line in result.stderr.splitlines() if "asterisk" in line]
     assert (len(names), ours) == (3, [])

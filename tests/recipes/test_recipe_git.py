@@ -1,4 +1,5 @@
-"""git: 100 MiB are pushed, cloned, added to and fetched, by git's daemon, by ssh and by HTTP; gitweb shows them."""
+"""git: 100 MiB are pushed, cloned, added to and fetched, by git's daemon, by
+ssh and by HTTP; gitweb shows them."""
 
 from __future__ import annotations
 
@@ -22,7 +23,15 @@ QUICKLY = [
     "-c",
     "user.email=me@work",
 ]
-PROGRAMS = ("git", "curl", "ssh", "ssh-keygen", "sshd", "lighttpd", "/usr/share/gitweb/index.cgi")
+PROGRAMS = (
+    "git",
+    "curl",
+    "ssh",
+    "ssh-keygen",
+    "sshd",
+    "lighttpd",
+    "/usr/share/gitweb/index.cgi",
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(MEBIBYTES // 10):
         (folder / f"file{number}").write_bytes(os.urandom(10 << 20))
     for command in ("init -q -b main", "add --all", "commit -q -m Lots"):
-        subprocess.run(["git", *QUICKLY, *command.split()], cwd=folder, check=True)
+        subprocess.run(
+            ["git", *QUICKLY, *command.split()], cwd=folder, check=True
+        )
     return folder
 
 
@@ -51,30 +62,46 @@ def exchange(work: Qube, clone: str, source: Path) -> None:
     quickly = " ".join(QUICKLY)
     url = work.run(f"git -C {clone} remote get-url origin").strip()
     work.run(f"git -C {source} push -q {url} main")
-    # git itself looks whether every object is what its name, a hash of all that is in it, says.
+    # git itself looks whether every object is what its name, a hash of all that
+    # is in it, says.
     work.run(f"git clone -q --no-checkout -b main {url} {clone}-again")
     pushed = work.run(f"git -C {source} rev-parse HEAD")
     assert work.run(f"git -C {clone}-again rev-parse HEAD") == pushed
-    assert "size-pack: 100.0" in work.run(f"git -C {clone}-again count-objects -vH")
-    work.run(f"cd {clone}-again && git {quickly} commit -q --allow-empty -m 'And more' && git push -q origin main")
+    assert "size-pack: 100.0" in work.run(
+        f"git -C {clone}-again count-objects -vH"
+    )
+    work.run(
+        f"cd {clone}-again && git {quickly} commit -q --allow-empty -m 'And"
+        f" more' && git push -q origin main"
+    )
     work.run(f"git -C {clone} fetch -q origin")
     new = work.run(f"git -C {clone}-again rev-parse HEAD")
     assert work.run(f"git -C {clone} rev-parse origin/main") == new != pushed
 
 
-WAYS = {"git's daemon": "by-daemon", "ssh": "by-ssh", "HTTP, with gitweb": "by-http"}
+WAYS = {
+    "git's daemon": "by-daemon",
+    "ssh": "by-ssh",
+    "HTTP, with gitweb": "by-http",
+}
 
 
 @pytest.mark.limit(300)
 @pytest.mark.parametrize("section", WAYS)
-def test_push_clone_and_fetch(recipe: Recipe, source: Path, section: str) -> None:
+def test_push_clone_and_fetch(
+    recipe: Recipe, source: Path, section: str
+) -> None:
     clone = WAYS[section]
     said = recipe.follow(section)
     exchange(recipe["work"], clone, source)
     if clone == "by-http":
-        page = next(text for command, text in said.items() if command.startswith("curl"))
+        page = next(
+            text for command, text in said.items() if command.startswith("curl")
+        )
         assert "Repositories in code" in page
         assert "project.git" in page
-        summary = recipe["work"].run("curl -sSf 'http://127.0.0.1:1234/?p=project.git;a=shortlog;h=main'")
+        summary = recipe["work"].run(
+            "curl -sSf 'http://127.0.0.1:1234/?p=project.git;a=shortlog;h=main'"
+        )
         assert "Lots" in summary
         assert "And more" in summary

@@ -1,4 +1,5 @@
-"""Web apps on demand, in a booted Debian: started by `work`, ended when idle, with a user, a database and a name."""
+"""Web apps on demand, in a booted Debian: started by `work`, ended when idle,
+with a user, a database and a name."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ chroot {{top}}/root useradd --create-home --uid 1000 --shell /bin/sh user
 chroot {{top}}/root systemd-machine-id-setup
 touch {{top}}/root/var/lib/systemd/linger/user
 """
-#: What qrexec-agent does: it runs the service as the user of the qube. In work's own manager, as the loopback runs
-#: confined in the daemon there.
+#: What qrexec-agent does: it runs the service as the user of the qube. In
+#: work's own manager, as the loopback runs confined in the daemon there.
 CALL = """\
 #!/bin/sh
 export XDG_RUNTIME_DIR={run} DBUS_SESSION_BUS_ADDRESS=unix:path={run}/bus
@@ -39,11 +40,16 @@ APP = "guestbook"
 
 @pytest.fixture(scope="module")
 def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
-    container = Container("on-demand", "apps", tmp_path_factory.mktemp("apps"), INSTALL)
+    container = Container(
+        "on-demand", "apps", tmp_path_factory.mktemp("apps"), INSTALL
+    )
     try:
         container.wait()
         state = "systemctl --user is-active basic.target"
-        until("the user's systemd runs", lambda: as_user(container, state, check=False).strip() == "active")
+        until(
+            "the user's systemd runs",
+            lambda: as_user(container, state, check=False).strip() == "active",
+        )
         container.run("systemctl start postgresql caddy")
         yield container
     finally:
@@ -57,32 +63,47 @@ def recipe(apps: Container) -> Iterator[Recipe]:
         qube.as_root = apps.run
         qube.as_user = lambda command: as_user(apps, command)
         script = qube.rpc / "qubes.ConnectUnix"
-        script.write_text(CALL.format(run=qube.machine.runtime, leader=apps.leader, as_user=AS_USER))
+        script.write_text(
+            CALL.format(
+                run=qube.machine.runtime, leader=apps.leader, as_user=AS_USER
+            )
+        )
         qube.add_log("qrexec-call-.service")
         yield recipe
 
 
 def as_user(apps: Container, command: str, *, check: bool = True) -> str:
-    return apps.run(f"cd /home/user && {AS_USER} /bin/sh -c {shlex.quote(command)}", check=check)
+    return apps.run(
+        f"cd /home/user && {AS_USER} /bin/sh -c {shlex.quote(command)}",
+        check=check,
+    )
 
 
 def published(apps: Container) -> dict[str, dict[str, Any]]:
-    return {one["name"]: one for one in json.loads(as_user(apps, "qrexec-activate published --json"))}
+    return {
+        one["name"]: one
+        for one in json.loads(as_user(apps, "qrexec-activate published --json"))
+    }
 
 
 def plausible(memory: int | None) -> bool:
-    """Whether a Python uses so much; None where the kernel does not count for systemd, as with old control groups."""
+    """Whether a Python uses so much; None where the kernel does not count for
+    systemd, as with old control groups."""
     return memory is None or 1 << 20 < memory < 1 << 28
 
 
 def traces(apps: Container, name: str) -> str:
     """Everything in the system that has a name."""
     return apps.run(
-        f"getent passwd {name}; getent group {name}; ls -d /var/lib/qrexec-publish/{name};"
-        f" ls /etc/systemd/system /etc/systemd/system/*.wants /run/qubes.ConnectUnix | grep -- -{name};"
-        f" runuser -u postgres -- psql -At -c \"select rolname from pg_roles where rolname = '{name}'\""
+        f"getent passwd {name}; getent group {name}; ls -d"
+        f" /var/lib/qrexec-publish/{name};"
+        f" ls /etc/systemd/system /etc/systemd/system/*.wants"
+        f" /run/qubes.ConnectUnix | grep -- -{name};"
+        f' runuser -u postgres -- psql -At -c "select rolname from pg_roles'
+        f" where rolname = '{name}'\""
         f" -c \"select datname from pg_database where datname = '{name}'\";"
-        f" curl --silent http://localhost:2019/config/ | grep -o {name}.localhost",
+        f" curl --silent http://localhost:2019/config/ | grep -o"
+        f" {name}.localhost",
         check=False,
     )
 
@@ -95,71 +116,140 @@ def test_a_program_as_it_is(apps: Container, recipe: Recipe) -> None:
     assert plausible(wiki["memory"])
 
 
-def test_a_user_a_database_and_a_name_of_its_own(apps: Container, recipe: Recipe) -> None:
+def test_a_user_a_database_and_a_name_of_its_own(
+    apps: Container, recipe: Recipe
+) -> None:
     assert traces(apps, APP) == ""
-    dry = apps.run(dict(recipe.commands("A user, a database and a name of its own"))["apps#"] + " --dry-run")
+    dry = apps.run(
+        dict(recipe.commands("A user, a database and a name of its own"))[
+            "apps#"
+        ]
+        + " --dry-run"
+    )
     assert "$ useradd --system" in dry
     assert traces(apps, APP) == ""
     said = recipe.follow("A user, a database and a name of its own")
     assert next(reversed(said.values())) == "1 visits, noted by guestbook\n"
     one = published(apps)[APP]
-    assert (one["state"], one["user"], one["database"], one["domain"]) == ("running", APP, APP, "guestbook.localhost")
+    assert (one["state"], one["user"], one["database"], one["domain"]) == (
+        "running",
+        APP,
+        APP,
+        "guestbook.localhost",
+    )
     assert plausible(one["memory"])
-    assert apps.run("curl --silent http://guestbook.localhost/") == "2 visits, noted by guestbook\n"
+    assert (
+        apps.run("curl --silent http://guestbook.localhost/")
+        == "2 visits, noted by guestbook\n"
+    )
 
 
 def test_it_can_do_nothing_else(apps: Container, recipe: Recipe) -> None:
-    assert apps.run(f"getent passwd {APP}").strip().endswith(":/var/lib/qrexec-publish/guestbook:/usr/sbin/nologin")
-    assert apps.run("stat --format='%U %a' /var/lib/qrexec-publish/guestbook").split() == [APP, "700"]
-    pid = apps.run("systemctl show --value -p MainPID qrexec-program-guestbook.service").strip()
-    status = dict(line.partition(":\t")[::2] for line in apps.run(f"cat /proc/{pid}/status").splitlines())
+    assert (
+        apps.run(f"getent passwd {APP}")
+        .strip()
+        .endswith(":/var/lib/qrexec-publish/guestbook:/usr/sbin/nologin")
+    )
+    assert apps.run(
+        "stat --format='%U %a' /var/lib/qrexec-publish/guestbook"
+    ).split() == [APP, "700"]
+    pid = apps.run(
+        "systemctl show --value -p MainPID qrexec-program-guestbook.service"
+    ).strip()
+    status = dict(
+        line.partition(":\t")[::2]
+        for line in apps.run(f"cat /proc/{pid}/status").splitlines()
+    )
     assert set(status["Uid"].split()) == {apps.run(f"id --user {APP}").strip()}
-    assert (int(status["CapBnd"], 16), status["NoNewPrivs"], status["Seccomp"]) == (0, "1", "2")
+    assert (
+        int(status["CapBnd"], 16),
+        status["NoNewPrivs"],
+        status["Seccomp"],
+    ) == (0, "1", "2")
     mounts = apps.run(f"cat /proc/{pid}/mountinfo")
-    options = {line.split()[4]: line.split()[5].split(",") for line in mounts.splitlines()}
+    options = {
+        line.split()[4]: line.split()[5].split(",")
+        for line in mounts.splitlines()
+    }
     assert "ro" in options["/"]
     assert "rw" in options["/var/lib/qrexec-publish/guestbook"]
-    said = apps.run(f"runuser -u {APP} -- psql -d postgres -c 'create table x ()' 2>&1", check=False)
+    said = apps.run(
+        f"runuser -u {APP} -- psql -d postgres -c 'create table x ()' 2>&1",
+        check=False,
+    )
     assert "permission denied" in said
 
 
 def test_who_may_connect(apps: Container, recipe: Recipe) -> None:
     path = "/run/qubes.ConnectUnix/guestbook"
-    assert apps.run(f"stat --format='%U %G %a' {path}").split() == ["user", "caddy", "660"]
-    ask = f"curl --silent --show-error --unix-socket {path} http://guestbook/ 2>&1"
+    assert apps.run(f"stat --format='%U %G %a' {path}").split() == [
+        "user",
+        "caddy",
+        "660",
+    ]
+    ask = (
+        f"curl --silent --show-error --unix-socket {path} http://guestbook/"
+        f" 2>&1"
+    )
     assert "noted by guestbook" in as_user(apps, ask)
     for stranger in ("nobody", "www-data", APP):
-        assert "curl: (7) " in apps.run(f"runuser -u {stranger} -- {ask}", check=False)
+        assert "curl: (7) " in apps.run(
+            f"runuser -u {stranger} -- {ask}", check=False
+        )
 
 
 def test_what_is_there(apps: Container, recipe: Recipe) -> None:
     recipe.follow("What is there")
     assert "guestbook" in apps.run("qrexec-activate published")
     # A Caddy that has forgotten it.
-    apps.run("curl --silent -X DELETE http://localhost:2019/id/qrexec-publish-guestbook.socket")
-    assert "Caddy has lost guestbook.localhost" in as_user(apps, "qrexec-activate published --check", check=False)
-    as_user(apps, f"qrexec-activate publish {APP} --domain guestbook.localhost && qrexec-activate published --check")
-    assert "sudo qrexec-activate unpublish" in as_user(apps, "qrexec-activate unpublish guestbook 2>&1", check=False)
+    apps.run(
+        "curl --silent -X DELETE"
+        " http://localhost:2019/id/qrexec-publish-guestbook.socket"
+    )
+    assert "Caddy has lost guestbook.localhost" in as_user(
+        apps, "qrexec-activate published --check", check=False
+    )
+    as_user(
+        apps,
+        f"qrexec-activate publish {APP} --domain guestbook.localhost &&"
+        f" qrexec-activate published --check",
+    )
+    assert "sudo qrexec-activate unpublish" in as_user(
+        apps, "qrexec-activate unpublish guestbook 2>&1", check=False
+    )
 
 
 def test_it_ends_when_idle(apps: Container, recipe: Recipe) -> None:
-    apps.run("qrexec-activate publish brief --user brief --database --exec 'python3 /etc/guestbook.py' --idle 1s")
-    ask = "curl --silent --unix-socket /run/qubes.ConnectUnix/brief http://brief/"
+    apps.run(
+        "qrexec-activate publish brief --user brief --database --exec"
+        " 'python3 /etc/guestbook.py' --idle 1s"
+    )
+    ask = (
+        "curl --silent --unix-socket /run/qubes.ConnectUnix/brief http://brief/"
+    )
     state = "systemctl is-active qrexec-program-brief.service"
     for visits in (1, 2):
         assert as_user(apps, ask) == f"{visits} visits, noted by brief\n"
         until("it ends", lambda: published(apps)["brief"]["state"] == "idle")
-        until("its program ends", lambda: apps.run(state, check=False).strip() == "inactive")
+        until(
+            "its program ends",
+            lambda: apps.run(state, check=False).strip() == "inactive",
+        )
     assert published(apps)["brief"]["memory"] == 0
     # The database of one is closed to the other.
-    assert "permission denied" in apps.run(f"runuser -u brief -- psql -d {APP} -c '' 2>&1", check=False)
+    assert "permission denied" in apps.run(
+        f"runuser -u brief -- psql -d {APP} -c '' 2>&1", check=False
+    )
     apps.run("qrexec-activate unpublish brief --yes")
     assert traces(apps, "brief") == ""
 
 
 def test_failing_midway_undoes_all(apps: Container, recipe: Recipe) -> None:
     apps.run("systemctl stop caddy")
-    publish = "qrexec-activate publish late --user late --database --domain late.localhost --exec /bin/cat 2>&1"
+    publish = (
+        "qrexec-activate publish late --user late --database --domain"
+        " late.localhost --exec /bin/cat 2>&1"
+    )
     assert "Caddy's admin API" in apps.run(publish, check=False)
     apps.run("systemctl start caddy")
     assert traces(apps, "late") == ""
@@ -168,30 +258,51 @@ def test_failing_midway_undoes_all(apps: Container, recipe: Recipe) -> None:
     apps.run("systemctl start postgresql")
     assert traces(apps, "late") == ""
     apps.run("mv /usr/bin/createdb /root/")
-    assert "--database needs PostgreSQL in this qube (missing: createdb)" in apps.run(publish, check=False)
+    assert (
+        "--database needs PostgreSQL in this qube (missing: createdb)"
+        in apps.run(publish, check=False)
+    )
     apps.run("mv /root/createdb /usr/bin/")
     said = apps.run("journalctl --output=cat QREXEC_NAME=late")
-    assert said.count("publishing late: /bin/cat, Linux user late, database late, late.localhost in Caddy failed") == 2
+    assert (
+        said.count(
+            "publishing late: /bin/cat, Linux user late, database late,"
+            " late.localhost in Caddy failed"
+        )
+        == 2
+    )
 
 
 def test_another_user_is_never_removed(apps: Container, recipe: Recipe) -> None:
     apps.run("qrexec-activate publish odd --user odd --exec /bin/cat")
-    apps.run("sed -i s/^User=odd/User=www-data/ /etc/systemd/system/qrexec-publish-odd.socket")
-    assert "is no user that" in apps.run("qrexec-activate unpublish odd --yes 2>&1", check=False)
+    apps.run(
+        "sed -i s/^User=odd/User=www-data/"
+        " /etc/systemd/system/qrexec-publish-odd.socket"
+    )
+    assert "is no user that" in apps.run(
+        "qrexec-activate unpublish odd --yes 2>&1", check=False
+    )
     assert apps.run("getent passwd www-data")
-    apps.run("sed -i s/^User=www-data/User=odd/ /etc/systemd/system/qrexec-publish-odd.socket")
+    apps.run(
+        "sed -i s/^User=www-data/User=odd/"
+        " /etc/systemd/system/qrexec-publish-odd.socket"
+    )
     apps.run("qrexec-activate unpublish odd --yes")
     assert traces(apps, "odd") == ""
 
 
 def test_taking_it_away(apps: Container, recipe: Recipe) -> None:
     # Nothing goes without a yes.
-    assert "Go on?" in apps.run("qrexec-activate unpublish guestbook 2>&1 </dev/null", check=False)
+    assert "Go on?" in apps.run(
+        "qrexec-activate unpublish guestbook 2>&1 </dev/null", check=False
+    )
     assert published(apps)[APP]["alive"]
     recipe.follow("Take it away")
     assert traces(apps, APP) == ""
     assert published(apps) == {}
-    assert apps.run("ls -A /var/lib/qrexec-publish 2>/dev/null", check=False) == ""
+    assert (
+        apps.run("ls -A /var/lib/qrexec-publish 2>/dev/null", check=False) == ""
+    )
 
 
 def test_many(apps: Container, recipe: Recipe) -> None:

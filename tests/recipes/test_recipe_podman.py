@@ -1,4 +1,5 @@
-"""Podman: forwarder and service in containers without a network, by sockets of every kind that systemd passes in."""
+"""Podman: forwarder and service in containers without a network, by sockets of
+every kind that systemd passes in."""
 
 from __future__ import annotations
 
@@ -18,11 +19,16 @@ from recipe import PATIENCE, ROOT, Recipe, require
 
 from qrexec_activate.loopback.install import write_client
 
-CACHE = Path(os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate")) / "recipes" / "podman"
+CACHE = (
+    Path(os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate"))
+    / "recipes"
+    / "podman"
+)
 NEEDS_ROOT = "the root file system of its containers belongs to root"
 KINDS = ["tcp4", "tcp6", "unix", "abstract", "vsock"]
 MEBIBYTES = 256
-#: Podman in a machine that may itself be a container: cgroups of its own, and no limit above those it has.
+#: Podman in a machine that may itself be a container: cgroups of its own, and
+#: no limit above those it has.
 PODMAN = """\
 #!/bin/sh
 if [ "$1" = inside ]; then
@@ -36,12 +42,15 @@ exec unshare --mount "$0" inside "$@"
 
 
 def free_port() -> int:
-    """Free on 127.0.0.1 and ::1, of which all qubes here have the latter in common."""
+    """Free on 127.0.0.1 and ::1, of which all qubes here have the latter in
+    common."""
     while True:
         port = random.randint(10_000, 30_000)
         with (
             contextlib.suppress(OSError),
-            socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True),
+            socket.create_server(
+                ("::", port), family=socket.AF_INET6, dualstack_ipv6=True
+            ),
         ):
             return port
 
@@ -53,16 +62,41 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
     podman = folder / "podman"
     podman.write_text(PODMAN.format(top=folder))
     podman.chmod(0o755)
-    probe = [podman, "run", "--rm", "--network=none", "--read-only", "--rootfs", CACHE, "/bin/true"]
-    result = subprocess.run(probe, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    probe = [
+        podman,
+        "run",
+        "--rm",
+        "--network=none",
+        "--read-only",
+        "--rootfs",
+        CACHE,
+        "/bin/true",
+    ]
+    result = subprocess.run(
+        probe, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     if result.returncode:
-        pytest.skip(f"recipe podman: containers do not start here: {result.stderr.strip().splitlines()[-1:]}")
-    with Recipe("podman", substitutes={"/usr/bin/podman": str(podman), "/srv/containers/qrexec": str(CACHE)}) as recipe:
+        pytest.skip(
+            f"recipe podman: containers do not start here:"
+            f" {result.stderr.strip().splitlines()[-1:]}"
+        )
+    with Recipe(
+        "podman",
+        substitutes={
+            "/usr/bin/podman": str(podman),
+            "/srv/containers/qrexec": str(CACHE),
+        },
+    ) as recipe:
         for qube in recipe.qubes.values():
             port = free_port()
             for path in qube.machine.unit_dir.glob("*.s*"):
-                text = path.read_text().replace(":7777", f":{port}").replace("=@echo", f"=@echo-{port}")
-                # Two containers of one name exclude each other, and here both qubes share one Podman.
+                text = (
+                    path.read_text()
+                    .replace(":7777", f":{port}")
+                    .replace("=@echo", f"=@echo-{port}")
+                )
+                # Two containers of one name exclude each other, and here both
+                # qubes share one Podman.
                 path.write_text(text.replace("--name=", f"--name={port}-"))
             qube.environment["PORT"] = str(port)
         give_qrexec(recipe)
@@ -71,30 +105,54 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
         yield recipe
         for qube in recipe.qubes.values():
             qube.run(
-                "systemctl --user stop connect-echo.socket connect-echo.service echo.socket echo.service", check=False
+                "systemctl --user stop connect-echo.socket"
+                " connect-echo.service echo.socket echo.service",
+                check=False,
             )
 
 
 def give_qrexec(recipe: Recipe) -> None:
-    """In the place of qrexec-client-vm and the forwarder's package the container gets the loopback and this source."""
+    """In the place of qrexec-client-vm and the forwarder's package the
+    container gets the loopback and this source."""
     work = recipe["work"]
     client = work.machine.directory / "qrexec-client-vm-for-python3"
     write_client(str(client), str(work.machine.loopback), "/usr/bin/python3")
     folders = [work.machine.directory, recipe["echo"].machine.directory]
-    volumes = [f"--volume={client}:/usr/bin/qrexec-client-vm:ro", f"--volume={ROOT}:{ROOT}:ro"]
-    volumes += [f"--volume={folder}:{folder}" for folder in folders] + [f"--env=PYTHONPATH={ROOT}"]
+    volumes = [
+        f"--volume={client}:/usr/bin/qrexec-client-vm:ro",
+        f"--volume={ROOT}:{ROOT}:ro",
+    ]
+    volumes += [f"--volume={folder}:{folder}" for folder in folders] + [
+        f"--env=PYTHONPATH={ROOT}"
+    ]
     unit = work.machine.unit_dir / "connect-echo.service"
-    written = [word for word in unit.read_text().split() if word.startswith("--volume=")]
+    written = [
+        word
+        for word in unit.read_text().split()
+        if word.startswith("--volume=")
+    ]
     assert len(written) == 3
-    text = unit.read_text().replace(written[0], " ".join(volumes)).replace(f"{written[1]} {written[2]}", "")
-    unit.write_text(text.replace("/usr/bin/qrexec-activate", "/usr/bin/python3 -m qrexec_activate"))
+    text = (
+        unit.read_text()
+        .replace(written[0], " ".join(volumes))
+        .replace(f"{written[1]} {written[2]}", "")
+    )
+    unit.write_text(
+        text.replace(
+            "/usr/bin/qrexec-activate", "/usr/bin/python3 -m qrexec_activate"
+        )
+    )
 
 
 def connect(recipe: Recipe, qube: str, kind: str) -> socket.socket:
     """A connection to one of the five addresses of the unit in a qube."""
     place = recipe[qube]
     port = int(place.environment["PORT"])
-    path = place.machine.runtime / ("qrexec" if qube == "work" else "qubes.ConnectUnix") / "echo"
+    path = (
+        place.machine.runtime
+        / ("qrexec" if qube == "work" else "qubes.ConnectUnix")
+        / "echo"
+    )
     family, address = {
         "tcp4": (socket.AF_INET, (place.host, port)),
         "tcp6": (socket.AF_INET6, ("::1", port)),
@@ -109,7 +167,10 @@ def connect(recipe: Recipe, qube: str, kind: str) -> socket.socket:
     except OSError as error:
         sock.close()
         if kind == "vsock":
-            pytest.skip(f"recipe podman: the kernel gives this machine no vsock to itself: {error}")
+            pytest.skip(
+                f"recipe podman: the kernel gives this machine no vsock to"
+                f" itself: {error}"
+            )
         raise
     sock.settimeout(PATIENCE)
     return sock
@@ -128,7 +189,9 @@ def exchange(sock: socket.socket, data: bytes) -> bytes:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("qube", ["echo", "work"])
 def test_every_kind_of_socket(recipe: Recipe, qube: str, kind: str) -> None:
-    assert exchange(connect(recipe, qube, kind), b"all the way") == b"all the way"
+    assert (
+        exchange(connect(recipe, qube, kind), b"all the way") == b"all the way"
+    )
 
 
 def test_containers_have_no_network(recipe: Recipe) -> None:
@@ -144,7 +207,9 @@ def inside_containers(program: bytes) -> list[int]:
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            is_first = (place / "status").read_text().partition("NSpid:")[2].splitlines()[0].split()[1:] == ["1"]
+            is_first = (place / "status").read_text().partition("NSpid:")[
+                2
+            ].splitlines()[0].split()[1:] == ["1"]
             if is_first and program in (place / "cmdline").read_bytes():
                 found.append(int(place.name))
     return found
@@ -158,13 +223,17 @@ def interfaces(pid: int) -> set[str]:
 def throughput(connect: Callable[[], socket.socket]) -> float:
     """MiB/s there and back, of bytes that are all counted."""
     code = (
-        "import socket, sys\nsock = socket.socket(fileno=0)\nwant = int(sys.argv[1]) << 20\n"
-        "buffer = bytearray(1 << 18)\nwhile want > 0 and (n := sock.recv_into(buffer)): want -= n\nsys.exit(want)"
+        "import socket, sys\nsock = socket.socket(fileno=0)\nwant ="
+        " int(sys.argv[1]) << 20\n"
+        "buffer = bytearray(1 << 18)\nwhile want > 0 and (n :="
+        " sock.recv_into(buffer)): want -= n\nsys.exit(want)"
     )
     with connect() as sock:
         # A time limit would make the socket non-blocking for the reader, too.
         sock.settimeout(None)
-        reader = subprocess.Popen([sys.executable, "-c", code, str(MEBIBYTES)], stdin=sock)
+        reader = subprocess.Popen(
+            [sys.executable, "-c", code, str(MEBIBYTES)], stdin=sock
+        )
         block = bytes(1 << 18)
         begin = time.monotonic()
         for _ in range(MEBIBYTES * 4):
@@ -176,24 +245,32 @@ def throughput(connect: Callable[[], socket.socket]) -> float:
 def test_throughput_with_and_without_the_container(
     recipe: Recipe, record_property: Callable[[str, object], None]
 ) -> None:
-    """The same bytes through the container, and through the same program outside: both are reported, not judged."""
+    """The same bytes through the container, and through the same program
+    outside: both are reported, not judged."""
     path = recipe["echo"].machine.directory / "outside"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
         code = recipe["echo"].machine.config / "echo" / "echo.py"
         start = f"exec 3<&0; LISTEN_FDS=1 exec /usr/bin/python3 {code}"
-        with subprocess.Popen(["/bin/sh", "-c", start], stdin=listener) as outside:
+        with subprocess.Popen(
+            ["/bin/sh", "-c", start], stdin=listener
+        ) as outside:
             try:
                 results = {
-                    "inside": throughput(lambda: connect(recipe, "echo", "unix")),
+                    "inside": throughput(
+                        lambda: connect(recipe, "echo", "unix")
+                    ),
                     "outside": throughput(lambda: connected(str(path))),
                 }
             finally:
                 outside.kill()
     for name, rate in results.items():
         record_property(f"MiB/s {name}", round(rate))
-    print("echo by unix socket, MiB/s there and back:", {name: round(rate) for name, rate in results.items()})
+    print(
+        "echo by unix socket, MiB/s there and back:",
+        {name: round(rate) for name, rate in results.items()},
+    )
 
 
 def connected(path: str) -> socket.socket:

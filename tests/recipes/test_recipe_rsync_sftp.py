@@ -1,4 +1,5 @@
-"""rsync and sftp: a folder goes there and comes back, byte for byte, by rsync's daemon and by sftp."""
+"""rsync and sftp: a folder goes there and comes back, byte for byte, by rsync's
+daemon and by sftp."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ def recipe() -> Iterator[Recipe]:
         files, work = recipe["files"], recipe["work"]
         album = work.machine.home / "album"
         (album / "summer").mkdir(parents=True)
-        for name, size in {"large": 20 << 20, "summer/small": 3, "summer/empty": 0}.items():
+        for name, size in {
+            "large": 20 << 20,
+            "summer/small": 3,
+            "summer/empty": 0,
+        }.items():
             (album / name).write_bytes(os.urandom(size))
         if os.geteuid() == 0:
             # Started by root, rsync would become nobody.
@@ -28,7 +33,9 @@ def recipe() -> Iterator[Recipe]:
 
 
 def is_same(one: Path, other: Path) -> bool:
-    match, mismatch, errors = filecmp.cmpfiles(one, other, ["large", "summer/small", "summer/empty"], shallow=False)
+    match, mismatch, errors = filecmp.cmpfiles(
+        one, other, ["large", "summer/small", "summer/empty"], shallow=False
+    )
     return len(match) == 3 and not mismatch and not errors
 
 
@@ -39,7 +46,9 @@ def test_rsync(recipe: Recipe) -> None:
     album = work.machine.home / "album"
     assert is_same(album, files.machine.home / "files" / "album")
     assert is_same(album, work.machine.home / "album-again")
-    said = work.run("rsync album/large rsync://127.0.0.1:8873/published/ 2>&1", check=False)
+    said = work.run(
+        "rsync album/large rsync://127.0.0.1:8873/published/ 2>&1", check=False
+    )
     assert "module is read only" in said
 
 

@@ -1,4 +1,5 @@
-"""SOCKS: in a real Tor network, streams of one qube share a circuit, and those of two qubes never do."""
+"""SOCKS: in a real Tor network, streams of one qube share a circuit, and those
+of two qubes never do."""
 
 from __future__ import annotations
 
@@ -43,10 +44,14 @@ def web_server(host: str) -> Iterator[None]:
 def open_stream(qube: Qube, host: str) -> socket.socket:
     """Connect by SOCKS 4 to the web server, and stay."""
     sock = socket.create_connection((qube.host, 9050), PATIENCE)
-    sock.sendall(b"\x04\x01" + PORT.to_bytes(2, "big") + socket.inet_aton(host) + b"\0")
+    sock.sendall(
+        b"\x04\x01" + PORT.to_bytes(2, "big") + socket.inet_aton(host) + b"\0"
+    )
     answer = b""
     while len(answer) < 8:
-        answer += sock.recv(8 - len(answer)) or pytest.fail("Tor ended the connection")
+        answer += sock.recv(8 - len(answer)) or pytest.fail(
+            "Tor ended the connection"
+        )
     assert answer[1] == 0x5A, f"Tor refused: {answer!r}"
     return sock
 
@@ -59,23 +64,41 @@ def test_one_circuit_per_qube(tmp_path: Path) -> None:
         tor_network(tmp_path) as network,
         web_server(server),
         # No name leads there without Tor's own network.
-        Recipe("socks", substitutes={"http://example.onion/": f"http://{server}:{PORT}/"}) as recipe,
+        Recipe(
+            "socks",
+            substitutes={"http://example.onion/": f"http://{server}:{PORT}/"},
+        ) as recipe,
     ):
         anon = recipe["anon"]
         torrc = (anon.etc / "tor" / "torrc").read_text()
         assert f"SocksPort {anon.host}:9050 IsolateClientAddr" in torrc
-        network.start("anon", torrc + network.common("anon") + f"ControlPort unix:{tmp_path}/anon/control\n")
+        network.start(
+            "anon",
+            torrc
+            + network.common("anon")
+            + f"ControlPort unix:{tmp_path}/anon/control\n",
+        )
         wait_ready(network, "anon")
         said = recipe.follow("Reach it")
-        assert [text for command, text in said.items() if command.startswith("curl")] == ["by Tor"]
+        assert [
+            text for command, text in said.items() if command.startswith("curl")
+        ] == ["by Tor"]
 
         with contextlib.ExitStack() as streams:
             for name in ("work", "home", "work", "home"):
                 streams.enter_context(open_stream(recipe[name], server))
             status = network.control("anon", "GETINFO stream-status")
-        lines = [line.split() for line in status.splitlines() if f" {server}:{PORT}" in line]
+        lines = [
+            line.split()
+            for line in status.splitlines()
+            if f" {server}:{PORT}" in line
+        ]
         circuits = [
-            circuit for _, state, circuit, _ in sorted(lines, key=lambda line: int(line[0])) if state == "SUCCEEDED"
+            circuit
+            for _, state, circuit, _ in sorted(
+                lines, key=lambda line: int(line[0])
+            )
+            if state == "SUCCEEDED"
         ]
         assert len(circuits) == 4
         assert circuits[0] == circuits[2] != circuits[1] == circuits[3]

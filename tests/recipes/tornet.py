@@ -1,4 +1,5 @@
-"""A whole Tor network on one machine, for a client to build real circuits in: one authority and three relays."""
+"""A whole Tor network on one machine, for a client to build real circuits in:
+one authority and three relays."""
 
 from __future__ import annotations
 
@@ -51,9 +52,12 @@ class TorNetwork:
         place = self.folder / name
         place.mkdir(mode=0o700, exist_ok=True)
         return (
-            f"TestingTorNetwork 1\nDataDirectory {place}\nLog notice file {place}/log\nRunAsDaemon 0\n"
-            f"Address {self.host}\nAddressDisableIPv6 1\nAssumeReachable 1\nShutdownWaitLength 0\n"
-            f"PathsNeededToBuildCircuits 0.25\nClientRejectInternalAddresses 0\n{self.authority}"
+            f"TestingTorNetwork 1\nDataDirectory {place}\nLog notice file"
+            f" {place}/log\nRunAsDaemon 0\n"
+            f"Address {self.host}\nAddressDisableIPv6 1\nAssumeReachable"
+            f" 1\nShutdownWaitLength 0\n"
+            f"PathsNeededToBuildCircuits 0.25\nClientRejectInternalAddresses"
+            f" 0\n{self.authority}"
         )
 
     def start(self, name: str, torrc: str) -> None:
@@ -61,14 +65,23 @@ class TorNetwork:
         file.write_text(torrc)
         empty = self.folder / "empty"
         empty.touch()
-        self.processes.append(subprocess.Popen(["tor", "--quiet", "-f", file, "--defaults-torrc", empty]))
+        self.processes.append(
+            subprocess.Popen(
+                ["tor", "--quiet", "-f", file, "--defaults-torrc", empty]
+            )
+        )
 
     def control(self, name: str, *commands: str) -> str:
         """What a Tor says on its control socket."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(PATIENCE)
             client.connect(str(self.folder / name / "control"))
-            client.sendall("".join(f"{line}\r\n" for line in ("AUTHENTICATE", *commands, "QUIT")).encode())
+            client.sendall(
+                "".join(
+                    f"{line}\r\n"
+                    for line in ("AUTHENTICATE", *commands, "QUIT")
+                ).encode()
+            )
             said = b""
             while chunk := client.recv(1 << 16):
                 said += chunk
@@ -76,7 +89,9 @@ class TorNetwork:
 
     def is_ready(self, name: str) -> bool:
         try:
-            return "PROGRESS=100" in self.control(name, "GETINFO status/bootstrap-phase")
+            return "PROGRESS=100" in self.control(
+                name, "GETINFO status/bootstrap-phase"
+            )
         except OSError:
             return False
 
@@ -87,7 +102,14 @@ class TorNetwork:
         keys = self.folder / "authority" / "keys"
         keys.mkdir(mode=0o700)
         subprocess.run(
-            ["tor-gencert", "--create-identity-key", "--passphrase-fd", "0", "-a", f"{self.host}:{AUTHORITY_PORT}"],
+            [
+                "tor-gencert",
+                "--create-identity-key",
+                "--passphrase-fd",
+                "0",
+                "-a",
+                f"{self.host}:{AUTHORITY_PORT}",
+            ],
             input=b"secret\n",
             cwd=keys,
             check=True,
@@ -97,19 +119,44 @@ class TorNetwork:
         identity = re.search(r"^fingerprint (\w+)", certificate, re.MULTILINE)
         assert identity
         self.authority = (
-            f"DirAuthority authority orport=5000 no-v2 v3ident={identity[1]} {self.host}:{AUTHORITY_PORT} "
+            f"DirAuthority authority orport=5000 no-v2 v3ident={identity[1]}"
+            f" {self.host}:{AUTHORITY_PORT} "
             f"{self.fingerprint('authority')}\n"
         )
         for port, name in enumerate(names, 5000):
-            more = AUTHORITY.format(host=self.host) if name == "authority" else ""
-            self.start(name, self.common(name) + f"Nickname {name}\n" + RELAY.format(host=self.host, port=port) + more)
+            more = (
+                AUTHORITY.format(host=self.host) if name == "authority" else ""
+            )
+            self.start(
+                name,
+                self.common(name)
+                + f"Nickname {name}\n"
+                + RELAY.format(host=self.host, port=port)
+                + more,
+            )
 
     def fingerprint(self, name: str) -> str:
         (self.folder / "empty").touch()
-        argv = ["tor", "-f", "empty", "--defaults-torrc", "empty", "--list-fingerprint", "--orport", "1"]
+        argv = [
+            "tor",
+            "-f",
+            "empty",
+            "--defaults-torrc",
+            "empty",
+            "--list-fingerprint",
+            "--orport",
+            "1",
+        ]
         argv += ["--datadirectory", str(self.folder / name), "--nickname", name]
-        said = subprocess.run(argv, cwd=self.folder, capture_output=True, text=True, check=True).stdout
-        return said.strip().splitlines()[-1].removeprefix(f"{name} ").replace(" ", "")
+        said = subprocess.run(
+            argv, cwd=self.folder, capture_output=True, text=True, check=True
+        ).stdout
+        return (
+            said.strip()
+            .splitlines()[-1]
+            .removeprefix(f"{name} ")
+            .replace(" ", "")
+        )
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""The pretend qubes of a container, and the agent that stand-in qrexec-client-vm processes call.
+"""The pretend qubes of a container, and the agent that stand-in
+qrexec-client-vm processes call.
 
-It runs outside the sandboxes of callers, in a network of its own. Every pretend qube answers on its ports and sockets
-with a line that names it and the address of the caller, and then echoes.
+It runs outside the sandboxes of callers, in a network of its own. Every pretend
+qube answers on its ports and sockets with a line that names it and the address
+of the caller, and then echoes.
 """
 
 import array
@@ -20,7 +22,8 @@ from pathlib import Path
 HERE = Path("/var/lib/pretend")
 AGENT = Path("/run/qubes/qrexec-agent")
 CLIENT = (
-    "import sys; sys.path.insert(0, '/var/lib/pretend'); from qrexec_activate.loopback.client_vm import main; main()"
+    "import sys; sys.path.insert(0, '/var/lib/pretend'); from"
+    " qrexec_activate.loopback.client_vm import main; main()"
 )
 
 
@@ -28,7 +31,9 @@ class Greeter(socketserver.BaseRequestHandler):
     """Says which qube it is and who calls, then echoes."""
 
     def handle(self):
-        peer = self.client_address[0] if self.client_address else "a unix socket"
+        peer = (
+            self.client_address[0] if self.client_address else "a unix socket"
+        )
         self.request.sendall(f"{self.server.qube} to {peer}\n".encode())
         while data := self.request.recv(65536):
             self.request.sendall(data)
@@ -55,14 +60,20 @@ def serve(qube, address):
 
 
 def call(connection):
-    """Make one call with the descriptors of the caller; kill it if the caller goes."""
+    """Make one call with the descriptors of the caller; kill it if the caller
+    goes."""
     with connection:
-        data, ancillary, _, _ = connection.recvmsg(65536, socket.CMSG_SPACE(3 * 4))
+        data, ancillary, _, _ = connection.recvmsg(
+            65536, socket.CMSG_SPACE(3 * 4)
+        )
         descriptors = array.array("i")
         for _, _, part in ancillary:
             descriptors.frombytes(part)
         arguments = json.loads(data[4:])
-        _, uid, _ = array.array("i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        _, uid, _ = array.array(
+            "i",
+            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12),
+        )
         with (HERE / "callers").open("a") as log:
             print(pwd.getpwuid(uid).pw_name, *arguments, file=log)
         stdin, stdout, stderr = descriptors
@@ -87,7 +98,9 @@ def call(connection):
 
 def main():
     for qube, address in json.loads((HERE / "servers").read_text()):
-        serve(qube, tuple(address) if isinstance(address, list) else Path(address))
+        serve(
+            qube, tuple(address) if isinstance(address, list) else Path(address)
+        )
     AGENT.parent.mkdir(exist_ok=True)
     AGENT.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -97,7 +110,9 @@ def main():
         listener.listen(128)
         while True:
             connection, _ = listener.accept()
-            threading.Thread(target=call, args=(connection,), daemon=True).start()
+            threading.Thread(
+                target=call, args=(connection,), daemon=True
+            ).start()
 
 
 main()

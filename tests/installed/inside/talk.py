@@ -1,4 +1,5 @@
-"""talk.py HOST PORT | PATH: connect, and print a line that comes; then for each line of stdin the answer.
+"""talk.py HOST PORT | PATH: connect, and print a line that comes; then for each
+line of stdin the answer.
 
 An empty line stands for the end of the connection.
 """

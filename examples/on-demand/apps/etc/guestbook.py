@@ -1,6 +1,8 @@
-"""A guestbook: a web app that takes its socket from systemd, and keeps in PostgreSQL who was there.
+"""A guestbook: a web app that takes its socket from systemd, and keeps in
+PostgreSQL who was there.
 
-It knows no address, no user and no password: systemd passes the socket, and the database has the Linux user's name.
+It knows no address, no user and no password: systemd passes the socket, and the
+database has the Linux user's name.
 """
 
 import http.server
@@ -11,8 +13,13 @@ import psycopg2
 
 class Page(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        with self.server.database as transaction, transaction.cursor() as cursor:
-            cursor.execute("INSERT INTO visits (page) VALUES (%s)", (self.path,))
+        with (
+            self.server.database as transaction,
+            transaction.cursor() as cursor,
+        ):
+            cursor.execute(
+                "INSERT INTO visits (page) VALUES (%s)", (self.path,)
+            )
             cursor.execute("SELECT count(*), current_user FROM visits")
             count, user = cursor.fetchone()
         text = f"{count} visits, noted by {user}\n".encode()
@@ -33,7 +40,10 @@ class Guestbook(http.server.HTTPServer):
         self.socket = socket.socket(fileno=3)
         self.database = psycopg2.connect("")
         with self.database as transaction, transaction.cursor() as cursor:
-            cursor.execute("CREATE TABLE IF NOT EXISTS visits (page text, at timestamptz DEFAULT now())")
+            cursor.execute(
+                "CREATE TABLE IF NOT EXISTS visits (page text, at timestamptz"
+                " DEFAULT now())"
+            )
 
 
 Guestbook().serve_forever()

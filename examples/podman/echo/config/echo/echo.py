@@ -22,7 +22,8 @@ def serve(listener: socket.socket) -> None:
 # A container's first process gets only the signals that it handles.
 signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
-# systemd's passed sockets begin at 3; their kind and address family are whatever they are.
+# systemd's passed sockets begin at 3; their kind and address family are
+# whatever they are.
 for fd in range(3, 3 + int(os.environ["LISTEN_FDS"])):
     threading.Thread(target=serve, args=(socket.socket(fileno=fd),)).start()
 

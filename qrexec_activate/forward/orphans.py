@@ -1,0 +1,140 @@
+"""Connections that outlived an earlier daemon, found in the service's control
+group.
+
+qrexec-client-vm goes on without the daemon, but somebody has to see its client
+hang up: it would drain a service that goes on sending for ever (qrexec 4.4.2).
+So the next daemon takes a duplicate of each one's socket again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..routing.claim import Route
+
+__all__ = ["Orphan", "find_orphans"]
+
+#: The same number on every architecture (Linux 5.6 up); Python has no function
+#: for it.
+_SYS_PIDFD_GETFD = 438
+
+
+@dataclass(slots=True)
+class Orphan:
+    """A qrexec-client-vm of an earlier daemon; `sock` is None where it was
+    spliced, and so lost its client."""
+
+    pid: int
+    pidfd: int
+    sock: socket.socket | None
+    route: Route
+    connection: str
+    peer: str
+    #: Seconds since it was started.
+    age: float
+
+
+def _members() -> list[int]:
+    """The processes in this one's control group, itself included; empty where
+    that cannot be told."""
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open("/proc/self/cgroup", encoding="utf-8") as lines,
+    ):
+        for line in lines:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            # Where both hierarchies are mounted, systemd keeps its services in
+            # either.
+            folders = {"": ("", "unified"), "name=systemd": ("systemd",)}.get(
+                controllers, ()
+            )
+            for folder in folders:
+                with (
+                    contextlib.suppress(OSError),
+                    open(f"/sys/fs/cgroup/{folder}{path}/cgroup.procs") as pids,
+                ):
+                    return [int(pid) for pid in pids]
+    return []
+
+
+def _read_zero_separated(path: str) -> list[str]:
+    with open(path, "rb") as file:
+        return [os.fsdecode(part) for part in file.read().split(b"\0")[:-1]]
+
+
+def _duplicate(pidfd: int, fd: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    duplicate = int(libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0))
+    if duplicate < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return duplicate
+
+
+def find_orphans() -> Iterator[Orphan]:
+    """Yield what goes on without its daemon. Raises PermissionError where the
+    kernel does not let us look."""
+    for pid in _members():
+        if pid == os.getpid():
+            continue
+        # The pidfd first: whatever is read after it can only be of this
+        # process, or fail.
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                orphan = _examine(pid, pidfd)
+            except BaseException:
+                os.close(pidfd)
+                raise
+            if orphan is None:
+                os.close(pidfd)
+            else:
+                yield orphan
+
+
+def _examine(pid: int, pidfd: int) -> Orphan | None:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        # proc(5): what follows the parenthesized name are the fields from the
+        # third on; starttime is the 22nd.
+        fields = file.read().rpartition(b")")[2].split()
+        state, parent, started = fields[0], fields[1], int(fields[19])
+    if state == b"Z" or int(parent) == os.getpid():
+        return None
+    try:
+        environment = dict(
+            entry.partition("=")[::2]
+            for entry in _read_zero_separated(f"/proc/{pid}/environ")
+        )
+    except PermissionError:
+        return None
+    argv = _read_zero_separated(f"/proc/{pid}/cmdline")
+    if "QREXEC_ACTIVATE_CONNECTION" not in environment or len(argv) < 3:
+        return None
+    service, _, argument = argv[-1].partition("+")
+    address = environment.get("QREXEC_ACTIVATE_LISTENER", "")
+    sock = None
+    if stat.S_ISSOCK(os.stat(f"/proc/{pid}/fd/0").st_mode):
+        sock = socket.socket(fileno=_duplicate(pidfd, 0))
+    return Orphan(
+        pid,
+        pidfd,
+        sock,
+        Route(
+            address,
+            argv[-2],
+            service,
+            argument,
+            environment.get("QREXEC_ACTIVATE_UNIT", ""),
+        ),
+        environment["QREXEC_ACTIVATE_CONNECTION"],
+        environment.get("QREXEC_ACTIVATE_PEER", ""),
+        time.clock_gettime(time.CLOCK_BOOTTIME)
+        - started / os.sysconf("SC_CLK_TCK"),
+    )

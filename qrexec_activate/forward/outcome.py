@@ -1,0 +1,157 @@
+"""What became of a connection, in words and fields. No I/O.
+
+The exit codes are those of qrexec-client-vm 4.4.2. A service may itself exit
+with any of them, so the words for a call that was established never blame
+qrexec.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from dataclasses import dataclass
+
+__all__ = ["Ending", "Outcome", "format_bytes", "format_seconds"]
+
+
+class Ending(enum.Enum):
+    """Why a connection is over; the value is what the record says."""
+
+    CLIENT_EXITED = "ended"
+    CLIENT_GONE = "the client hung up"
+    TIMED_OUT = "no answer in time"
+    LOST = "lost in qrexec"
+    NOT_STARTED = "not started"
+    STOPPED = "cut off by a stop of the daemon"
+
+
+#: What an exit code means where the call was never established, and what to do.
+_NEVER_ESTABLISHED = {
+    0: "qrexec-client-vm ended before the call was set up",
+    1: "qrexec could not set the call up (no agent, or its data channel"
+    " failed); see the journal of qubes-qrexec-agent",
+    2: "qrexec-client-vm was called wrongly; see its message in the journal",
+    125: "the service could not be started there: nothing listens on that"
+    " port or socket, or its rpc-config is wrong",
+    126: (
+        "refused: by the policy in dom0, or the qube is halted, its agent is"
+        " gone, or it has too many connections open;"
+        " qrexec-activate policy shows the line that dom0 needs"
+    ),
+    127: "no such service in the target qube; install it there",
+    255: "the target qube closed the call before it was set up",
+}
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def format_bytes(count: int) -> str:
+    """Write a number of bytes for people: `512 B`, `1.5 MiB`."""
+    size = float(count)
+    for unit in _UNITS:
+        # 1,048,575 bytes are 1.0 MiB, not 1024.0 KiB.
+        if round(size, 1) < 1024 or unit == _UNITS[-1]:
+            break
+        size /= 1024
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration for people: `0.012 s`, `3 min 20 s`, `2 h 5 min`."""
+    if round(seconds, 1) < 60:
+        return (
+            f"{seconds:.3f} s" if round(seconds, 3) < 10 else f"{seconds:.1f} s"
+        )
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The end of one connection. Times in seconds; bytes are None where the
+    kernel does not tell."""
+
+    ending: Ending
+    established: bool
+    duration: float
+    setup: float | None = None
+    exit_code: int | None = None
+    tries: int = 1
+    bytes_to_qube: int | None = None
+    bytes_from_qube: int | None = None
+    detail: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the client did not get what it came for, as far as can be
+        told from here."""
+        if self.ending is Ending.CLIENT_EXITED:
+            return (
+                not self.established
+                or self.exit_code in (1, 255)
+                or (self.exit_code or 0) < 0
+            )
+        return self.ending is not Ending.CLIENT_GONE
+
+    def words(self) -> str:
+        """Say what happened and, if it failed, what it means."""
+        parts = [self._what()]
+        if self.tries > 1:
+            parts.append(f"after {self.tries} tries")
+        if self.setup is not None:
+            parts.append(f"set up in {format_seconds(self.setup)}")
+        parts.append(f"lasted {format_seconds(self.duration)}")
+        if self.bytes_to_qube is not None:
+            parts.append(f"{format_bytes(self.bytes_to_qube)} to the qube")
+        if self.bytes_from_qube is not None:
+            parts.append(f"{format_bytes(self.bytes_from_qube)} from it")
+        return ", ".join(parts)
+
+    def _what(self) -> str:
+        if self.detail:
+            return f"{self.ending.value}: {self.detail}"
+        if self.ending is not Ending.CLIENT_EXITED:
+            return str(self.ending.value)
+        code = self.exit_code
+        if code is None:
+            return (
+                "ended"
+                if self.established
+                else "failed: qrexec-client-vm ended before the call was set up"
+            )
+        if self.established:
+            if code == 0:
+                return "ended"
+            if code < 0:
+                return (
+                    f"ended: qrexec-client-vm was killed by"
+                    f" {_signal_name(-code)}"
+                )
+            if code == 255:
+                return (
+                    "ended with exit code 255: the service's own, or the"
+                    " target qube closed the call early"
+                )
+            if code > 128:
+                return (
+                    f"ended with exit code {code}: the service's own, or it"
+                    f" was killed by {_signal_name(code - 128)}"
+                )
+            return f"ended with the service's exit code {code}"
+        if code < 0:
+            return (
+                f"failed: qrexec-client-vm was killed by"
+                f" {_signal_name(-code)} before the call was set up"
+            )
+        meaning = _NEVER_ESTABLISHED.get(
+            code, "the service ended before the call was set up"
+        )
+        return f"failed with exit code {code}: {meaning}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

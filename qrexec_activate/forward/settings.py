@@ -1,0 +1,37 @@
+"""What the command line says about serving. Imports nothing heavy, as it is
+read before anything else is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["Relay", "Settings"]
+
+
+class Relay(Enum):
+    """How the bytes get from the socket to qrexec-client-vm."""
+
+    AUTO = "auto"
+    HAND_OVER = "hand-over"
+    SPLICE = "splice"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Limits and choices. Times in seconds."""
+
+    client: str = "/usr/bin/qrexec-client-vm"
+    relay: Relay = Relay.AUTO
+    #: On Xen, more than 10 to 25 set-ups at once from one qube fail.
+    max_setups: int = 8
+    #: qrexec opens at most 128 connections to one target; others than ours need
+    #: some, too.
+    max_connections: int = 120
+    setup_timeout: float = 300.0
+    exit_idle_time: float | None = None
+    #: The users whose connections are let in; empty: everybody's who can reach
+    #: a listener.
+    allow_uids: tuple[int, ...] = ()
+    #: How long systemd waits between SIGTERM and SIGKILL.
+    stop_timeout: float = 5.0

@@ -1,0 +1,399 @@
+"""qrexec-activate publish: give a socket of this qube a name that other qubes
+can call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..control.dropins import create_file, finishing, locked
+from ..control.netproc import listening
+from ..control.options import complete_units, debug_option
+from ..control.policy import FILE as POLICY_FILE
+from ..control.policy import policy_line, this_qube
+from ..control.publications import (
+    FOLDER,
+    RPC,
+    check_name,
+    folder,
+    managers,
+    published,
+    socket_path,
+    where_installed,
+)
+from ..control.table import short_path
+from ..errors import ActivateError, UsageProblem
+from ..routing.names import parse_unit_name
+from ..systemd.manager import open_manager
+from ..systemd.systemctl import Systemctl
+from ..systemd.unitdirs import own_folder
+from .caddy import add_route, has_route
+from .services import Service, creation
+from .steps import audit, do_all
+
+__all__ = ["command"]
+
+CLIENT_QUBE = "CLIENT-QUBE"
+DEFAULT_IDLE = "5min"
+
+
+@click.command(
+    "publish",
+    epilog="""\b
+Examples:
+    $ qrexec-activate publish gpg-agent-ssh --unit gpg-agent-ssh.socket
+    $ qrexec-activate publish notes --unix /run/user/1000/notes.sock
+    $ qrexec-activate publish wiki --exec "python3 -m http.server 8000" --port 8000 --idle 5min
+""",
+)
+@click.argument("name")
+@click.option(
+    "--unit",
+    metavar="NAME.socket",
+    help="The socket of this unit, from now on.",
+    shell_complete=complete_units,
+)
+@click.option(
+    "--unix",
+    "path",
+    metavar="PATH",
+    help="The socket of this path, until you log out.",
+)
+@click.option(
+    "--exec",
+    "program",
+    metavar="COMMAND",
+    help="A program that runs while other qubes use it.",
+)
+@click.option(
+    "--port",
+    type=int,
+    help="With --exec: it listens on this port of 127.0.0.1 by itself.",
+)
+@click.option(
+    "--idle",
+    metavar="TIME",
+    help="With --exec: it is ended after so long without a connection. [5min]",
+)
+@click.option(
+    "--user",
+    metavar="USER",
+    help="With --exec: make a Linux user for it, and units of the system (as"
+    " root).",
+)
+@click.option(
+    "--database",
+    is_flag=True,
+    help="With --user: make a PostgreSQL role and database of the user's name.",
+)
+@click.option(
+    "--domain",
+    metavar="HOST",
+    help="With --exec: Caddy, which runs in this qube, offers it by this name.",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(1, 1000),
+    help="With --exec: so many at once, for a trial: NAME-1 and so on.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="With --exec: show what would be done, and change nothing.",
+)
+@debug_option
+def command(
+    name: str,
+    unit: str | None,
+    path: str | None,
+    program: str | None,
+    count: int | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """In a service qube, let other qubes reach a unix socket by
+    qubes.ConnectUnix+NAME.
+
+    With --unit, a drop-in with Symlinks= makes the name whenever the socket
+    unit starts. With --unix, it is a symbolic link, and gone with the folder
+    when you log out.
+
+    With --exec, systemd holds the socket, and starts COMMAND with the first
+    connection. COMMAND is split into words as by a shell, but no shell runs it.
+    It is passed the socket (LISTEN_FDS), and with --idle ended when nobody uses
+    it; without, it ends by itself. With --port or --unix it opens that address
+    itself, and is ended when nobody uses it. {name}, {number} and {port} stand
+    for those of each of --count services. --domain alone gives Caddy once more
+    what it has forgotten.
+    """
+    check_name(name)
+    if program is not None:
+        if unit is not None or (
+            options["port"] is not None and path is not None
+        ):
+            raise UsageProblem(
+                "with --exec give one of --port and --unix, or neither; and"
+                " no --unit"
+            )
+        if options["database"] and not options["user"]:
+            raise UsageProblem(
+                "--database needs --user: PostgreSQL tells by the Linux user"
+                " who is who"
+            )
+        _publish_services(
+            _services(name, program, path or "", count, **options),
+            dry_run=dry_run,
+        )
+        return
+    if (domain := options.pop("domain")) and not (
+        unit or path or count or dry_run or any(options.values())
+    ):
+        _put_back_domain(name, domain)
+        return
+    if (
+        domain
+        or dry_run
+        or count
+        or any(value not in (None, False) for value in options.values())
+    ):
+        raise UsageProblem(
+            "--port, --idle, --user, --database, --domain, --count and"
+            " --dry-run are for --exec"
+        )
+    if (unit is None) == (path is None):
+        raise UsageProblem(
+            "give either --unit NAME.socket or --unix PATH, or a program by"
+            " --exec COMMAND"
+        )
+    with audit(
+        f"publishing {name}",
+        done=f"published {name}: {unit or path}",
+        QREXEC_NAME=name,
+    ):
+        if unit is not None:
+            _publish_unit(
+                name, unit if unit.endswith(".socket") else f"{unit}.socket"
+            )
+        else:
+            _publish_path(name, path or "")
+    _report(name)
+
+
+def _put_back_domain(name: str, domain: str) -> None:
+    """Give Caddy a service's name once more: it forgets it when it is started
+    again without --resume."""
+    service = Service.read(name, for_system=False) or Service.read(
+        name, for_system=True
+    )
+    if service is None or service.domain != domain:
+        raise UsageProblem(
+            f"--domain {domain}: {name} was not published with that and --exec"
+        )
+    with audit(
+        f"offering {domain}",
+        done=f"{domain} in Caddy leads to {name} again",
+        QREXEC_NAME=name,
+    ):
+        if not has_route(service.socket_unit):
+            add_route(service.socket_unit, domain, service.address)
+    click.echo(f"{domain} in Caddy leads to {name}")
+
+
+def _services(
+    name: str,
+    program: str,
+    path: str,
+    count: int | None,
+    *,
+    port: int | None,
+    idle: str | None,
+    user: str | None,
+    database: bool,
+    domain: str | None,
+) -> list[Service]:
+    """One service, or as many as are wanted, each with a name, address, user
+    and domain of its own."""
+    listens_itself = port is not None or bool(path)
+    services = []
+    for number in range(1, (count or 1) + 1):
+        one = f"-{number}" if count else ""
+        its_port = None if port is None else port + number - 1
+        words = {
+            "{name}": f"{name}{one}",
+            "{number}": str(number),
+            "{port}": str(its_port or ""),
+        }
+        services.append(
+            Service(
+                name=check_name(f"{name}{one}"),
+                command=_filled(program, words),
+                idle=idle or (DEFAULT_IDLE if listens_itself else ""),
+                port=its_port,
+                path=_filled(path, words),
+                user=f"{user}{one}" if user else "",
+                database=database,
+                domain=f"{number}.{domain}"
+                if domain and count
+                else domain or "",
+            )
+        )
+    if len({service.path for service in services}) < len(services) and path:
+        raise UsageProblem(
+            "with --count, --unix must hold {name} or {number}: each program"
+            " listens for itself"
+        )
+    return services
+
+
+def _filled(text: str, words: dict[str, str]) -> str:
+    for placeholder, word in words.items():
+        text = text.replace(placeholder, word)
+    return text
+
+
+def _publish_services(services: list[Service], *, dry_run: bool) -> None:
+    steps = creation(services)
+    if dry_run:
+        click.echo("\n".join(step.text for step in steps if step.text))
+        return
+    one = services[0]
+    if one.for_system and os.geteuid() != 0:
+        raise UsageProblem("--user needs root: say the same with sudo")
+    with managers() as found:
+        taken = {
+            there.name for manager in found for there in published(manager)
+        } & {new.name for new in services}
+    if taken:
+        raise UsageProblem(
+            f"{min(taken)} is published already: qrexec-activate unpublish it"
+            f" first"
+        )
+    with contextlib.ExitStack() as acts, locked(one.folder), finishing():
+        for service in services:
+            what = service.about
+            acts.enter_context(
+                audit(
+                    f"publishing {what}",
+                    done=f"published {what}",
+                    QREXEC_NAME=service.name,
+                )
+            )
+        do_all(steps)
+    for service in services:
+        click.echo(f"{RPC}+{service.name} starts {service.command}")
+        for file in service.files():
+            click.echo(f"File: {short_path(str(file))}")
+    _report_policy([service.name for service in services])
+
+
+def _publish_unit(name: str, unit: str) -> None:
+    parse_unit_name(unit)
+    link = folder() / name
+    drop_in = own_folder(user=True) / f"{unit}.d" / f"qrexec-{name}.conf"
+    with open_manager(user=True) as manager:
+        (row,) = manager.unit_properties(
+            [unit], "Unit", ["LoadState", "ActiveState"]
+        )
+        if row["LoadState"] != "loaded":
+            raise UsageProblem(
+                f"systemd has no {unit} that it can start: see systemctl"
+                f" --user status {unit}"
+            )
+        (socket,) = manager.unit_properties([unit], "Socket", ["Listen"])
+        target = socket_path(socket, unit)
+        for one in published(manager):
+            if one.name == name and one.unit not in ("", unit):
+                raise UsageProblem(
+                    f"{name} is made by {one.unit}: qrexec-activate unpublish"
+                    f" {name} first"
+                )
+            if one.name == name and one.unit == unit and one.file:
+                click.echo(f"{short_path(one.file)} makes it already", err=True)
+                drop_in = Path(one.file)
+    with locked(own_folder(user=True)), finishing():
+        if not drop_in.exists():
+            create_file(drop_in, f"[Socket]\nSymlinks={FOLDER}/{name}\n")
+        Systemctl(user=True).daemon_reload()
+        if row["ActiveState"] == "active":
+            # systemd makes the link when the socket starts, but does not start
+            # it again while its service runs.
+            make_link(link, target)
+    click.echo(f"File: {short_path(str(drop_in))}")
+    if row["ActiveState"] != "active":
+        click.echo(
+            f"It comes when the socket starts: systemctl --user enable --now"
+            f" {unit}"
+        )
+
+
+def _publish_path(name: str, path: str) -> None:
+    target = os.path.abspath(path)
+    if not os.path.isabs(path):
+        raise UsageProblem(f"{path!r} is no path from / on: give {target}")
+    if (
+        os.path.exists(target)
+        and listening().holds(os.path.realpath(target)) is not True
+    ):
+        click.echo(f"Nobody listens on {target} yet", err=True)
+    elif not os.path.exists(target):
+        click.echo(f"{target} is not there yet", err=True)
+    make_link(folder() / name, target)
+
+
+def make_link(link: Path, target: str) -> None:
+    """Make a symbolic link in one step; raises ActivateError where something
+    else has its name."""
+    try:
+        link.parent.mkdir(mode=0o700, exist_ok=True)
+        if os.path.lexists(link):
+            if not link.is_symlink():
+                raise UsageProblem(
+                    f"{link} is there already, and no symbolic link: remove"
+                    f" it first"
+                )
+            if os.readlink(link) == target:
+                return
+            if link.exists():
+                raise UsageProblem(
+                    f"{link.name} leads to {os.readlink(link)} already:"
+                    f" qrexec-activate unpublish {link.name} first"
+                )
+        unfinished = link.with_name(f".{link.name}.{os.getpid()}")
+        unfinished.symlink_to(target)
+        os.replace(unfinished, link)
+    except OSError as error:
+        raise ActivateError(f"cannot make {link}: {error.strerror}") from error
+
+
+def _report(name: str) -> None:
+    with open_manager(user=True) as manager:
+        one = next(
+            (one for one in published(manager) if one.name == name), None
+        )
+    if one is not None:
+        click.echo(
+            f"{RPC}+{name} leads to {one.socket or 'nothing yet'}:"
+            f" {'alive' if one.alive else one.problem}"
+        )
+    _report_policy([name])
+
+
+def _report_policy(names: list[str]) -> None:
+    if not where_installed(RPC):
+        click.echo(
+            f"{RPC} is not installed in this qube: install the package"
+            f" qrexec-activate-services",
+            err=True,
+        )
+    click.echo(
+        f"In dom0, {POLICY_FILE} needs ({CLIENT_QUBE} stands for the qube"
+        f" that calls):"
+    )
+    for name in names:
+        click.echo(
+            f"    {' '.join(policy_line(RPC, name, CLIENT_QUBE, this_qube()))}"
+        )

@@ -1,0 +1,247 @@
+"""qrexec-activate published: what this qube offers by qubes.ConnectUnix, and
+whether it is alive."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..control.options import debug_option, json_option
+from ..control.publications import (
+    RPC,
+    Publication,
+    managers,
+    published,
+    where_installed,
+)
+from ..control.table import BAD, GOOD, print_json, print_rows, short_path
+from ..errors import ActivateError
+from ..systemd.manager import Manager
+from ..systemd.systemctl import Systemctl
+from .caddy import has_route
+from .services import Service, is_service, state_and_memory, units_of
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+__all__ = ["command", "complete_names"]
+
+#: A program may take its time to start; systemd gives up a little before this.
+TRY_TIMEOUT = 70.0
+#: Within this time a program that cannot run has ended.
+SETTLING = 1.0
+HEADER = ("name", "state", "socket", "made by")
+
+
+def complete_names(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offer the names that are published."""
+    from click.shell_completion import CompletionItem
+
+    try:
+        with managers() as found:
+            names = sorted(
+                one.name for manager in found for one in published(manager)
+            )
+    except Exception:
+        return []
+    return [
+        CompletionItem(name) for name in names if name.startswith(incomplete)
+    ]
+
+
+def style(column: int, text: str) -> str:
+    return {"alive": GOOD, "dead": BAD}.get(text, "") if column == 1 else ""
+
+
+@click.command(
+    "published",
+    epilog="""\b
+Example:
+    $ qrexec-activate published
+    NAME           STATE  SOCKET                                 MADE BY
+    gpg-agent-ssh  alive  /run/user/1000/gnupg/S.gpg-agent.ssh  gpg-agent-ssh.socket
+""",
+)
+@click.option(
+    "--check",
+    "walk",
+    is_flag=True,
+    help="Connect to each, which starts its program, and say what is wrong.",
+)
+@json_option
+@debug_option
+@click.pass_context
+def command(ctx: click.Context, walk: bool, as_json: bool) -> None:
+    """In a service qube, list the names that other qubes can call by
+    qubes.ConnectUnix, and whether they are alive.
+
+    Of programs that were published with --exec it says whether they run, and
+    how much memory they use.
+    """
+    with managers() as found:
+        seen = [one for manager in found for one in _look(manager, walk=walk)]
+    seen.sort(key=lambda one: one.publication.name)
+    if as_json:
+        print_json([one.json() for one in seen])
+    else:
+        _print(seen)
+    if walk:
+        installed = bool(where_installed(RPC))
+        if not installed:
+            click.echo(
+                f"{RPC} is not installed in this qube: install the package"
+                f" qrexec-activate-services",
+                err=True,
+            )
+        if not installed or any(one.problem for one in seen):
+            ctx.exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A name, and what there is to say of its program if it was published with
+    one."""
+
+    publication: Publication
+    problem: str
+    state: str | None = None
+    memory: int | None = None
+    service: Service | None = None
+
+    def json(self) -> dict[str, Any]:
+        one, service = self.publication, self.service
+        return {
+            "name": one.name,
+            "link": one.link,
+            "socket": one.socket or None,
+            "unit": one.unit or None,
+            "file": one.file or None,
+            "alive": one.alive,
+            "problem": self.problem or None,
+            "state": self.state,
+            "memory": self.memory,
+            "user": (service and service.user) or None,
+            "database": service.user if service and service.database else None,
+            "domain": (service and service.domain) or None,
+        }
+
+    def row(self) -> list[str]:
+        one = self.publication
+        return [
+            one.name,
+            "alive" if one.alive else "dead",
+            short_path(one.socket) or "-",
+            one.unit or "by hand",
+        ]
+
+    def program(self) -> list[str]:
+        return [
+            self.state or "-",
+            "-" if self.memory is None else f"{self.memory / 2**20:.1f} MiB",
+        ]
+
+
+def _look(manager: Manager, *, walk: bool) -> Iterator[Seen]:
+    found = published(manager)
+    problems = [_walk(one, manager) if walk else one.problem for one in found]
+    services = [one.unit for one in found if is_service(one.unit)]
+    states = dict(
+        zip(services, state_and_memory(manager, services), strict=True)
+    )
+    for one, problem in zip(found, problems, strict=True):
+        if one.unit not in states:
+            yield Seen(one, problem)
+            continue
+        yield Seen(
+            one,
+            problem,
+            *states[one.unit],
+            Service.read(one.name, for_system=one.for_system),
+        )
+
+
+def _print(seen: list[Seen]) -> None:
+    if not seen:
+        click.echo(
+            "Nothing is published. Publish a socket: qrexec-activate publish"
+            " NAME --unit NAME.socket",
+            err=True,
+        )
+        return
+    if any(one.state for one in seen):
+        print_rows(
+            (*HEADER, "program", "memory"),
+            [one.row() + one.program() for one in seen],
+            style,
+        )
+    else:
+        print_rows(HEADER, [one.row() for one in seen], style)
+    for one in seen:
+        if one.problem:
+            click.echo(f"{one.publication.name}: {one.problem}")
+
+
+def _walk(one: Publication, manager: Manager) -> str:
+    """Go the way that a call goes; returns what is wrong."""
+    if one.problem:
+        return one.problem
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(TRY_TIMEOUT)
+        try:
+            client.connect(one.socket)
+        except OSError as error:
+            return f"cannot connect to {one.socket}: {error.strerror or error}"
+        return (
+            (_walk_on(one, manager) or _domain_problem(one))
+            if is_service(one.unit)
+            else ""
+        )
+
+
+def _walk_on(one: Publication, manager: Manager) -> str:
+    """systemd has taken the connection; whether there is a program for it, and
+    stays, shows in a moment."""
+
+    def state() -> str:
+        return next(state_and_memory(manager, [one.unit]))[0]
+
+    deadline = time.monotonic() + TRY_TIMEOUT
+    while (now := state()) in (
+        "idle",
+        "starting",
+        "stopping",
+    ) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    settled = time.monotonic() + SETTLING
+    while now == "running" and time.monotonic() < settled:
+        time.sleep(0.05)
+        now = state()
+    if now == "running":
+        return ""
+    units = units_of(one.unit)[:2]
+    return (
+        f"its program does not stay ({now}):"
+        f" {Systemctl(user=manager.user).written('status', *units)}"
+    )
+
+
+def _domain_problem(one: Publication) -> str:
+    service = Service.read(one.name, for_system=one.for_system)
+    if service is None or not service.domain:
+        return ""
+    try:
+        if has_route(one.unit):
+            return ""
+    except ActivateError as error:
+        return str(error)
+    return (
+        f"Caddy has lost {service.domain}: qrexec-activate publish {one.name}"
+        f" --domain {service.domain}"
+    )

@@ -1,0 +1,302 @@
+"""Names of qubes, RPCs, arguments and units: validate, escape, decode.
+
+Whatever qrexec would silently alter or misread is refused here, before any
+program sees it: qrexec keeps `A-Za-z0-9_-.+` of a service and its argument and
+turns every other byte into `_`; it treats a malformed target as `@default`; and
+it takes a target that begins with `-` for an option (qrexec 4.4.2). No I/O.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+
+from ..errors import BadName
+
+__all__ = [
+    "MAX_ARGUMENT",
+    "UnitName",
+    "c_escape",
+    "call_name",
+    "check_argument",
+    "check_service",
+    "check_target",
+    "decode_escapes",
+    "escape_instance",
+    "escape_target",
+    "parse_unit_name",
+]
+
+#: An argument of about 3,900 characters wedges qrexec-agent 4.4.2 for good; no
+#: honest one comes near this.
+MAX_ARGUMENT = 1024
+
+#: qubesd's own limit for the name of a qube.
+MAX_QUBE_NAME = 31
+
+#: systemd's own limit for the name of a unit (its UNIT_NAME_MAX, 256, counts
+#: the terminating zero).
+MAX_UNIT_NAME = 255
+
+UNIT_TYPES = frozenset(
+    (
+        "automount",
+        "device",
+        "mount",
+        "path",
+        "scope",
+        "service",
+        "slice",
+        "socket",
+        "swap",
+        "target",
+        "timer",
+    )
+)
+
+_QUBE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*", re.ASCII)
+_RPC_TEXT = re.compile(r"[A-Za-z0-9_.+-]*", re.ASCII)
+_SERVICE = re.compile(r"[A-Za-z0-9_.-]+", re.ASCII)
+_UNIT_TEXT = re.compile(r"[A-Za-z0-9:_.\\@-]+", re.ASCII)
+_ESCAPE = re.compile(rb"\\x([0-9a-fA-F]{2})")
+_NOT_IN_INSTANCE = re.compile(rb"[^A-Za-z0-9:_.-]", re.DOTALL)
+_NOT_IN_TARGET = re.compile(rb"[^A-Za-z0-9@_.-]", re.DOTALL)
+_PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
+
+
+def decode_escapes(text: str) -> str:
+    r"""Turn systemd's `\xNN` into the characters they stand for, and leave `-`
+    alone.
+
+    `%I` would also turn `-` into `/`, which an RPC argument must not suffer.
+    Raises BadName for a backslash that begins no such escape and for bytes that
+    are no UTF-8.
+    """
+    try:
+        raw = text.encode()
+        if b"\\" in _ESCAPE.sub(b"", raw):
+            raise BadName(
+                f"{text!r} holds a backslash that begins no \\xNN escape;"
+                f" write it as \\x5c"
+            )
+        return _ESCAPE.sub(
+            lambda match: bytes([int(match[1], 16)]), raw
+        ).decode()
+    except UnicodeError:
+        raise BadName(
+            f"{text!r} is no UTF-8 text once its \\xNN escapes are decoded"
+        ) from None
+
+
+def _escape(text: str, special: re.Pattern[bytes]) -> str:
+    try:
+        raw = text.encode()
+    except UnicodeError:
+        raise BadName(f"{text!r} is no UTF-8 text") from None
+    return special.sub(lambda match: b"\\x%02x" % ord(match[0]), raw).decode()
+
+
+def escape_instance(argument: str) -> str:
+    """Write an RPC argument as a unit's instance, so that decode_escapes()
+    gives it back; raises BadName."""
+    return _escape(argument, _NOT_IN_INSTANCE)
+
+
+def escape_target(target: str) -> str:
+    r"""Write a target as a FileDescriptorName, which may hold no `:`
+    (`@dispvm\x3aNAME`) and expands `%`.
+
+    decode_escapes() gives it back. Raises BadName.
+    """
+    return _escape(target, _NOT_IN_TARGET)
+
+
+def check_target(target: str) -> str:
+    """Return `target` if qrexec takes it as it is: a qube's name, `@default`,
+    `@dispvm` or `@dispvm:NAME`.
+
+    Raises BadName for anything else, as qrexec would send it to the policy as
+    `@default`.
+    """
+    if target in ("@default", "@dispvm"):
+        return target
+    name = target.removeprefix("@dispvm:")
+    if not target:
+        raise BadName(
+            "the target qube's name is empty; set FileDescriptorName= to the"
+            " name of a qube"
+        )
+    if name.startswith("-"):
+        raise BadName(
+            f"{target!r} is no target: qrexec-client-vm would take it for an"
+            f" option"
+        )
+    if name.startswith(("@", "$")):
+        raise BadName(
+            f"{target!r} is no target: the keywords are @default, @dispvm and"
+            f" @dispvm\\x3aNAME; dom0 is written dom0"
+        )
+    if len(name) > MAX_QUBE_NAME:
+        raise BadName(
+            f"{target!r} is no target: a qube's name has at most"
+            f" {MAX_QUBE_NAME} characters"
+        )
+    if not _QUBE.fullmatch(name):
+        raise BadName(
+            f"{target!r} is no target: a qube's name begins with a letter and"
+            f" holds letters, digits, '_', '-' and '.';"
+            " qrexec would take it for @default"
+        )
+    return target
+
+
+def check_service(service: str) -> str:
+    """Return the RPC's name (`qubes.ConnectTCP`) if qrexec takes it as it is;
+    raises BadName."""
+    if not _SERVICE.fullmatch(service) or service.startswith(("-", ".")):
+        raise BadName(
+            f"{service!r} is no RPC name: letters, digits, '_', '-' and '.',"
+            f" beginning with neither '-' nor '.'"
+        )
+    if len(service) > MAX_ARGUMENT:
+        raise BadName(
+            f"the RPC name {service[:32]!r}… is longer than {MAX_ARGUMENT}"
+            f" characters"
+        )
+    return service
+
+
+def _check_port(port: str) -> None:
+    if not _PORT.fullmatch(port) or int(port) > 65535:
+        raise BadName(
+            f"{port!r} is no port: write a number from 1 to 65535 without"
+            f" leading zeros"
+        )
+
+
+def _check_connect_unix(argument: str) -> None:
+    if not argument:
+        raise BadName(
+            "qubes.ConnectUnix needs the name of a socket as its argument"
+        )
+    if argument.startswith("."):
+        raise BadName(
+            f"the argument {argument!r} of qubes.ConnectUnix may not begin"
+            f" with a dot"
+        )
+
+
+def _check_connect_tcp_bind(argument: str) -> None:
+    port, dash, address = argument.partition("-")
+    if not dash:
+        raise BadName(
+            f"{argument!r} is no PORT-ADDRESS for qubes.ConnectTCPBind, such"
+            f" as 2049-127.0.1.1"
+        )
+    _check_port(port)
+    try:
+        # qrexec allows no ':' in an argument, so an IPv6 address is written
+        # with '+'.
+        ipaddress.ip_address(address.replace("+", ":"))
+    except ValueError:
+        raise BadName(
+            f"{address!r} in {argument!r} is no address: write IPv4 as"
+            f" 127.0.1.1, IPv6 with '+' for ':' as fd00++7"
+        ) from None
+
+
+#: RPCs whose arguments have a form that is known here. Those of other RPCs are
+#: the service's own business.
+_ARGUMENT_RULES = {
+    "qubes.ConnectTCP": _check_port,
+    "qubes.ConnectUnix": _check_connect_unix,
+    "qubes.ConnectTCPBind": _check_connect_tcp_bind,
+}
+
+
+def check_argument(service: str, argument: str) -> str:
+    """Return `argument` if qrexec passes it on unaltered and the RPC can make
+    sense of it; raises BadName."""
+    if len(argument) > MAX_ARGUMENT:
+        raise BadName(
+            f"the argument {argument[:32]!r}… is longer than {MAX_ARGUMENT}"
+            f" characters"
+        )
+    if not _RPC_TEXT.fullmatch(argument):
+        bad = sorted(
+            {char for char in argument if not _RPC_TEXT.fullmatch(char)}
+        )
+        hint = "; write an IPv6 address with '+' for ':'" if ":" in bad else ""
+        raise BadName(
+            f"the argument {argument!r} holds {' '.join(map(repr, bad))},"
+            f" which qrexec would silently turn into '_':"
+            f" only letters, digits, '_', '-', '.' and '+' reach the"
+            f" service{hint}"
+        )
+    if rule := _ARGUMENT_RULES.get(service):
+        rule(argument)
+    return argument
+
+
+def call_name(service: str, argument: str) -> str:
+    """Return what qrexec-client-vm and the policy call the service:
+    `RPC+ARGUMENT`, or `RPC` without an argument."""
+    return f"{service}+{argument}" if argument else service
+
+
+@dataclass(frozen=True, slots=True)
+class UnitName:
+    """A unit's name taken apart: `qrexec-connect-tcp@1234.socket`; `instance`
+    is None where there is no `@`."""
+
+    prefix: str
+    instance: str | None
+    suffix: str
+
+    def __str__(self) -> str:
+        at = "" if self.instance is None else f"@{self.instance}"
+        return f"{self.prefix}{at}.{self.suffix}"
+
+    @property
+    def is_template(self) -> bool:
+        return self.instance == ""
+
+
+def parse_unit_name(name: str) -> UnitName:
+    """Take apart a unit's name as systemd does; raises BadName where systemd
+    would not load such a unit."""
+    stem, _, suffix = name.rpartition(".")
+    prefix, at, instance = stem.partition("@")
+    if not prefix or suffix not in UNIT_TYPES:
+        raise BadName(
+            f"{name!r} is no unit name: write it like"
+            f" qrexec-connect-tcp@1234.socket"
+        )
+    if len(name) > MAX_UNIT_NAME:
+        raise BadName(
+            f"the unit name {name[:32]!r}… is longer than {MAX_UNIT_NAME}"
+            f" characters"
+        )
+    if not _UNIT_TEXT.fullmatch(stem):
+        raise BadName(
+            f"{name!r} is no unit name: systemd allows only letters, digits"
+            f" and :-_.\\ beside the @ in one"
+        )
+    return UnitName(prefix, instance if at else None, suffix)
+
+
+_C_ESCAPES = dict(zip(b"\a\b\f\n\r\t\v\\\"'", "abfnrtv\\\"'", strict=True))
+
+
+def c_escape(raw: bytes) -> str:
+    r"""Write bytes as systemd prints the path or abstract name of a unix
+    socket: `sp\303\244ce`, `\"`, `\\`."""
+    return "".join(
+        f"\\{_C_ESCAPES[byte]}"
+        if byte in _C_ESCAPES
+        else chr(byte)
+        if 32 <= byte < 127
+        else f"\\{byte:03o}"
+        for byte in raw
+    )

@@ -1,0 +1,90 @@
+"""Structured records: to the journal with fields where it is listening, else
+readable lines on stderr.
+
+The journal is listening if stderr is its stream (JOURNAL_STREAM). A record's
+text alone says what happened; the fields repeat it for programs. Nothing here
+ever fails the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import sys
+
+__all__ = ["Log", "Priority"]
+
+IDENTIFIER = "qrexec-activate"
+
+
+class Priority(enum.IntEnum):
+    """syslog's levels, as far as they are used here."""
+
+    ERROR = 3
+    WARNING = 4
+    NOTICE = 5
+    INFO = 6
+    DEBUG = 7
+
+
+def _printable(text: str) -> str:
+    """One line without control characters, whatever a peer called itself."""
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    )
+
+
+def _stderr_is_journal() -> bool:
+    """Whether stderr is the stream that systemd connected to the journal, told
+    by its device and inode."""
+    device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return (device, inode) == (str(status.st_dev), str(status.st_ino))
+
+
+class Log:
+    """Writes records; knows once and for all where they go."""
+
+    def __init__(self) -> None:
+        self.to_journal = _stderr_is_journal()
+
+    def __call__(
+        self, priority: Priority, message: str, **fields: object
+    ) -> None:
+        """Write one record. Fields are upper-case journal names; those that are
+        None are left out."""
+        message = _printable(message)
+        if self.to_journal:
+            self._send(priority, message, fields)
+        elif priority < Priority.DEBUG:
+            with contextlib.suppress(OSError, ValueError):
+                # One write, so that lines of several processes do not mix.
+                sys.stderr.write(f"{message}\n")
+                sys.stderr.flush()
+
+    def _send(
+        self, priority: Priority, message: str, fields: dict[str, object]
+    ) -> None:
+        # Imported at the first record, which comes when the daemon already
+        # accepts connections.
+        from systemd import journal
+
+        record = [
+            f"MESSAGE={message}",
+            f"PRIORITY={priority:d}",
+            f"SYSLOG_IDENTIFIER={IDENTIFIER}",
+        ]
+        record += [
+            f"{key}={_printable(str(value))}"
+            for key, value in fields.items()
+            if value is not None
+        ]
+        # A full or restarting journal must not end a connection.
+        with contextlib.suppress(OSError):
+            journal.sendv(*record)

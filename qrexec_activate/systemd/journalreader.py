@@ -1,0 +1,180 @@
+"""What the daemons wrote to the journal: the record of every connection, and
+what they warned of."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ActivateError
+from .journal import IDENTIFIER
+
+__all__ = ["Record", "records"]
+
+FIELDS = (
+    "MESSAGE",
+    "PRIORITY",
+    "CONNECTION_ID",
+    "QREXEC_TARGET",
+    "QREXEC_SERVICE",
+    "PEER",
+    "LISTENER",
+    "UNIT",
+    "OUTCOME",
+    "ESTABLISHED",
+    "EXIT_CODE",
+    "DURATION_USEC",
+    "_SYSTEMD_CGROUP",
+    "_SYSTEMD_UNIT",
+    "_SYSTEMD_USER_UNIT",
+)
+_WARNING = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One journal record; `fields` holds what the daemon wrote, as text."""
+
+    when: float
+    message: str
+    priority: int
+    fields: dict[str, str]
+    cursor: str
+
+    @property
+    def connection(self) -> str:
+        return self.fields.get("CONNECTION_ID", "")
+
+    @property
+    def is_warning(self) -> bool:
+        return self.priority <= _WARNING
+
+    def matches(self, word: str) -> bool:
+        """Whether a person who writes this word may mean this record."""
+        unit = self.fields.get("UNIT", "")
+        names = (
+            "CONNECTION_ID",
+            "LISTENER",
+            "QREXEC_TARGET",
+            "QREXEC_SERVICE",
+            "OUTCOME",
+        )
+        return word in (
+            unit,
+            unit.removesuffix(".socket"),
+            *(self.fields.get(name) for name in names),
+        )
+
+
+@contextmanager
+def records(
+    *,
+    user: bool,
+    control_group: str = "",
+    follow: bool = False,
+    since: str | None = None,
+    after: str | None = None,
+    latest_first: bool = False,
+) -> Iterator[Iterator[Record]]:
+    """Yield the records of this manager's daemons; raises ActivateError where
+    the journal cannot be read.
+
+    A user may have several managers; the control group tells them apart, where
+    it is known.
+    """
+    words = [
+        "journalctl",
+        "--quiet",
+        "--no-pager",
+        "--output=json",
+        f"--output-fields={','.join(FIELDS)}",
+    ]
+    words += ["--follow"] if follow else []
+    words += ["--reverse"] if latest_first else []
+    words += [f"--since={since}"] if since else []
+    words += (
+        [f"--after-cursor={after}"]
+        if after
+        else ["--lines=0"]
+        if follow
+        else []
+    )
+    words += [f"SYSLOG_IDENTIFIER={IDENTIFIER}"]
+    words += [f"_UID={os.getuid()}"] if user else []
+    try:
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    except FileNotFoundError:
+        raise ActivateError(
+            "journalctl is not installed: the log is in the journal"
+        ) from None
+    with process:
+        try:
+            assert process.stdout is not None
+            yield (
+                record
+                for line in process.stdout
+                if (record := _parse(line))
+                and _is_of(record, user, control_group)
+            )
+            if process.poll():
+                assert process.stderr is not None
+                raise ActivateError(
+                    f"journalctl:"
+                    f" {' '.join(process.stderr.read().split()) or process.returncode}"
+                )
+        finally:
+            process.kill()
+
+
+def _parse(line: str) -> Record | None:
+    try:
+        raw: dict[str, Any] = json.loads(line)
+        fields = {
+            name: _text(raw[name])
+            for name in FIELDS
+            if raw.get(name) is not None
+        }
+        return Record(
+            int(raw["__REALTIME_TIMESTAMP"]) / 1e6,
+            fields.get("MESSAGE", ""),
+            int(fields.get("PRIORITY", "6")),
+            fields,
+            str(raw["__CURSOR"]),
+        )
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _text(value: Any) -> str:
+    """journalctl writes what is no UTF-8 as a list of bytes, and repeated
+    fields as a list of texts."""
+    if isinstance(value, list):
+        if all(isinstance(item, int) for item in value):
+            return bytes(value).decode(errors="backslashreplace")
+        return str(value[-1])
+    return str(value)
+
+
+def _is_of(record: Record, user: bool, control_group: str) -> bool:
+    """Whether a record is of a daemon of the user's manager, or else of the
+    system's."""
+    fields = record.fields
+    if user and control_group and (own := fields.get("_SYSTEMD_CGROUP")):
+        return own.startswith(f"{control_group}/")
+    of_system = "_SYSTEMD_USER_UNIT" not in fields and fields.get(
+        "_SYSTEMD_UNIT", ""
+    ).endswith(".service")
+    return user is not (
+        of_system and not fields["_SYSTEMD_UNIT"].startswith("user@")
+    )

@@ -1,0 +1,551 @@
+"""What systemd knows: units over D-Bus, and the text of their files.
+
+Read-only but for reset_start_limit(). Asks for many properties at once, since a
+manager may have thousands of socket units. jeepney is imported when a Manager
+is opened, and can be forgotten afterwards. Whatever the bus or systemd may say,
+what comes out is of the type that is promised, or a ManagerError of one line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pwd
+import re
+import socket
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import ManagerError
+from ..routing.routes import SocketUnit
+from ..routing.unitfile import SourceFile
+
+if TYPE_CHECKING:
+    from jeepney import Message
+
+__all__ = ["LoadedUnit", "Manager", "open_manager", "runs_in_user_manager"]
+
+#: systemd answers in milliseconds; a bus that says nothing for this many
+#: seconds will not.
+REPLY_TIMEOUT = 20.0
+#: Requests on the way at once. dbus-daemon answers all beyond 128 with an error
+#: (max_replies_per_connection, which system.conf leaves at that), and a unit
+#: whose properties are not told would be missing.
+PIPELINE = 100
+
+#: What the sockets and jeepney raise for a bus that is not there, goes away, or
+#: talks nonsense.
+_BUS_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AssertionError,
+    struct.error,
+)
+#: Errors in place of a reply that are about the bus or systemd as a whole;
+#: others are about one unit or property.
+_LOST = frozenset(
+    f"org.freedesktop.DBus.Error.{name}"
+    for name in (
+        "AccessDenied",
+        "Disconnected",
+        "LimitsExceeded",
+        "NameHasNoOwner",
+        "NoReply",
+        "ServiceUnknown",
+    )
+)
+
+_SERVICE = "org.freedesktop.systemd1"
+_ROOT = "/org/freedesktop/systemd1"
+_UNIT = "org.freedesktop.systemd1.Unit"
+_MANAGER = "org.freedesktop.systemd1.Manager"
+_SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
+
+#: The properties that are used here, and their D-Bus types.
+_SIGNATURES = {
+    "ActiveState": "s",
+    "DropInPaths": "as",
+    "FileDescriptorName": "s",
+    "FragmentPath": "s",
+    "Listen": "a(ss)",
+    "LoadState": "s",
+    "NeedDaemonReload": "b",
+    "TimeoutStopUSec": "t",
+    "TriggeredBy": "as",
+    "UnitsLoadTimestamp": "t",
+}
+
+
+def runs_in_user_manager() -> bool:
+    """Whether this process is a service of a user manager: it sets MANAGERPID,
+    the system manager does not."""
+    return "MANAGERPID" in os.environ
+
+
+def _bus_address(user: bool) -> str:
+    if not user:
+        return os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or _SYSTEM_BUS
+    # The user's manager is on this bus, whatever other session bus a program
+    # may have been started with.
+    if (runtime := os.environ.get("XDG_RUNTIME_DIR")) and Path(
+        runtime, "bus"
+    ).exists():
+        return f"unix:path={_escape_bus_path(f'{runtime}/bus')}"
+    if address := os.environ.get("DBUS_SESSION_BUS_ADDRESS"):
+        return address
+    raise ManagerError(
+        "cannot reach the user's systemd: $XDG_RUNTIME_DIR/bus is not there"
+        " and DBUS_SESSION_BUS_ADDRESS is not set;"
+        " log in as this user, not by su or sudo, and install dbus-user-session"
+    )
+
+
+def _escape_bus_path(path: str) -> str:
+    return "".join(
+        f"%{ord(char):02x}" if char in "%,;=" else char for char in path
+    )
+
+
+def _unit_path(unit: str) -> str:
+    """The D-Bus object path of a unit: every byte that is no letter or digit
+    becomes _NN, as does a leading digit."""
+    raw = unit.encode(errors="surrogateescape")
+    escaped = re.sub(
+        rb"[^A-Za-z0-9]|^[0-9]", lambda match: b"_%02x" % ord(match[0]), raw
+    )
+    return f"{_ROOT}/unit/{escaped.decode() or '_'}"
+
+
+def _describe(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class LoadedUnit(NamedTuple):
+    """A unit that systemd has loaded, and its LoadState, ActiveState and
+    SubState."""
+
+    name: str
+    load: str
+    active: str
+    sub: str
+
+
+def _short(answer: object) -> str:
+    return ascii(answer)[:80]
+
+
+class _Get:
+    """A call of org.freedesktop.DBus.Properties.Get, as the D-Bus specification
+    has it on the wire.
+
+    A survey of 2,000 sockets asks for 10,000 properties, and jeepney needs half
+    of the whole time to write them down.
+    """
+
+    __slots__ = ("_interface", "_name", "_path")
+
+    def __init__(self, path: str, interface: str, name: str) -> None:
+        self._path, self._interface, self._name = path, interface, name
+
+    def serialise(self, serial: int) -> bytes:
+        body = _aligned(_wire_string(self._interface), 4) + _wire_string(
+            self._name
+        )
+        fields = _GET_FIELDS + b"\1\1o\0" + _wire_string(self._path)
+        return (
+            _aligned(
+                _GET_HEADER.pack(b"l", 1, 0, 1, len(body), serial, len(fields))
+                + fields,
+                8,
+            )
+            + body
+        )
+
+
+def _wire_string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<I", len(raw)) + raw + b"\0"
+
+
+def _aligned(data: bytes, to: int) -> bytes:
+    return data + bytes(-len(data) % to)
+
+
+#: Byte order, method call, flags, version of the protocol; length of the body,
+#: serial, length of the header's fields.
+_GET_HEADER = struct.Struct("<cBBBIII")
+#: Interface, member, destination and signature of the body, which are the same
+#: for all; each begins at 8 bytes.
+_GET_FIELDS = b"".join(
+    _aligned(bytes([code]) + value, 8)
+    for code, value in (
+        (2, b"\1s\0" + _wire_string("org.freedesktop.DBus.Properties")),
+        (3, b"\1s\0" + _wire_string("Get")),
+        (6, b"\1s\0" + _wire_string(_SERVICE)),
+        (8, b"\1g\0\2ss\0"),
+    )
+)
+
+
+class Manager:
+    """An open connection to a systemd manager."""
+
+    def __init__(self, connection: socket.socket, user: bool) -> None:
+        from jeepney.low_level import Parser
+
+        self.user = user
+        self._socket = connection
+        self._parser = Parser()
+        self._serials = itertools.count(1)
+
+    def specifiers(self) -> dict[str, str]:
+        """What `%t`, `%h`, `%u` and `%U` stand for in this manager's units."""
+        if not self.user:
+            return {"t": "/run", "h": "/root", "u": "root", "U": "0"}
+        uid = os.getuid()
+        values = {"U": str(uid)}
+        if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+            values["t"] = runtime
+        if home := os.environ.get("HOME"):
+            values["h"] = home
+        try:
+            values["u"] = pwd.getpwuid(uid).pw_name
+        except KeyError:
+            values["u"] = str(uid)
+        return values
+
+    def properties(self, wanted: Sequence[tuple[str, str, str]]) -> list[Any]:
+        """Return the values of (object path, interface, property) triples; an
+        error in place of one is None.
+
+        Those that are known here have the type that systemd documents.
+        """
+        replies = self._ask(
+            [_Get(path, interface, name) for path, interface, name in wanted]
+        )
+        return [
+            _value(path, name, body)
+            for (path, _, name), body in zip(wanted, replies, strict=True)
+        ]
+
+    def _ask(
+        self, requests: Sequence[Message | _Get]
+    ) -> list[tuple[Any, ...] | None]:
+        """Send requests, several on the way at once, and return the bodies of
+        their replies, None for errors."""
+        bodies: dict[int, tuple[Any, ...] | None] = {}
+        try:
+            for start in range(0, len(requests), PIPELINE):
+                batch = {
+                    next(self._serials): request
+                    for request in requests[start : start + PIPELINE]
+                }
+                self._socket.sendall(
+                    b"".join(
+                        request.serialise(serial=serial)
+                        for serial, request in batch.items()
+                    )
+                )
+                while batch:
+                    serial, body = self._receive()
+                    if batch.pop(serial, None) is not None:
+                        bodies[serial] = body
+        except _BUS_ERRORS as error:
+            raise ManagerError(
+                f"systemd did not answer over D-Bus: {_describe(error)}"
+            ) from error
+        # Serials count up, so that this is the order of the requests.
+        return [bodies[serial] for serial in sorted(bodies)]
+
+    def _receive(self) -> tuple[int, tuple[Any, ...] | None]:
+        """Wait for a reply; returns the serial that it replies to and its body,
+        None for an error."""
+        from jeepney import HeaderFields, MessageType
+
+        while True:
+            while (message := self._parser.get_next_message()) is None:
+                data = self._socket.recv(65536)
+                if not data:
+                    raise EOFError("the bus closed the connection")
+                self._parser.add_data(data)
+            kind, fields = message.header.message_type, message.header.fields
+            serial = fields.get(HeaderFields.reply_serial, 0)
+            # A bus delivers no reply that nobody asked for, but some let
+            # anybody send a signal that claims to be one: it would tell us
+            # which files to believe.
+            if kind is MessageType.method_return:
+                return serial, message.body
+            if kind is MessageType.error:
+                if (name := fields.get(HeaderFields.error_name)) in _LOST:
+                    raise RuntimeError(
+                        f"{name}: {message.body[0] if message.body else ''}"
+                    )
+                return serial, None
+
+    def hello(self) -> None:
+        """Introduce this connection to the bus, which relays nothing before;
+        raises ManagerError."""
+        from jeepney import message_bus
+
+        if self._ask([message_bus.Hello()]) == [None]:
+            raise ManagerError("the bus refused this program's greeting")
+
+    def manager_properties(self, *names: str) -> list[Any]:
+        """Return properties of the manager itself, such as UnitPath; None in
+        place of one that it does not have."""
+        return self.properties([(_ROOT, _MANAGER, name) for name in names])
+
+    def unit_properties(
+        self, units: Sequence[str], kind: str, names: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return properties of each unit, which systemd loads if need be;
+        `kind` is Unit, Service or Socket."""
+        wanted = [
+            (_unit_path(unit), f"{_SERVICE}.{kind}", name)
+            for unit in units
+            for name in names
+        ]
+        values = iter(self.properties(wanted))
+        return [{name: next(values) for name in names} for _ in units]
+
+    def list_units(self, *patterns: str) -> list[LoadedUnit]:
+        """Return the units that systemd has loaded and whose names match any of
+        the patterns, as with `*.socket`."""
+        return self._list("ListUnitsByPatterns", "asas", ([], list(patterns)))
+
+    def _list(
+        self, method: str, signature: str, arguments: tuple[list[str], ...]
+    ) -> list[LoadedUnit]:
+        from jeepney import DBusAddress, new_method_call
+
+        address = DBusAddress(_ROOT, _SERVICE, _MANAGER)
+        (body,) = self._ask(
+            [new_method_call(address, method, signature, arguments)]
+        )
+        if body is None:
+            raise ManagerError(
+                "systemd does not list its units over D-Bus; it is older than"
+                " version 230"
+            )
+        units = []
+        for row in (
+            body[0] if len(body) == 1 and isinstance(body[0], list) else [body]
+        ):
+            match row:
+                case (str(name), str(), str(load), str(active), str(sub), *_):
+                    units.append(LoadedUnit(name, load, active, sub))
+                case _:
+                    raise ManagerError(
+                        f"systemd's list of units makes no sense: {_short(row)}"
+                    )
+        return units
+
+    def trigger_units(self, service: str) -> list[str]:
+        """Return the names of the socket units that start a service, sorted."""
+        (names,) = self.properties(
+            [(_unit_path(service), _UNIT, "TriggeredBy")]
+        )
+        if names is None:
+            raise ManagerError(
+                f"systemd does not know {service}; start the daemon with"
+                f" --unit %n from its service unit"
+            )
+        return sorted(name for name in names if name.endswith(".socket"))
+
+    def socket_units(
+        self, names: Sequence[str], *, only_active: bool = False
+    ) -> list[SocketUnit]:
+        """Return socket units as systemd has loaded them, with the text of
+        their files as it is on disk now."""
+        wanted = [
+            unit
+            for unit in self._list("ListUnitsByNames", "as", (list(names),))
+            if not (only_active and unit.active in ("inactive", "failed"))
+        ]
+        asked = [
+            (_unit_path(unit.name), f"{_SERVICE}.{kind}", key)
+            for unit in wanted
+            for kind, key in (
+                ("Unit", "FragmentPath"),
+                ("Unit", "DropInPaths"),
+                ("Unit", "NeedDaemonReload"),
+                ("Socket", "Listen"),
+                ("Socket", "FileDescriptorName"),
+            )
+        ]
+        (loaded_at,) = self.manager_properties("UnitsLoadTimestamp")
+        values = iter(self.properties(asked))
+        reader = _Reader(loaded_at or 0)
+        units = []
+        for unit, row in zip(
+            wanted, zip(*[values] * 5, strict=True), strict=True
+        ):
+            fragment, drop_ins, stale, listen, fd_name = row
+            if None in row:
+                continue
+            problem = ""
+            if unit.load != "loaded" or not fragment:
+                problem = (
+                    f"systemd could not load it (LoadState={unit.load}):"
+                    f" systemctl status says why; mend its files"
+                )
+            files = tuple(
+                reader.read(path, stale)
+                for path in (fragment, *drop_ins)
+                if path
+            )
+            units.append(
+                SocketUnit(unit.name, files, tuple(listen), fd_name, problem)
+            )
+        return units
+
+    def stop_timeout(self, service: str) -> float | None:
+        """How long a service may take to stop, in seconds; None where systemd
+        does not say."""
+        (value,) = self.properties(
+            [
+                (
+                    _unit_path(service),
+                    "org.freedesktop.systemd1.Service",
+                    "TimeoutStopUSec",
+                )
+            ]
+        )
+        return None if value is None else min(value / 1e6, 86400.0)
+
+    def reset_start_limit(self, service: str) -> None:
+        """Start counting anew how often a service was started; no answer is
+        waited for."""
+        from jeepney import DBusAddress, MessageFlag, new_method_call
+
+        message = new_method_call(
+            DBusAddress(_ROOT, _SERVICE, _MANAGER),
+            "ResetFailedUnit",
+            "s",
+            (service,),
+        )
+        message.header.flags = MessageFlag.no_reply_expected
+        try:
+            self._socket.sendall(message.serialise(serial=next(self._serials)))
+        except OSError as error:
+            raise ManagerError(
+                f"systemd did not take a D-Bus message: {_describe(error)}"
+            ) from error
+
+
+def _value(path: str, name: str, body: tuple[Any, ...] | None) -> Any:
+    """Unwrap a property from a reply; raises ManagerError where it is not of
+    the type that systemd documents."""
+    match body:
+        case None:
+            return None
+        case ((str(signature), value),) if (
+            _SIGNATURES.get(name, signature) == signature
+        ):
+            return value
+    raise ManagerError(
+        f"systemd's answer for {name} of {path} makes no sense: {_short(body)}"
+    )
+
+
+class _Reader:
+    """Reads fragments and drop-ins, each once; `loaded_at` is when systemd last
+    loaded all units, in µs."""
+
+    def __init__(self, loaded_at: int) -> None:
+        self._loaded_at = loaded_at
+        self._seen: dict[tuple[str, bool], SourceFile] = {}
+
+    def read(self, path: str, stale: bool) -> SourceFile:
+        """Read a file; one that may have changed since systemd read it is not
+        trusted.
+
+        systemd says only that some file of the unit is newer (`stale`, its
+        NeedDaemonReload). Those touched since it last loaded all units are the
+        ones that may be meant. Where it says no such thing they are not: units
+        that were loaded on demand are newer than that.
+        """
+        key = (path, stale)
+        if key not in self._seen:
+            self._seen[key] = self._read(path, stale)
+        return self._seen[key]
+
+    def _read(self, path: str, stale: bool) -> SourceFile:
+        try:
+            touched, text = _read_file(path)
+        except FileNotFoundError:
+            # systemd reports a link to nothing as if it were a drop-in, and
+            # asks for a daemon-reload for ever.
+            link = os.path.islink(path)
+            return SourceFile(
+                path,
+                None,
+                "is a symbolic link to nothing (remove it)"
+                if link
+                else "is gone",
+                "",
+            )
+        except (OSError, ValueError) as error:
+            return SourceFile(
+                path,
+                None,
+                f"cannot be read ({getattr(error, 'strerror', None) or error})",
+            )
+        if stale and touched >= self._loaded_at:
+            return SourceFile(
+                path, None, "was changed after systemd read it", text
+            )
+        return SourceFile(path, text)
+
+
+def _read_file(path: str) -> tuple[int, str]:
+    """Return when a file was last touched, in µs, and its text; raises
+    OSError."""
+    status = os.lstat(path)
+    touched = max(status.st_mtime_ns, status.st_ctime_ns)
+    # A FIFO must not hold up the daemon.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        target = os.fstat(fd)
+        # systemd reads nothing from a folder, nor from a link to /dev/null,
+        # which masks drop-ins of its name.
+        text = ""
+        if stat.S_ISREG(target.st_mode):
+            touched = max(touched, target.st_mtime_ns, target.st_ctime_ns)
+            with open(fd, "rb", closefd=False) as file:
+                text = file.read().decode(errors="surrogateescape")
+    finally:
+        os.close(fd)
+    return touched // 1000, text
+
+
+@contextmanager
+def open_manager(*, user: bool) -> Iterator[Manager]:
+    """Connect to the user's systemd, or to the system's; raises ManagerError
+    where that cannot be done."""
+    from jeepney.bus import get_bus
+    from jeepney.io.blocking import prep_socket
+
+    address = _bus_address(user)
+    try:
+        connection = prep_socket(get_bus(address), timeout=REPLY_TIMEOUT)
+    except _BUS_ERRORS as error:
+        bus = "user" if user else "system"
+        raise ManagerError(
+            f"cannot reach systemd over the {bus} bus, {address}:"
+            f" {_describe(error)};"
+            f" is the {bus}'s dbus.service running?"
+        ) from error
+    with connection:
+        connection.settimeout(REPLY_TIMEOUT)
+        manager = Manager(connection, user)
+        manager.hello()
+        yield manager

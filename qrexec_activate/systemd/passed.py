@@ -1,0 +1,91 @@
+"""What systemd passed: the inherited sockets, with the kind and the address by
+which systemd would call them.
+
+It takes the descriptors out of LISTEN_FDS once, marks them close-on-exec, and
+judges nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+
+from systemd import daemon as sd_daemon
+
+from ..routing.claim import PassedSocket
+from ..routing.names import c_escape
+
+__all__ = ["describe", "format_address", "passed_sockets"]
+
+_KINDS = {
+    socket.SOCK_STREAM: "Stream",
+    socket.SOCK_DGRAM: "Datagram",
+    socket.SOCK_SEQPACKET: "SequentialPacket",
+}
+_VMADDR_ANY = 0xFFFFFFFF
+
+
+def format_address(family: int, name: object) -> str:
+    """Write a socket's name (from getsockname() or getpeername()) as systemd's
+    property Listen does."""
+    match family, name:
+        case socket.AF_INET, (str(host), int(port)):
+            return f"{host}:{port}"
+        case socket.AF_INET6, (str(host), int(port), _, int(scope)):
+            return f"[{host}]:{port}{_interface(scope)}"
+        case socket.AF_VSOCK, (int(cid), int(port)):
+            return f"vsock:{'' if cid == _VMADDR_ANY else cid}:{port}"
+        case socket.AF_UNIX, bytes(raw):
+            return (
+                f"@{c_escape(raw[1:])}" if raw else "unix socket without a name"
+            )
+        case socket.AF_UNIX, str(path):
+            return (
+                c_escape(os.fsencode(path))
+                if path
+                else "unix socket without a name"
+            )
+    return f"socket of address family {int(family)}"
+
+
+def _interface(scope: int) -> str:
+    if not scope:
+        return ""
+    try:
+        return f"%{socket.if_indextoname(scope)}"
+    except OSError:
+        return f"%{scope}"
+
+
+def describe(fd: int, name: str) -> PassedSocket:
+    """Tell kind and address of one inherited descriptor."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        kind = "FIFO" if stat.S_ISFIFO(os.fstat(fd).st_mode) else "Special"
+        return PassedSocket(fd, name, kind, os.readlink(f"/proc/self/fd/{fd}"))
+    probe = socket.socket(fileno=fd)
+    try:
+        kind = (
+            "Netlink"
+            if probe.family == socket.AF_NETLINK
+            else _KINDS.get(probe.type, "Special")
+        )
+        if kind == "Stream" and not probe.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+        ):
+            kind = "Connection"
+        return PassedSocket(
+            fd, name, kind, format_address(probe.family, probe.getsockname())
+        )
+    finally:
+        probe.detach()
+
+
+def passed_sockets() -> list[PassedSocket]:
+    """Return the sockets that systemd passed to this process, in order; empty
+    where it passed none."""
+    passed = sd_daemon.listen_fds_with_names(True)
+    # It takes them out of C's environment only, and children get Python's.
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    return [describe(fd, name) for fd, name in passed.items()]

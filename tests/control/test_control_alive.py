@@ -1,0 +1,371 @@
+"""status, logs, disconnect and check --try: what is alive on the routes, and
+what became of it, with a real journal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import socketserver
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from desk import PATIENCE, Desk
+from scenario import measured
+
+from qrexec_activate.loopback.machine import Machine, start_journald
+
+
+class Echo(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self.request.recv(65536):
+                self.request.sendall(data)
+
+
+@pytest.fixture(scope="module")
+def journal_machine() -> Iterator[Machine]:
+    with (
+        start_journald(),
+        Machine(journal=True, environment=measured()) as machine,
+    ):
+        yield machine
+
+
+@pytest.fixture
+def desk(journal_machine: Machine) -> Iterator[Desk]:
+    """A desk with a route to the qube work, in which a service echoes."""
+    desk = Desk(journal_machine)
+    desk.machine.add_qube("work")
+    with socketserver.ThreadingTCPServer(
+        (desk.machine.address("work"), desk.port), Echo
+    ) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.02}
+        )
+        thread.start()
+        try:
+            desk.run("add", "tcp", str(desk.port), "work")
+            yield desk
+        finally:
+            server.shutdown()
+            thread.join()
+            desk.leave()
+
+
+def until(what: str, condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.05)
+    return found
+
+
+@contextlib.contextmanager
+def connection(desk: Desk, said: bytes = b"hello") -> Iterator[socket.socket]:
+    """An open connection through which something has come back."""
+    with socket.create_connection(
+        ("127.0.0.1", desk.port), timeout=PATIENCE
+    ) as sock:
+        sock.sendall(said)
+        received = b""
+        while len(received) < len(said):
+            received += sock.recv(65536)
+        yield sock
+
+
+def logged(desk: Desk, *words: str, lines: int = 1) -> str:
+    def look() -> str:
+        printed = desk.run("logs", *words)
+        return printed if printed.count("\n") >= lines else ""
+
+    return str(until(f"{lines} records of {words}", look))
+
+
+def no_times(text: str) -> str:
+    """Text without what differs from run to run: ids, ports, processes and
+    times."""
+    text = re.sub(r"\b[0-9a-f]+-[0-9]+\b(?=:| )", "ID", text)
+    text = re.sub(r'"id": "[^"]*"', '"id": "ID"', text)
+    text = re.sub(r'"(pid|peer_pid|began|age|when)": [0-9.]+', r'"\1": 1', text)
+    text = re.sub(r"\(pid [0-9]+\)|pid [0-9]+", "(pid 1)", text)
+    text = re.sub(r"127\.0\.0\.1:(?!12345)[0-9]+", "127.0.0.1:50000", text)
+    text = re.sub(r"(set up in|lasted) [0-9.]+ s", r"\1 1 s", text)
+    return re.sub(r"\b[0-9]+ s( |$)", r"1 s\1", text, flags=re.MULTILINE)
+
+
+def test_an_open_connection_is_shown_with_its_peer_and_its_bytes(
+    desk: Desk,
+) -> None:
+    with connection(desk):
+        pass
+    logged(desk, "work")
+    with connection(desk):
+        status = desk.json("status")
+        (found,) = status["connections"]
+        assert (found["state"], found["relay"], found["target"]) == (
+            "open",
+            "hand-over",
+            "work",
+        )
+        assert (found["bytes_to_qube"], found["bytes_from_qube"]) == (5, 5)
+        assert (found["peer_pid"], found["peer_name"]) == (
+            os.getpid(),
+            Path("/proc/self/comm").read_text().strip(),
+        )
+        assert 0 <= found["age"] < PATIENCE
+        (route,) = status["routes"]
+        assert (route["open"], route["waiting"], route["last"]["outcome"]) == (
+            1,
+            0,
+            "client-exited",
+        )
+        (daemon,) = [one for one in status["daemons"] if one["pid"]]
+        assert (daemon["unit"], daemon["active"]) == (
+            "qrexec-connect-tcp.service",
+            "active",
+        )
+        # The status line of the daemon may be half a second old.
+        printed = re.sub(
+            r"^qrexec-connect-(tcp|unix|tcp-bind)\.service: .*\n",
+            "",
+            desk.run("status"),
+            flags=re.MULTILINE,
+        )
+        comm = Path("/proc/self/comm").read_text().strip()
+        desk.is_golden("status.txt", printed.replace(comm, "client"), no_times)
+
+
+def test_the_shape_of_the_json_is_stable(desk: Desk) -> None:
+    with connection(desk):
+        pass
+    logged(desk, "work")
+    with connection(desk):
+        status = desk.json("status")
+        assert set(status) == {"daemons", "routes", "connections"}
+        assert list(status["connections"][0]) == [
+            *(
+                "id",
+                "pid",
+                "began",
+                "age",
+                "state",
+                "relay",
+                "listener",
+                "target",
+                "call",
+                "unit",
+            ),
+            *(
+                "peer",
+                "peer_pid",
+                "peer_name",
+                "bytes_to_qube",
+                "bytes_from_qube",
+            ),
+        ]
+        assert list(status["routes"][0])[-3:] == ["open", "waiting", "last"]
+        assert list(status["routes"][0]["last"]) == [
+            "when",
+            "outcome",
+            "established",
+            "exit_code",
+            "failed",
+            "message",
+        ]
+        assert list(status["daemons"][0]) == [
+            "unit",
+            "rpc",
+            "active",
+            "pid",
+            "status",
+        ]
+
+
+def test_a_connection_that_outlived_its_daemon_is_shown_and_can_be_ended(
+    desk: Desk,
+) -> None:
+    with connection(desk) as sock:
+        desk.machine.systemctl("stop", desk.tcp)
+        (found,) = desk.json("status", "work")["connections"]
+        assert found["state"] == "open"
+        printed = desk.run("disconnect", found["id"])
+        assert printed.startswith(f"Ended {found['id']}: 127.0.0.1:")
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+    assert desk.json("status")["connections"] == []
+
+
+def test_a_route_is_disconnected_and_takes_new_connections(desk: Desk) -> None:
+    with connection(desk), connection(desk):
+        assert desk.run("disconnect", "work").count("Ended") == 2
+        assert "has no open connection" in desk.fails(
+            "disconnect", "work", code=2
+        )
+        assert "neither an open connection nor a route" in desk.fails(
+            "disconnect", "nobody", code=2
+        )
+    with connection(desk):
+        pass
+
+
+def test_one_that_waits_for_an_answer_is_shown_as_waiting(desk: Desk) -> None:
+    (desk.machine.loopback / "policy").write_text(
+        "* * client work ask default_target=work\n"
+    )
+    (desk.machine.loopback / "answer").unlink(missing_ok=True)
+    with socket.create_connection(("127.0.0.1", desk.port)):
+        found = until(
+            "it waits",
+            lambda: [
+                one
+                for one in desk.json("status")["connections"]
+                if one["state"] == "waiting"
+            ],
+        )
+        assert found[0]["target"] == "work"
+        assert desk.json("status")["routes"][0]["waiting"] == 1
+        desk.run("disconnect", found[0]["id"])
+
+
+def test_spliced_connections_are_shown_as_well(desk: Desk) -> None:
+    desk.scene.options(RELAY="splice")
+    desk.machine.systemctl("daemon-reload")
+    with connection(desk):
+        (found,) = desk.json("status")["connections"]
+        assert (
+            found["state"],
+            found["relay"],
+            found["bytes_to_qube"],
+            found["peer_pid"],
+        ) == (
+            "open",
+            "splice",
+            5,
+            os.getpid(),
+        )
+
+
+def test_the_peer_of_a_unix_socket_is_shown(desk: Desk) -> None:
+    rpc = desk.machine.loopback / "qubes" / "work" / "rpc" / "qubes.ConnectUnix"
+    rpc.write_text("#!/bin/sh\nexec cat\n")
+    rpc.chmod(0o755)
+    desk.run("add", "unix", "notes", "work")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(PATIENCE)
+        sock.connect(str(desk.machine.runtime / "qrexec" / "notes"))
+        sock.sendall(b"hello")
+        assert sock.recv(5) == b"hello"
+        (found,) = desk.json("status", "notes")["connections"]
+        assert (found["peer_pid"], found["bytes_to_qube"]) == (
+            os.getpid(),
+            None,
+        )
+
+
+def test_the_log_has_one_line_for_each_connection(desk: Desk) -> None:
+    for _ in range(3):
+        with connection(desk):
+            pass
+    printed = logged(desk, desk.tcp, lines=3)
+    lines = printed.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        route = (
+            rf"127.0.0.1:\d+ on 127.0.0.1:{desk.port} → work"
+            rf" qubes.ConnectTCP\+{desk.port}"
+        )
+        assert re.match(
+            rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \S+: {route}: ended", line
+        )
+    assert desk.run("logs", "-n", "1", desk.tcp) == f"{lines[2]}\n"
+    assert desk.run("logs", "nobody") == ""
+    assert "serving 127.0.0.1" in desk.run(
+        "logs", "--everything", "--since", "-10min"
+    )
+
+
+def test_the_log_is_followed(desk: Desk) -> None:
+    with connection(desk):
+        pass
+    logged(desk, desk.tcp)
+    with subprocess.Popen(
+        desk.argv("logs", "-f", desk.tcp),
+        env=desk.machine.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert "work" in process.stdout.readline()
+            with connection(desk):
+                pass
+            assert "work" in process.stdout.readline()
+        finally:
+            process.kill()
+
+
+def test_watching_redraws_in_place(desk: Desk) -> None:
+    command = " ".join(desk.argv("status", "--watch", "--interval", "0.3"))
+    shown = desk.machine.run(
+        [
+            "script",
+            "-qec",
+            f"TERM=xterm COLUMNS=150 timeout -s INT 3 {command}",
+            "/dev/null",
+        ],
+        check=False,
+    )
+    assert "\x1b[1A" in shown.stdout
+    assert "Traceback" not in shown.stdout
+    assert f"127.0.0.1:{desk.port}" in shown.stdout
+
+
+def test_trying_a_route_makes_one_connection(desk: Desk) -> None:
+    (desk.machine.loopback / "policy").write_text(
+        "qubes.ConnectUnix * client work deny\n* * client work allow\n"
+    )
+    desk.run("add", "unix", "notes", "work")
+    steps = desk.json("check", "--try", code=2)["steps"]
+    tried = {
+        step["text"].partition(" ")[0]: step["level"]
+        for step in steps
+        if step["area"] == "try"
+    }
+    assert tried == {
+        f"127.0.0.1:{desk.port}": "ok",
+        f"{desk.machine.runtime}/qrexec/notes": "error",
+    }
+    until(
+        "the refusal is logged",
+        lambda: "exit code 126" in desk.run("logs", "qubes.ConnectUnix+notes"),
+    )
+    # Nobody is asked who is not at a terminal, and then nothing is called.
+    assert "Connect to 2 routes?" in desk.try_("check", "--try").stderr
+
+
+def test_a_target_that_was_refused_is_pointed_out(desk: Desk) -> None:
+    (desk.machine.loopback / "policy").write_text("* * client work deny\n")
+    with (
+        socket.create_connection(("127.0.0.1", desk.port)) as sock,
+        contextlib.suppress(ConnectionResetError),
+    ):
+        assert sock.recv(1) == b""
+    until(
+        "the refusal is logged",
+        lambda: "exit code 126" in desk.run("logs", desk.tcp),
+    )
+    (step,) = [
+        one
+        for one in desk.json("check", code=1)["steps"]
+        if one["level"] == "warning"
+    ]
+    assert "the last call to work was refused" in step["text"]
+    assert step["mend"] == "qrexec-activate policy work"

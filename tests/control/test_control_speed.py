@@ -1,0 +1,131 @@
+"""What makes commands quick: they import little, and ask systemd about all
+routes at once. The bench takes times."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from desk import Desk
+
+from qrexec_activate.control.survey import survey
+from qrexec_activate.loopback.machine import Machine
+from qrexec_activate.systemd.manager import Manager
+
+IMPORTED_BY = """
+import sys
+from qrexec_activate.__main__ import main
+sys.argv = ["qrexec-activate", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print("imported", *sys.modules)
+"""
+
+
+@pytest.fixture
+def desk(shared_machine: Machine) -> Iterator[Desk]:
+    desk = Desk(shared_machine)
+    yield desk
+    desk.leave()
+
+
+def imported_by(desk: Desk, *words: str) -> set[str]:
+    """The packages and, of this one, the modules that a command imports;
+    without those of the standard library."""
+    environment = {
+        key: value
+        for key, value in desk.machine.environment.items()
+        if not key.startswith("COVERAGE_")
+    }
+    argv = [sys.executable, "-c", IMPORTED_BY, *words]
+    output = subprocess.run(
+        argv, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    modules = output.rpartition("imported ")[2].split()
+    # What a virtual environment's own start brings is not the command's doing.
+    before = subprocess.check_output(
+        [sys.executable, "-c", "import sys; print(*sys.modules)"], text=True
+    ).split()
+    others = (
+        name
+        for name in modules
+        if name not in before
+        and name.partition(".")[0] not in sys.stdlib_module_names
+    )
+    return {
+        name if name.startswith("qrexec_activate.") else name.partition(".")[0]
+        for name in others
+    }
+
+
+def test_help_imports_little_but_click(desk: Desk) -> None:
+    own = {"__main__", "cli", "control", "control.options", "errors"}
+    assert imported_by(desk, "--help") == {
+        "click",
+        "qrexec_activate",
+        *(f"qrexec_activate.{name}" for name in own),
+    }
+
+
+def test_list_imports_neither_the_daemon_nor_what_draws_tables(
+    desk: Desk,
+) -> None:
+    desk.drop_in(
+        "qrexec-connect-tcp@1234.socket",
+        "work",
+        "[Socket]",
+        "FileDescriptorName=work",
+    )
+    desk.machine.systemctl("daemon-reload")
+    imported = imported_by(desk, "list")
+    assert {"click", "jeepney"} <= imported
+    assert not imported & {
+        "trio",
+        "rich",
+        "psutil",
+        "systemd",
+        "qrexec_activate.forward.daemon",
+        "qrexec_activate.forward.connection",
+    }
+
+
+def test_many_routes_take_no_more_conversations_than_few(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in desk.machine.environment.items():
+        monkeypatch.setenv(key, value)
+    asked: list[int] = []
+    ask = Manager._ask
+
+    def counted(manager: Manager, requests: Sequence[Any]) -> Any:
+        asked.append(len(requests))
+        return ask(manager, requests)
+
+    monkeypatch.setattr(Manager, "_ask", counted)
+
+    def conversations(routes: int) -> tuple[int, int]:
+        units = [
+            f"qrexec-connect-unix@r{number}.socket" for number in range(routes)
+        ]
+        for unit in units:
+            desk.drop_in(
+                unit,
+                "work",
+                "[Socket]",
+                f"ListenStream=%t/qrexec/{unit}",
+                "FileDescriptorName=work",
+            )
+        desk.machine.systemctl("daemon-reload")
+        desk.machine.systemctl("start", *units)
+        asked.clear()
+        assert len(survey(user=True).entries) == routes
+        return len(asked), sum(asked)
+
+    few, many = conversations(3), conversations(100)
+    assert many[0] == few[0]
+    assert (many[1] - few[1]) / 97 < 8, "questions about one route"

@@ -1,0 +1,449 @@
+"""Where the daemon waits for hours, seconds or a random moment: its own clock,
+moved by the test.
+
+The daemon runs in this process, on real sockets. In place of qrexec-client-vm
+it starts processes that do nothing: the test decides when each is established,
+and when and how it ends. Nothing real takes time, so the clock jumps from one
+wait of the daemon to its next. (pytest-trio takes a clock only from a test's
+own arguments.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import signal
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+import trio
+from scenario import connect, is_reset_error, sees_reset
+from trio.testing import MockClock
+
+from qrexec_activate.forward import connection as connection_module
+from qrexec_activate.forward.connection import Client
+from qrexec_activate.forward.daemon import OVERTAKEN_AGE, PROMPT_AGE, Daemon
+from qrexec_activate.forward.settings import Relay, Settings
+from qrexec_activate.routing.claim import PassedSocket, Route
+from qrexec_activate.systemd.journal import Log, Priority
+
+
+class Started:
+    """A process in the place of qrexec-client-vm, and the socket or pipe that
+    it was given."""
+
+    def __init__(self, pid: int, orders: int, stdin: int, route: Route) -> None:
+        self.pid = pid
+        self.at = trio.current_time()
+        self.route = route
+        self._orders = orders
+        self._stdin = stdin
+
+    def establish(self) -> None:
+        """What qrexec-client-vm does first in its data phase."""
+        os.set_blocking(self._stdin, False)
+
+    def exits(self, code: int) -> None:
+        """End with an exit code; on return it has ended, in no time at all by
+        the daemon's clock."""
+        os.write(self._orders, f"{code}\n".encode())
+        self.has_ended()
+
+    def has_ended(self) -> None:
+        """Wait, by no clock, until it has ended."""
+        with contextlib.suppress(ChildProcessError):
+            # The daemon may have seen it already.
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self.close()
+
+    def is_alive(self) -> bool:
+        try:
+            return (
+                os.waitid(
+                    os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG
+                )
+                is None
+            )
+        except ChildProcessError:
+            return False
+
+    def reap(self) -> None:
+        """Leave nothing of it behind, whatever became of it."""
+        self.close()
+        if self.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+    def close(self) -> None:
+        for fd in (self._orders, self._stdin):
+            if fd >= 0:
+                os.close(fd)
+        self._orders = self._stdin = -1
+
+
+#: Exits with the code that it is told; ends, too, when the test does.
+PUPPET = "read code; exit ${code:-0}"
+STUBBORN = "trap '' TERM; echo; " + PUPPET
+
+
+class Puppets(Client):
+    """Starts processes that do as the test says."""
+
+    def __init__(self) -> None:
+        super().__init__("qrexec-client-vm", Relay.HAND_OVER, {})
+        self.started: list[Started] = []
+        self.another = trio.lowlevel.ParkingLot()
+        self.program = PUPPET
+        self.send_signal = signal.pidfd_send_signal
+
+    def spawn(
+        self,
+        route: Route,
+        environment: dict[str, str],
+        stdin: int,
+        stdout: int | None,
+        stderr: int,
+    ) -> int:
+        reader, writer = os.pipe()
+        up, told = os.pipe()
+        pid = os.posix_spawn(
+            "/bin/sh",
+            ["/bin/sh", "-c", self.program],
+            {},
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, reader, 0),
+                (os.POSIX_SPAWN_DUP2, told, 1),
+            ],
+            setsigdef=[signal.SIGPIPE],
+        )
+        os.close(reader)
+        os.close(told)
+        if self.program is STUBBORN:
+            # It has said that it is deaf.
+            os.read(up, 1)
+        os.close(up)
+        self.started.append(Started(pid, writer, os.dup(stdin), route))
+        self.another.unpark_all()
+        return pid
+
+    def signal(self, pidfd: int, number: int) -> None:
+        """Send a signal, and let who dies of it be dead in no time by the
+        daemon's clock."""
+        self.send_signal(pidfd, number)
+        if self.program is PUPPET or number == signal.SIGKILL:
+            select.select([pidfd], [], [])
+        for started in self.started:
+            if not started.is_alive():
+                started.close()
+
+
+class Records(Log):
+    """The daemon's records, kept."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.another = trio.lowlevel.ParkingLot()
+
+    def __call__(
+        self, priority: Priority, message: str, **fields: object
+    ) -> None:
+        self.lines.append(message)
+        self.another.unpark_all()
+
+    def count(self, words: str) -> int:
+        return sum(words in line for line in self.lines)
+
+
+class Stage:
+    """A daemon on listeners of its own, in this process."""
+
+    def __init__(
+        self, settings: Settings, targets: tuple[str, ...] = ("work",)
+    ) -> None:
+        self.over = trio.Event()
+        self.records = Records()
+        self.client = Puppets()
+        self.daemon = Daemon("qubes.ConnectTCP", settings, self.records)
+        self.daemon.client = self.client
+        self.addresses = []
+        sockets, routes = [], []
+        for target in targets:
+            listener = socket.create_server(("127.0.0.1", 0), backlog=300)
+            address = listener.getsockname()
+            self.addresses.append(address)
+            written = f"{address[0]}:{address[1]}"
+            sockets.append(
+                PassedSocket(listener.detach(), target, "Stream", written)
+            )
+            routes.append(Route(written, target, "qubes.ConnectTCP", "80"))
+        self.daemon.add_listeners(sockets, routes)
+
+    async def connect(self, listener: int = 0) -> trio.SocketStream:
+        return await connect(self.addresses[listener])
+
+    async def nth(self, count: int) -> Started:
+        """The qrexec-client-vm that was started as the count-th, counting from
+        1."""
+        with trio.fail_after(3600):
+            while len(self.client.started) < count:
+                await self.client.another.park()
+        return self.client.started[count - 1]
+
+    async def recorded(self, words: str, times: int = 1) -> None:
+        with trio.fail_after(3600):
+            while self.records.count(words) < times:
+                await self.records.another.park()
+
+    async def run(self) -> None:
+        await self.daemon.run()
+        self.over.set()
+
+    async def stop(self) -> None:
+        """End the daemon as systemd does, and what it has left running."""
+        if not self.over.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+            with trio.fail_after(3600):
+                await self.over.wait()
+        for started in self.client.started:
+            started.reap()
+        print(*self.records.lines, sep="\n")
+
+
+@pytest.fixture
+async def settings() -> Settings:
+    return Settings()
+
+
+@pytest.fixture
+async def stage(
+    settings: Settings, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Stage]:
+    stage = Stage(settings)
+    monkeypatch.setattr(signal, "pidfd_send_signal", stage.client.signal)
+    nursery.start_soon(stage.run)
+    await trio.testing.wait_all_tasks_blocked()
+    yield stage
+    await stage.stop()
+
+
+def now() -> float:
+    return trio.current_time()
+
+
+async def test_failed_set_ups_are_tried_again_after_growing_random_delays(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    async with await stage.connect() as stream:
+        for attempt in range(1, 7):
+            (await stage.nth(attempt)).exits(1)
+        assert await sees_reset(stream)
+    moments = [started.at for started in stage.client.started]
+    delays = [later - earlier for earlier, later in itertools.pairwise(moments)]
+    assert len(delays) == 5
+    for number, delay in enumerate(delays):
+        middle = connection_module.RETRY_DELAY * 2**number
+        assert 0.5 * middle <= delay <= 1.5 * middle + 0.5
+    await stage.recorded("after 6 tries")
+
+
+async def test_an_answer_that_takes_ten_seconds_is_waited_for(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    async with await stage.connect() as stream:
+        started = await stage.nth(1)
+        await trio.sleep(10)
+        started.establish()
+        await trio.sleep(1)
+        started.exits(0)
+        assert await stream.receive_some() == b""
+    await stage.recorded("ended, set up in 10")
+
+
+async def test_a_prompt_that_nobody_answers_is_given_up_after_the_time_limit(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    began = now()
+    async with await stage.connect() as stream:
+        started = await stage.nth(1)
+        with (
+            trio.fail_after(3600),
+            pytest.raises(trio.BrokenResourceError) as caught,
+        ):
+            await stream.receive_some()
+        assert is_reset_error(caught.value.__cause__)
+    assert not started.is_alive()
+    assert 300 <= now() - began < 301
+    await stage.recorded("no answer in time")
+    assert len(stage.client.started) == 1
+
+
+async def test_an_answer_at_the_last_moment_counts(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    async with await stage.connect() as stream:
+        started = await stage.nth(1)
+        await trio.sleep(299.9)
+        started.establish()
+        await trio.sleep(60)
+        assert started.is_alive()
+        started.exits(0)
+        assert await stream.receive_some() == b""
+
+
+@pytest.mark.parametrize("settings", [Settings(max_setups=2)])
+async def test_a_set_up_gives_its_place_back_once_it_is_a_prompt(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    streams = [await stage.connect() for _ in range(4)]
+    await stage.nth(2)
+    assert len(stage.client.started) == 2
+    third = await stage.nth(3)
+    assert third.at - stage.client.started[0].at >= PROMPT_AGE
+    await stage.nth(4)
+    assert "waiting for an answer" in stage.daemon.status()
+    for stream in streams:
+        await stream.aclose()
+
+
+async def test_a_call_that_was_overtaken_is_ended_and_made_again(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    lost = await stage.connect()
+    first = await stage.nth(1)
+    await trio.sleep(1)
+    quick = await stage.connect()
+    second = await stage.nth(2)
+    second.establish()
+    again = await stage.nth(3)
+    assert not first.is_alive()
+    assert again.at - first.at >= OVERTAKEN_AGE
+    assert again.at - first.at < OVERTAKEN_AGE + 3
+    again.establish()
+    await trio.sleep(1)
+    again.exits(0)
+    second.exits(0)
+    for stream in (lost, quick):
+        assert await stream.receive_some() == b""
+        await stream.aclose()
+    await stage.recorded("ended, after 2 tries")
+
+
+async def test_a_call_without_rivals_is_never_taken_for_lost(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    before = await stage.connect()
+    (await stage.nth(1)).establish()
+    await trio.sleep(1)
+    patient = await stage.connect()
+    second = await stage.nth(2)
+    # Nobody overtakes it: the one that was established had begun before.
+    await trio.sleep(100)
+    assert second.is_alive()
+    assert len(stage.client.started) == 2
+    await before.aclose()
+    await patient.aclose()
+
+
+async def test_a_call_is_not_taken_for_lost_because_another_prompt_was_answered(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    """A person answers the later prompt first; the earlier one is still
+    open."""
+    first = await stage.connect()
+    one = await stage.nth(1)
+    await trio.sleep(1)
+    second = await stage.connect()
+    two = await stage.nth(2)
+    await trio.sleep(20)
+    two.establish()
+    await trio.sleep(60)
+    assert one.is_alive()
+    assert len(stage.client.started) == 2
+    await first.aclose()
+    await second.aclose()
+
+
+async def test_of_many_calls_the_few_that_get_lost_are_made_again(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    """0.3 %, as in qrexec 4.4.2, where every lost one would otherwise hang for
+    five minutes."""
+    lost = {100, 250}
+    served = 0
+
+    async def customer() -> None:
+        nonlocal served
+        async with await stage.connect() as stream:
+            with trio.fail_after(120):
+                assert await stream.receive_some() == b""
+            served += 1
+
+    async def qrexec(count: int) -> None:
+        for number in range(1, count + 1):
+            started = await stage.nth(number)
+            if number not in lost:
+                started.establish()
+                await trio.sleep(0.01)
+                started.exits(0)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(qrexec, 300 + len(lost))
+        for _ in range(300):
+            nursery.start_soon(customer)
+            await trio.sleep(0.02)
+    assert served == 300
+    await stage.recorded("after 2 tries", times=len(lost))
+
+
+async def test_a_client_that_hung_up_leaves_qrexec_two_seconds_and_then_two_more(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.client.program = STUBBORN
+    stream = await stage.connect()
+    started = await stage.nth(1)
+    started.establish()
+    await trio.sleep(1)
+    gone = now()
+    stream.socket.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0"
+    )
+    stream.socket.close()
+    await trio.sleep(connection_module.HANG_UP_GRACE - 0.5)
+    assert started.is_alive()
+    await stage.recorded("the client hung up")
+    assert not started.is_alive()
+    assert now() - gone >= 2 * connection_module.HANG_UP_GRACE
+
+
+@pytest.mark.parametrize("settings", [Settings(exit_idle_time=600)])
+async def test_the_daemon_ends_ten_minutes_after_its_last_connection(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    async with await stage.connect() as stream:
+        started = await stage.nth(1)
+        started.establish()
+        await trio.sleep(3600)
+        assert stage.records.count("no connection for") == 0
+        started.exits(0)
+        assert await stream.receive_some() == b""
+    ended = now()
+    await stage.recorded("no connection for 10 min 0 s")
+    assert 600 <= now() - ended < 601
+
+
+async def test_a_stop_waits_for_a_set_up_that_may_need_another_try(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    async with await stage.connect() as stream:
+        (await stage.nth(1)).exits(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        second = await stage.nth(2)
+        second.establish()
+        await trio.sleep(1)
+        second.exits(0)
+        with trio.fail_after(60):
+            assert await stream.receive_some() == b""

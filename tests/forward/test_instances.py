@@ -1,0 +1,179 @@
+"""Instances come and go while the daemon runs, and connections that are open
+notice nothing of it."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+import pytest
+import trio
+from scenario import Scene, ask, connect, echo, echoes, free_port, refuses, says
+
+
+def instance(port: int) -> str:
+    return f"qrexec-connect-tcp@{port}.socket"
+
+
+async def another(scene: Scene) -> tuple[str, tuple[str, int]]:
+    """A second instance for the qube `work`, written but not yet loaded."""
+    port = free_port()
+    address = scene.address(port)
+    await scene.serve("work", says(f"work {port}"), port)
+    scene.drop_in("work", address, unit=instance(port))
+    return instance(port), address
+
+
+async def test_an_instance_is_enabled_while_the_daemon_runs(
+    scene: Scene,
+) -> None:
+    first = await scene.route()
+    assert await ask(first) == "work"
+    assert scene.state() == "active"
+    unit, second = await another(scene)
+    await scene.start(unit)
+    assert await ask(second) == f"work {second[1]}"
+    assert await ask(first) == "work"
+
+
+async def test_stopping_an_instance_closes_its_port_and_no_other(
+    scene: Scene,
+) -> None:
+    first = await scene.route()
+    unit, second = await another(scene)
+    await scene.start(unit)
+    assert await ask(first) == "work"
+    assert await ask(second) == f"work {second[1]}"
+    await scene.systemctl("stop", scene.unit)
+    assert refuses(first)
+    assert await ask(second) == f"work {second[1]}"
+    await scene.systemctl("disable", "--now", unit)
+    assert refuses(second)
+
+
+async def test_a_stopped_instance_can_be_started_again(scene: Scene) -> None:
+    first = await scene.route()
+    assert await ask(first) == "work"
+    await scene.systemctl("stop", scene.unit)
+    assert refuses(first)
+    await scene.systemctl("start", scene.unit)
+    assert await ask(first) == "work"
+
+
+async def test_changes_while_a_client_waits_in_the_backlog_lose_nobody(
+    scene: Scene,
+) -> None:
+    """With a single place and an answer that takes its time, the second client
+    waits in the kernel."""
+    scene.options(MAX_CONNECTIONS="1")
+    first = await scene.route(echo)
+    async with await connect(first) as running:
+        assert await echoes(running)
+        async with await connect(first) as waiting:
+            await waiting.send_all(b"ping")
+            unit, second = await another(scene)
+            await scene.start(unit)
+            assert await echoes(running)
+            await running.aclose()
+            assert await waiting.receive_some() == b"ping"
+    assert await ask(second) == f"work {second[1]}"
+
+
+async def test_open_connections_survive_every_change_of_the_instances(
+    scene: Scene,
+) -> None:
+    first = await scene.route(echo)
+    unit, _ = await another(scene)
+    changes = [
+        ("start", unit),
+        ("restart", unit),
+        ("stop", unit),
+        ("enable", "--now", unit),
+        ("restart", scene.unit),
+        ("daemon-reload",),
+        ("stop", scene.unit),
+        ("start", scene.unit),
+        ("disable", "--now", unit),
+        ("restart", "qrexec-connect-tcp.service"),
+        ("stop", "qrexec-connect-tcp.service"),
+    ]
+    async with AsyncExitStack() as stack:
+        streams = [
+            await stack.enter_async_context(await connect(first))
+            for _ in range(10)
+        ]
+        for stream in streams:
+            assert await echoes(stream)
+        await scene.systemctl("daemon-reload")
+        for change in changes:
+            await scene.systemctl(*change)
+            for stream in streams:
+                assert await echoes(stream), change
+        # A new connection starts the daemon again, beside the old ones.
+        assert await ask(first, b"new") == "new"
+    await scene.nobody_stays()
+
+
+async def test_restarts_in_a_row_never_refuse_the_next_connection(
+    scene: Scene,
+) -> None:
+    first = await scene.route()
+    for _ in range(15):
+        await scene.systemctl("restart", scene.unit)
+        assert await ask(first) == "work"
+    assert scene.state(scene.unit) == "active"
+
+
+async def test_the_changes_of_one_prefix_leave_the_other_prefixes_alone(
+    scene: Scene,
+) -> None:
+    script = scene.machine.add_qube("vault") / "rpc" / "qubes.ConnectUnix"
+    script.write_text("#!/bin/sh\nexec cat\n")
+    path = str(scene.machine.runtime / "notes")
+    scene.drop_in("vault", path, unit="qrexec-connect-unix@notes.socket")
+    await scene.start("qrexec-connect-unix@notes.socket")
+    assert await ask(path, b"hello") == "hello"
+    pid = scene.pid("qrexec-connect-unix.service")
+    first = await scene.route()
+    assert await ask(first) == "work"
+    await scene.systemctl("restart", scene.unit)
+    await scene.systemctl("stop", scene.unit)
+    assert scene.pid("qrexec-connect-unix.service") == pid
+    assert await ask(path, b"hello") == "hello"
+
+
+async def test_a_bind_address_reaches_the_service_side_as_port_and_address(
+    scene: Scene,
+) -> None:
+    """The third prefix: the instance is PORT-ADDRESS, and a dash in it stays a
+    dash."""
+    script = scene.machine.add_qube("nas") / "rpc" / "qubes.ConnectTCPBind"
+    script.write_text(
+        '#!/bin/sh\ncat >/dev/null\nprintf %s "$QREXEC_SERVICE_ARGUMENT"\n'
+    )
+    address = scene.address()
+    six = scene.address()
+    scene.drop_in(
+        "nas", address, unit="qrexec-connect-tcp-bind@2049-127.0.1.1.socket"
+    )
+    scene.drop_in(
+        "nas", six, unit="qrexec-connect-tcp-bind@2049-fd00\\x2b\\x2b7.socket"
+    )
+    await scene.start(
+        "qrexec-connect-tcp-bind@2049-127.0.1.1.socket",
+        "qrexec-connect-tcp-bind@2049-fd00\\x2b\\x2b7.socket",
+    )
+    assert await ask(address) == "2049-127.0.1.1"
+    assert await ask(six) == "2049-fd00++7"
+
+
+@pytest.mark.parametrize("verb", ["stop", "restart"])
+async def test_a_daemon_that_is_told_to_go_at_once_after_its_start_goes(
+    scene: Scene, verb: str
+) -> None:
+    first = await scene.route()
+    async with await connect(first) as stream:
+        # It may not even be up by now.
+        await scene.systemctl(verb, "qrexec-connect-tcp.service")
+        await stream.send_eof()
+        with trio.fail_after(60):
+            assert await stream.receive_some() == b"work"

@@ -1,0 +1,180 @@
+"""What the record of a connection says, in words that a user understands."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qrexec_activate.forward.outcome import (
+    Ending,
+    Outcome,
+    format_bytes,
+    format_seconds,
+)
+
+
+def ended(code: int | None, *, established: bool = True) -> Outcome:
+    return Outcome(Ending.CLIENT_EXITED, established, 1.5, exit_code=code)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (1024**2 - 1, "1.0 MiB"),
+        (64 * 1024**2, "64.0 MiB"),
+        (5 * 1024**5, "5120.0 TiB"),
+    ],
+)
+def test_bytes_are_written_for_people(count: int, words: str) -> None:
+    assert format_bytes(count) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0.000 s"),
+        (0.0123, "0.012 s"),
+        (9.9999, "10.0 s"),
+        (42, "42.0 s"),
+        (59.96, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.9, "1 h 0 min"),
+        (7500, "2 h 5 min"),
+    ],
+)
+def test_durations_are_written_for_people(seconds: float, words: str) -> None:
+    assert format_seconds(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (0, "ended"),
+        (3, "ended with the service's exit code 3"),
+        (126, "ended with the service's exit code 126"),
+        (128, "ended with the service's exit code 128"),
+        (
+            137,
+            "ended with exit code 137: the service's own, or it was killed by"
+            " SIGKILL",
+        ),
+        (
+            254,
+            "ended with exit code 254: the service's own, or it was killed by"
+            " signal 126",
+        ),
+        (
+            255,
+            "ended with exit code 255: the service's own, or the target qube"
+            " closed the call early",
+        ),
+        (-signal.SIGTERM, "ended: qrexec-client-vm was killed by SIGTERM"),
+        (None, "ended"),
+    ],
+)
+def test_a_call_that_was_set_up_never_blames_qrexec_for_the_exit_code(
+    code: int | None, words: str
+) -> None:
+    assert ended(code).words() == f"{words}, lasted 1.500 s"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (0, "before the call was set up"),
+        (1, "qubes-qrexec-agent"),
+        (2, "called wrongly"),
+        (125, "nothing listens on that port"),
+        (126, "refused: by the policy in dom0"),
+        (127, "no such service"),
+        (255, "closed the call before"),
+        (42, "the service ended before the call was set up"),
+    ],
+)
+def test_a_call_that_was_never_set_up_says_what_the_code_means(
+    code: int, words: str
+) -> None:
+    outcome = ended(code, established=False)
+    assert outcome.failed
+    assert outcome.words().startswith(f"failed with exit code {code}: ")
+    assert words in outcome.words()
+
+
+def test_a_client_that_was_killed_before_the_call_was_set_up_says_by_what() -> (
+    None
+):
+    assert (
+        "killed by SIGKILL before the call was set up"
+        in ended(-9, established=False).words()
+    )
+
+
+def test_all_that_is_known_is_told() -> None:
+    outcome = Outcome(Ending.CLIENT_EXITED, True, 75, 0.025, 0, 3, 512, 2048)
+    assert outcome.words() == (
+        "ended, after 3 tries, set up in 0.025 s, lasted 1 min 15 s, 512 B to"
+        " the qube, 2.0 KiB from it"
+    )
+
+
+def test_a_detail_takes_the_place_of_the_exit_code() -> None:
+    outcome = Outcome(
+        Ending.NOT_STARTED, False, 0, exit_code=1, detail="no such file"
+    )
+    assert outcome.words() == "not started: no such file, lasted 0.000 s"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "failed"),
+    [
+        (ended(0), False),
+        (ended(3), False),
+        (ended(None), False),
+        (ended(1), True),
+        (ended(255), True),
+        (ended(-9), True),
+        (ended(0, established=False), True),
+        (Outcome(Ending.CLIENT_GONE, False, 1), False),
+        (Outcome(Ending.CLIENT_GONE, True, 1), False),
+        (Outcome(Ending.TIMED_OUT, False, 1), True),
+        (Outcome(Ending.LOST, False, 1), True),
+        (Outcome(Ending.NOT_STARTED, False, 1), True),
+        (Outcome(Ending.STOPPED, True, 1), True),
+    ],
+)
+def test_a_client_that_left_by_itself_is_no_failure(
+    outcome: Outcome, failed: bool
+) -> None:
+    assert outcome.failed is failed
+
+
+@given(
+    st.sampled_from(Ending),
+    st.booleans(),
+    st.floats(0, 1e7),
+    st.none() | st.floats(0, 1e6),
+    st.none() | st.integers(-100, 300),
+    st.integers(1, 9),
+    st.none() | st.integers(0, 2**70),
+)
+def test_every_outcome_has_one_line_of_words(
+    ending: Ending,
+    set_up: bool,
+    duration: float,
+    setup: float | None,
+    code: int | None,
+    tries: int,
+    count: int | None,
+) -> None:
+    words = Outcome(
+        ending, set_up, duration, setup, code, tries, count, count
+    ).words()
+    assert words
+    assert len(words.splitlines()) == 1

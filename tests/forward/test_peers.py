@@ -1,0 +1,325 @@
+"""Who may connect: --allow-uid, and the warnings of listeners that others can
+reach."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from scenario import SERVICE, Scene, is_reset, says
+
+from qrexec_activate.forward.peers import Gate, GateProblem, exposure
+
+OTHER_UID = 4321
+needs_other_users = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can act as another user"
+)
+
+#: A client of another user: connect, do as told, and stay until killed.
+CLIENT = """\
+import os, socket, sys
+uid, family, address, action = int(sys.argv[1]), int(sys.argv[2]), eval(sys.argv[3]), sys.argv[4]
+os.setuid(uid)
+sock = socket.socket(family)
+sock.connect(address)
+sock.send(b"data")
+if action == "half-close":
+    sock.shutdown(socket.SHUT_WR)
+if action == "close":
+    sock.close()
+print("done", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def client(
+    uid: int, family: int, address: object, action: str = "stay"
+) -> Iterator[None]:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            CLIENT,
+            str(uid),
+            str(int(family)),
+            repr(address),
+            action,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+        process.kill()
+
+
+def listen(family: int, host: str) -> socket.socket:
+    listener = socket.socket(family)
+    listener.bind((host, 0))
+    listener.listen()
+    return listener
+
+
+def decision(gate: Gate, listener: socket.socket) -> str:
+    """Empty where the next connection is let in, or why not."""
+    sock, _ = listener.accept()
+    with sock:
+        try:
+            gate.check(sock)
+        except GateProblem as problem:
+            return str(problem)
+    return ""
+
+
+# -- the gate by itself
+
+
+@needs_other_users
+@pytest.mark.parametrize("action", ["stay", "half-close"])
+@pytest.mark.parametrize(
+    ("family", "host", "dialled"),
+    [
+        (socket.AF_INET, "127.0.0.1", "127.0.0.1"),
+        (socket.AF_INET, "0.0.0.0", "127.0.0.3"),
+        (socket.AF_INET6, "::1", "::1"),
+        (socket.AF_INET6, "::", "::1"),
+        (socket.AF_INET6, "::", "127.0.0.1"),
+    ],
+)
+def test_a_local_tcp_connection_is_that_of_its_user(
+    family: int, host: str, dialled: str, action: str
+) -> None:
+    client_family = socket.AF_INET6 if ":" in dialled else socket.AF_INET
+    with closing(Gate([OTHER_UID])) as gate, listen(family, host) as listener:
+        assert gate.problem(listener) == ""
+        address = (dialled, listener.getsockname()[1])
+        with client(OTHER_UID, client_family, address, action):
+            assert decision(gate, listener) == ""
+        with client(OTHER_UID + 1, client_family, address, action):
+            assert (
+                decision(gate, listener)
+                == f"uid {OTHER_UID + 1} is not among those of --allow-uid"
+            )
+
+
+@needs_other_users
+def test_a_connection_that_was_closed_at_once_is_not_taken_for_that_of_root() -> (
+    None
+):
+    """The kernel says uid 0 of a TCP socket that nobody has open any more."""
+    with (
+        closing(Gate([0])) as gate,
+        listen(socket.AF_INET, "127.0.0.1") as listener,
+    ):
+        assert gate.problem(listener) == ""
+        with client(OTHER_UID, socket.AF_INET, listener.getsockname(), "close"):
+            assert "closed already" in decision(gate, listener)
+
+
+@needs_other_users
+def test_a_connection_that_was_reset_is_not_let_in() -> None:
+    with (
+        closing(Gate([OTHER_UID])) as gate,
+        listen(socket.AF_INET, "127.0.0.1") as listener,
+    ):
+        assert gate.problem(listener) == ""
+        with client(OTHER_UID, socket.AF_INET, listener.getsockname()):
+            pass
+        assert decision(gate, listener)
+
+
+@needs_other_users
+def test_a_port_in_another_network_is_refused() -> None:
+    """The same addresses there may be those of somebody else."""
+    libc_unshare = (
+        "import os, socket, ctypes; ctypes.CDLL(None).unshare(0x40000000)"
+    )
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        script = (
+            f"{libc_unshare}; s = socket.socket(); s.listen();"
+            f" socket.send_fds(socket.socket(fileno={theirs.fileno()}),"
+            f" [b'x'], [s.fileno()])"
+        )
+        subprocess.run(
+            [sys.executable, "-c", script],
+            pass_fds=[theirs.fileno()],
+            check=True,
+        )
+        _, (fd,), _, _ = socket.recv_fds(ours, 1, 1)
+    with socket.socket(fileno=fd) as listener, closing(Gate([0])) as gate:
+        assert "another network namespace" in gate.problem(listener)
+
+
+def test_a_listener_that_tells_no_users_is_refused() -> None:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as other:
+        assert Gate([0]).problem(other)
+
+
+def test_before_it_was_asked_for_problems_the_gate_lets_no_tcp_in() -> None:
+    with (
+        listen(socket.AF_INET, "127.0.0.1") as listener,
+        socket.create_connection(listener.getsockname()),
+    ):
+        assert (
+            decision(Gate([os.getuid()]), listener)
+            == "who connects cannot be told"
+        )
+
+
+# -- who can reach a listener
+
+
+@pytest.mark.parametrize(
+    ("family", "address", "warned"),
+    [
+        (socket.AF_INET, ("127.0.0.1", 0), ""),
+        (socket.AF_INET, ("127.9.8.7", 0), ""),
+        (socket.AF_INET6, ("::1", 0), ""),
+        (socket.AF_INET, ("0.0.0.0", 0), "every machine"),
+        (socket.AF_INET6, ("::", 0), "every machine"),
+        (socket.AF_UNIX, b"\0qrexec-activate-test-exposure", "every user"),
+    ],
+)
+def test_what_others_can_reach_is_told(
+    family: int, address: object, warned: str
+) -> None:
+    with socket.socket(family) as sock:
+        sock.bind(address)  # type: ignore[arg-type]
+        said = exposure(sock)
+        assert warned in said
+        assert bool(said) == bool(warned)
+
+
+@pytest.mark.parametrize(
+    ("mode", "folder_mode", "warned"),
+    [
+        (0o600, 0o755, ""),
+        (0o666, 0o755, "every user"),
+        (0o660, 0o755, "its group"),
+        (0o666, 0o700, ""),
+        (0o666, 0o750, "its group"),
+    ],
+)
+def test_the_mode_of_a_unix_socket_and_of_its_folders_decide(
+    mode: int, folder_mode: int, warned: str
+) -> None:
+    # Not tmp_path: folders of pytest are closed to others.
+    with contextlib.ExitStack() as stack:
+        folder = Path(f"/tmp/qa-exposure-{os.getpid()}")
+        folder.mkdir()
+        stack.callback(folder.rmdir)
+        path = folder / "s"
+        sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+        sock.bind(str(path))
+        stack.callback(path.unlink)
+        path.chmod(mode)
+        folder.chmod(folder_mode)
+        said = exposure(sock)
+        assert warned in said
+        assert bool(said) == bool(warned)
+
+
+# -- the daemon
+
+
+async def test_a_listener_that_other_machines_can_reach_is_warned_of(
+    scene: Scene,
+) -> None:
+    await scene.qube("work")
+    scene.drop_in("work", ("0.0.0.0", scene.port + 1))
+    await scene.start()
+    scene.nursery.start_soon(is_reset, ("127.0.0.1", scene.port + 1))
+    await scene.logged("0.0.0.0", "every machine", "BindToDevice=lo")
+
+
+async def test_with_allow_uid_others_are_reset_and_reported(
+    scene: Scene,
+) -> None:
+    path = str(scene.machine.runtime / "s")
+    scene.options(ALLOW_UID=str(os.getuid() + 1))
+    await scene.qube("work", says("work"))
+    scene.drop_in("path", path, "work")
+    await scene.start()
+    assert await is_reset(path)
+    await scene.logged(
+        "reset a connection of pid", f"uid {os.getuid()} is not among"
+    )
+    assert scene.calls() == []
+
+
+async def test_tcp_needs_netlink_in_the_sandbox_and_says_so(
+    scene: Scene,
+) -> None:
+    address = scene.address()
+    scene.options(ALLOW_UID=str(os.getuid()))
+    await scene.qube("work", says("work"))
+    scene.drop_in("work", address)
+    await scene.start()
+    assert await is_reset(address)
+    await scene.logged(
+        "is refused: --allow-uid is set",
+        "add RestrictAddressFamilies=AF_NETLINK",
+    )
+
+
+@needs_other_users
+async def test_with_allow_uid_a_local_port_is_one_users(scene: Scene) -> None:
+    address = scene.address()
+    scene.options(ALLOW_UID=str(OTHER_UID))
+    scene.write(
+        "netlink",
+        "[Service]",
+        "RestrictAddressFamilies=AF_NETLINK",
+        unit=SERVICE,
+    )
+    await scene.qube("work", says("work"))
+    scene.drop_in("work", address)
+    await scene.start()
+    assert await is_reset(address)
+    await scene.logged("reset a connection of 127.", "uid 0 is not among")
+    with client(OTHER_UID, socket.AF_INET, address, "half-close"):
+        await scene.logged("work", "ended, ")
+    assert len(scene.calls()) == 1
+
+
+@pytest.mark.parametrize("uid", ["65534", "-1", "root", "4294967295", ""])
+def test_what_is_no_user_is_refused(uid: str) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "qrexec_activate",
+            "serve",
+            "qubes.ConnectTCP",
+            "--allow-uid",
+            uid,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--allow-uid" in done.stderr
+
+
+def test_an_empty_list_of_users_does_not_let_everybody_in() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qrexec_activate", "serve", "qubes.ConnectTCP"],
+        env={**os.environ, "QREXEC_ACTIVATE_ALLOW_UID": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "QREXEC_ACTIVATE_ALLOW_UID is empty" in done.stderr

@@ -1,0 +1,539 @@
+"""publish --exec: programs that run only while other qubes use them, under a
+real user manager."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import pwd
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from desk import PATIENCE, Desk, free_port
+
+from qrexec_activate.loopback.machine import Machine, start_journald
+
+#: A program that takes its socket from systemd, and answers each line with its
+#: own name and that line.
+ACTIVATED = """\
+import os, socket, sys, threading
+def serve(connection):
+    with connection, connection.makefile("rwb") as file:
+        for line in file:
+            file.write(sys.argv[1].encode() + b" heard " + line)
+            file.flush()
+listener = socket.socket(fileno=3)
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],)).start()
+"""
+#: The same, but it listens by itself, and only a while after its start.
+BY_ITSELF = ACTIVATED.replace(
+    "listener = socket.socket(fileno=3)",
+    """import time
+time.sleep(0.3)
+where = sys.argv[2]
+if where.startswith("/"):
+    listener = socket.socket(socket.AF_UNIX)
+    if os.path.exists(where): os.unlink(where)
+    listener.bind(where)
+else:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", int(where)))
+listener.listen()""",
+)
+
+
+NO_CADDY = {"CADDY_ADMIN": "127.0.0.1:1"}
+
+
+class Caddy(http.server.BaseHTTPRequestHandler):
+    """As much of Caddy's admin API as is used; examples/ and their tests have
+    the real one."""
+
+    routes: list[Any]
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/id/"):
+            known = self.path.removeprefix("/id/") in [
+                route["@id"] for route in self.routes
+            ]
+            self.answer(200 if known else 404)
+        else:
+            self.answer(
+                200,
+                {"main": {}} if self.path.endswith("/servers") else self.routes,
+            )
+
+    def do_PUT(self) -> None:
+        self.routes.insert(
+            0, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        )
+        self.answer(200)
+
+    def do_POST(self) -> None:
+        self.routes.extend(
+            json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        )
+        self.answer(200)
+
+    def do_DELETE(self) -> None:
+        self.routes[:] = [
+            route
+            for route in self.routes
+            if route["@id"] != self.path.removeprefix("/id/")
+        ]
+        self.answer(200)
+
+    def answer(self, status: int, said: Any = None) -> None:
+        self.send_response(status)
+        self.end_headers()
+        if said is not None:
+            self.wfile.write(json.dumps(said).encode())
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@pytest.fixture
+def desk(shared_machine: Machine) -> Iterator[Desk]:
+    desk = Desk(shared_machine)
+    try:
+        yield desk
+    finally:
+        if names := [one["name"] for one in desk.json("published")]:
+            desk.run("unpublish", *names)
+        desk.leave()
+
+
+def program(desk: Desk, text: str, *words: str) -> str:
+    path = (
+        desk.machine.home / f"program{'-alone' if text is BY_ITSELF else ''}.py"
+    )
+    path.write_text(text)
+    return " ".join([sys.executable, str(path), *words])
+
+
+def address(desk: Desk, name: str) -> str:
+    return str(desk.machine.runtime / "qubes.ConnectUnix" / name)
+
+
+def ask(desk: Desk, name: str, line: str = "me") -> str:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(address(desk, name))
+        with client.makefile("rwb") as file:
+            file.write(f"{line}\n".encode())
+            file.flush()
+            return file.readline().decode().strip()
+
+
+def until(what: str, condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.05)
+
+
+def only(desk: Desk) -> Any:
+    (one,) = desk.json("published")
+    return one
+
+
+def units(desk: Desk) -> set[str]:
+    return {file for file in desk.files() if "qrexec-p" in file}
+
+
+def test_a_program_is_started_by_the_first_connection(desk: Desk) -> None:
+    said = desk.run(
+        "publish", "notes", "--exec", program(desk, ACTIVATED, "notes")
+    )
+    assert "qubes.ConnectUnix +notes CLIENT-QUBE" in said
+    one = only(desk)
+    assert (one["name"], one["alive"], one["state"], one["memory"]) == (
+        "notes",
+        True,
+        "idle",
+        0,
+    )
+    assert ask(desk, "notes") == "notes heard me"
+    one = only(desk)
+    assert one["state"] == "running"
+    assert one["memory"] is None or one["memory"] > 0
+    assert Path(address(desk, "notes")).stat().st_mode & 0o777 == 0o600
+
+
+# Six times, since systemd by itself takes five starts in ten seconds for too
+# many.
+@pytest.mark.parametrize(
+    ("kind", "times"), [("socket", 6), ("port", 2), ("unix", 2)]
+)
+def test_a_program_is_ended_when_it_is_idle(
+    desk: Desk, kind: str, times: int
+) -> None:
+    where = {
+        "socket": "",
+        "port": str(free_port()),
+        "unix": str(desk.machine.directory / "wiki"),
+    }[kind]
+    command = program(desk, BY_ITSELF if where else ACTIVATED, "wiki", where)
+    desk.run(
+        "publish",
+        "wiki",
+        "--exec",
+        command,
+        *([f"--{kind}", where] if where else []),
+        "--idle",
+        "1s",
+    )
+    for _ in range(times):
+        assert only(desk)["state"] == "idle"
+        assert ask(desk, "wiki") == "wiki heard me"
+        assert desk.scene.state("qrexec-program-wiki.service") == "active"
+        until(
+            "it ends",
+            lambda: (
+                desk.scene.state("qrexec-program-wiki.service") == "inactive"
+            ),
+        )
+        until("the way there ends", lambda: only(desk)["state"] == "idle")
+    assert desk.failed() == ""
+
+
+def test_a_connection_that_is_open_keeps_a_program_running(desk: Desk) -> None:
+    desk.run(
+        "publish",
+        "wiki",
+        "--exec",
+        program(desk, ACTIVATED, "wiki"),
+        "--idle",
+        "1s",
+    )
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(address(desk, "wiki"))
+        client.settimeout(PATIENCE)
+        with client.makefile("rwb") as file:
+            for _ in range(3):
+                file.write(b"me\n")
+                file.flush()
+                assert file.readline() == b"wiki heard me\n"
+                time.sleep(1.2)
+            assert desk.scene.state("qrexec-program-wiki.service") == "active"
+    until(
+        "it ends",
+        lambda: desk.scene.state("qrexec-program-wiki.service") == "inactive",
+    )
+
+
+HOSTILE = [
+    "two words",
+    '"',
+    "'",
+    "\\",
+    "\\x41",
+    "%h %%",
+    "$HOME ${HOME} $$",
+    ";",
+    "| cat",
+    "@-:+!",
+    "#",
+    "é",
+    "-e",
+    "",
+]
+
+
+def test_no_word_of_a_command_means_anything_else_on_its_way(
+    desk: Desk,
+) -> None:
+    path = desk.machine.home / "words of a program"
+    path.write_text(
+        f"#!{sys.executable}\nimport json, socket, sys\nlistener ="
+        f" socket.socket(fileno=3)\n"
+        "with listener.accept()[0] as connection:\n"
+        "    connection.sendall(json.dumps(sys.argv[1:]).encode() + b'\\n')\n"
+    )
+    path.chmod(0o755)
+    desk.run("publish", "words", "--exec", shlex.join([str(path), *HOSTILE]))
+    assert json.loads(ask(desk, "words")) == HOSTILE
+
+
+def test_unpublish_undoes_all_of_it(desk: Desk) -> None:
+    before = desk.files()
+    port = str(free_port())
+    desk.run(
+        "publish",
+        "wiki",
+        "--exec",
+        program(desk, BY_ITSELF, "wiki", port),
+        "--port",
+        port,
+    )
+    assert ask(desk, "wiki") == "wiki heard me"
+    assert (
+        len(units(desk)) == 4
+    )  # three units, and the link that enables the socket
+    said = desk.run("unpublish", "wiki")
+    assert said.count("Removed: ") == 3
+    assert desk.files() == before
+    assert desk.json("published") == []
+    assert not os.path.lexists(address(desk, "wiki"))
+    for unit in ("qrexec-publish-wiki.service", "qrexec-program-wiki.service"):
+        assert desk.scene.state(unit) == "inactive"
+
+
+def test_many_at_once_for_a_trial(desk: Desk) -> None:
+    desk.run(
+        "publish",
+        "trial",
+        "--exec",
+        program(desk, ACTIVATED, "{name}"),
+        "--count",
+        "5",
+    )
+    assert [one["name"] for one in desk.json("published")] == [
+        f"trial-{number}" for number in range(1, 6)
+    ]
+    assert ask(desk, "trial-3") == "trial-3 heard me"
+    states = {one["name"]: one["state"] for one in desk.json("published")}
+    assert [name for name, state in states.items() if state != "idle"] == [
+        "trial-3"
+    ]
+    table = desk.run("published")
+    assert "MEMORY" in table.upper()
+
+
+def test_failing_midway_undoes_what_was_done(desk: Desk) -> None:
+    before = desk.files()
+    folder = Path(address(desk, "trial-2")).parent
+    folder.mkdir(exist_ok=True)
+    # A folder in the place of the second socket: systemd cannot open that one.
+    Path(address(desk, "trial-2"), "inside").mkdir(parents=True)
+    try:
+        desk.fails(
+            "publish",
+            "trial",
+            "--exec",
+            program(desk, ACTIVATED, "x"),
+            "--count",
+            "3",
+        )
+    finally:
+        shutil.rmtree(address(desk, "trial-2"))
+    assert desk.files() == before
+    assert desk.json("published") == []
+
+
+def test_a_dry_run_changes_nothing(desk: Desk) -> None:
+    before = desk.files()
+    said = desk.run(
+        "publish", "notes", "--exec", "/bin/cat", "--port", "8000", "--dry-run"
+    )
+    assert "--exit-idle-time=5min 127.0.0.1:8000" in said
+    assert "StopWhenUnneeded=yes" in said
+    assert desk.files() == before
+
+
+def test_a_dry_run_shows_what_root_would_do(desk: Desk) -> None:
+    words = (
+        "publish",
+        "notes",
+        "--exec",
+        "/bin/cat",
+        "--user",
+        "qa-notes",
+        "--idle",
+        "1min",
+        "--dry-run",
+    )
+    said = desk.run(*words, environment={"SUDO_USER": "daemon"})
+    for line in (
+        "# /etc/systemd/system/qrexec-publish-notes.socket",
+        "ListenStream=%t/qubes.ConnectUnix/notes",
+        "User=qa-notes",
+        "ProtectSystem=strict",
+        "$ systemctl enable --now qrexec-publish-notes.socket",
+    ):
+        assert line in said.splitlines()
+    assert "\n$ useradd --system --user-group" in said
+    assert not Path("/etc/systemd/system/qrexec-publish-notes.socket").exists()
+    with pytest.raises(KeyError):
+        pwd.getpwnam("qa-notes")
+
+
+def test_what_makes_no_sense_is_refused(desk: Desk) -> None:
+    assert "no program" in desk.fails(
+        "publish", "x", "--exec", "/no/such/program", code=2
+    )
+    assert "one of --port and --unix" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat", "--port", "1", "--unix", "/x"
+    )
+    assert "--database needs --user" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat", "--database"
+    )
+    assert "no name of a host" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat", "--domain", "a b"
+    )
+    assert "a path begins with /" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat", "--unix", "/x,exec=sh"
+    )
+    assert "one line" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat\n[Install]"
+    )
+    assert "--user 'Root'" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat", "--user", "Root"
+    )
+    assert "Linux user daemon already" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat", "--user", "daemon"
+    )
+    assert "no time span" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat", "--port", "1", "--idle", "soon"
+    )
+    assert "are for --exec" in desk.fails(
+        "publish", "x", "--unix", "/x", "--domain", "x.localhost"
+    )
+    assert "{name}" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat", "--unix", "/x", "--count", "2"
+    )
+    desk.run("publish", "x", "--exec", "/bin/cat")
+    assert "published already" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat"
+    )
+
+
+def test_check_goes_the_whole_way(desk: Desk) -> None:
+    desk.run("publish", "good", "--exec", program(desk, ACTIVATED, "good"))
+    desk.run("publish", "bad", "--exec", "/bin/false")
+    result = desk.try_("published", "--check")
+    assert result.returncode == 1
+    problems = [
+        line
+        for line in result.stdout.splitlines()
+        if line.startswith(("good:", "bad:"))
+    ]
+    assert len(problems) == 1
+    assert problems[0].startswith("bad: its program does not stay")
+    assert ask(desk, "good") == "good heard me"
+
+
+@pytest.mark.parametrize("words", [(), ("--port", "9")])
+def test_a_program_that_ends_at_once_ends_the_connection_too(
+    desk: Desk, words: tuple[str, ...]
+) -> None:
+    desk.run("publish", "bad", "--exec", "/bin/false", "--idle", "1min", *words)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(address(desk, "bad"))
+        # By the proxy, which ends with its program, or by systemd, which gives
+        # up after 20 tries.
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+    until("it is over", lambda: only(desk)["state"] == "failed")
+    result = desk.try_("published", "--check")
+    assert result.returncode == 1
+    assert "\nbad: " in result.stdout
+
+
+def test_each_act_is_in_the_journal(desk: Desk) -> None:
+    name = f"audited-{os.getpid()}"
+
+    def acts() -> list[str]:
+        journalctl = [
+            "journalctl",
+            "--quiet",
+            "--output=cat",
+            f"QREXEC_NAME={name}",
+        ]
+        return subprocess.run(
+            journalctl, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+
+    with start_journald():
+        desk.run("publish", name, "--exec", "/bin/cat one")
+        desk.run("unpublish", name)
+        desk.fails(
+            "publish",
+            name,
+            "--exec",
+            "/bin/cat",
+            "--domain",
+            "x",
+            environment=NO_CADDY,
+        )
+        until("all is in the journal", lambda: len(acts()) >= 3)
+        published, unpublished, failed = acts()
+    assert published == f"published {name}: /bin/cat one"
+    assert unpublished == f"unpublished {name}"
+    assert failed.startswith(
+        f"publishing {name}: /bin/cat, x in Caddy failed: Caddy's admin API"
+        f" at 127.0.0.1:1 does not"
+    )
+
+
+def test_a_name_in_caddy_comes_and_goes(desk: Desk) -> None:
+    routes: list[Any] = [{"@id": "other"}]
+    handler = type("Routes", (Caddy,), {"routes": routes})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            caddy = {"CADDY_ADMIN": f"127.0.0.1:{server.server_address[1]}"}
+            words = (
+                "publish",
+                "notes",
+                "--exec",
+                program(desk, ACTIVATED, "notes"),
+                "--domain",
+                "notes.localhost",
+            )
+            desk.run(*words, environment=caddy)
+            assert [route["@id"] for route in routes] == [
+                "qrexec-publish-notes.socket",
+                "other",
+            ]
+            assert routes[0]["handle"][0]["upstreams"] == [
+                {"dial": f"unix/{address(desk, 'notes')}"}
+            ]
+            assert only(desk)["domain"] == "notes.localhost"
+            routes.clear()
+            mend = ("publish", "notes", "--domain", "notes.localhost")
+            said = desk.try_("published", "--check", environment=caddy).stdout
+            assert (
+                f"Caddy has lost notes.localhost: qrexec-activate"
+                f" {' '.join(mend)}" in said
+            )
+            for _ in range(2):
+                desk.run(*mend, environment=caddy)
+                assert [route["@id"] for route in routes] == [
+                    "qrexec-publish-notes.socket"
+                ]
+            assert "was not published" in desk.fails(
+                "publish", "notes", "--domain", "x.localhost", environment=caddy
+            )
+            routes.append({"@id": "other"})
+            desk.run("unpublish", "notes", environment=caddy)
+            assert [route["@id"] for route in routes] == ["other"]
+            desk.run(*words, environment=caddy)
+        finally:
+            server.shutdown()
+            thread.join()
+    # Without a Caddy, it still can be taken away, but not published.
+    assert (
+        "by hand"
+        in desk.try_("unpublish", "notes", environment=NO_CADDY).stderr
+    )
+    before = desk.files()
+    assert "Caddy's admin API" in desk.fails(*words, environment=NO_CADDY)
+    assert desk.files() == before
+    assert desk.json("published") == []
