@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
@@ -26,14 +25,13 @@ class Background(Generic[T]):
 
     The fork closes `without` at once: copies of listening sockets that outlived
     this process would keep systemd from binding their addresses again. So that
-    it gets to do so, SIGTERM waits until result() has returned.
+    it gets to do so, SIGTERM must be blocked.
     """
 
     def __init__(
         self, work: Callable[[], T], *, without: Iterable[int] = ()
     ) -> None:
         self._reader, writer = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self._pid = os.fork()
         if self._pid == 0:
             for fd in without:
@@ -68,7 +66,6 @@ class Background(Generic[T]):
         with open(self._reader, "rb") as file:
             said = file.read()
         os.waitpid(self._pid, 0)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if not said:
             raise ActivateError(
                 "could not find out from systemd what to serve; see the line"

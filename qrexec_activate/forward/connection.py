@@ -1,11 +1,11 @@
-"""One connection, from admission to outcome.
+"""One connection: its socket, its qrexec-client-vm, and what happens to them.
 
 accepted → qrexec-client-vm started → established → ended. The accepted socket
 itself is handed to qrexec-client-vm, and one duplicate is kept here: its
 O_NONBLOCK flag, which belongs to both, tells when the call is established; a
 hang-up on it tells that the client has gone. The daemon may end at any time
 without the connection noticing. Where qrexec-client-vm cannot take a socket,
-its pipes are spliced to it.
+its pipes are spliced to it. What comes next is decided in call.py.
 """
 
 from __future__ import annotations
@@ -14,44 +14,31 @@ import contextlib
 import errno
 import fcntl
 import os
-import random
 import select
 import signal
 import socket
 import struct
 import termios
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import trio
 
 from ..routing.claim import Route
+from .call import Again, Call, Evidence, has_run
+from .child import (
+    STARVED,
+    Child,
+    Client,
+    StartProblem,
+    Starved,
+    bounded_memory,
+)
 from .outcome import Ending, Outcome
-from .settings import Relay
-from .splice import ClientGone, Splice, half_close, unread
+from .splice import RESET_AT_CLOSE, ClientGone, Splice, half_close, unread
 
-if TYPE_CHECKING:
-    from types import TracebackType
+__all__ = ["Connection", "Host", "reset"]
 
-__all__ = [
-    "STARVED",
-    "Client",
-    "Connection",
-    "Host",
-    "StartProblem",
-    "Starved",
-    "reset",
-]
-
-#: A call that qrexec could not set up (exit code 1) is tried so often again. On
-#: Xen, setting up more than 10 to 25 calls at once fails in this way
-#: (QubesOS/qubes-issues 11059), and trying again after a random delay is the
-#: cure.
-RETRIES = 5
-#: The first delay in seconds; it doubles each time, and is randomized by half
-#: of itself either way.
-RETRY_DELAY = 0.1
 #: While the machine is short of descriptors, memory or processes, a start is
 #: tried again after so many seconds.
 STARVED_DELAY = 0.25
@@ -59,8 +46,10 @@ STARVED_DELAY = 0.25
 #: SIGTERM, and then before SIGKILL.
 HANG_UP_GRACE = 2.0
 #: As long as bytes that the client had sent are waiting, and for so long after
-#: the last of them moved.
+#: the last of them moved; then still, unless it uses more than BUSY of a CPU,
+#: which is what it does where the service sends on and on.
 STALL_GRACE = 10.0
+BUSY = 0.05
 #: How often to look whether they move.
 HANG_UP_LOOK = 0.25
 #: How long what was sent may take to reach a client that went on sending after
@@ -68,25 +57,15 @@ HANG_UP_LOOK = 0.25
 FAREWELL = 30.0
 
 #: A spliced connection is half-closed so long after the output of
-#: qrexec-client-vm, unless it has ended by then.
-KILLED_GRACE = 0.02
+#: qrexec-client-vm, unless that has ended by then; the longer time is for one
+#: that has said nothing: it may have ended because there is no such service.
+KILLED_GRACE, EMPTY_GRACE = 0.02, 0.5
 #: At a stop of the daemon, a spliced qrexec-client-vm has so long between
 #: SIGTERM and SIGKILL.
 STOP_GRACE = 0.2
-#: What is kept of the stderr of a call that shows whether qrexec-client-vm
-#: takes a socket.
-KEPT_STDERR = 1 << 16
 #: How often the farewell looks whether everything has arrived.
 FAREWELL_LOOK = 0.05
 
-#: Errors that say that the machine is short of something, and that pass.
-STARVED = {
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.EAGAIN,
-    errno.ENOBUFS,
-}
 #: tcpi_state, tcpi_bytes_received, tcpi_bytes_sent and tcpi_bytes_retrans in
 #: struct tcp_info (linux/tcp.h, 4.19 up).
 _TCP_INFO = struct.Struct("=B127xQ64xQQ")
@@ -94,75 +73,12 @@ _TCP_INFO = struct.Struct("=B127xQ64xQQ")
 #: CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT.
 _FIN_RECEIVED = {6, 8, 9, 11}
 _TCP_CLOSE = 7
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
+#: An exit code that nobody knows (an earlier daemon's child), and the one with
+#: which qrexec-client-vm 4.4.2 ends at once where its data channel fails.
+_MAY_BE_CUT = (None, 1)
 _NO_OPTION = b"unrecognized option"
-
-
-class StartProblem(Exception):
-    """qrexec-client-vm could not be started, and trying again will not help."""
-
-
-class Starved(Exception):
-    """The machine is short of something; later it may work."""
-
-
-@dataclass(slots=True)
-class Client:
-    """How to start qrexec-client-vm, and what has been learnt about it."""
-
-    path: str
-    relay: Relay
-    environment: dict[str, str]
-    #: Whether it takes a socket (--use-stdin-socket, since 4.2.19); None until
-    #: a call has shown it.
-    takes_socket: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.relay is not Relay.AUTO:
-            self.takes_socket = self.relay is Relay.HAND_OVER
-
-    def spawn(
-        self,
-        route: Route,
-        environment: dict[str, str],
-        stdin: int,
-        stdout: int | None,
-        stderr: int,
-    ) -> int:
-        """Start it and return its pid. `stdout` None: stdin is a socket that
-        serves both ways."""
-        argv = [self.path, route.target, route.call]
-        if stdout is None:
-            argv.insert(1, "--use-stdin-socket")
-        actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
-            (os.POSIX_SPAWN_DUP2, stdin, 0)
-        ]
-        if stdout is None:
-            actions.append((os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0))
-        else:
-            actions.append((os.POSIX_SPAWN_DUP2, stdout, 1))
-        if stderr != 2:
-            actions.append((os.POSIX_SPAWN_DUP2, stderr, 2))
-        try:
-            return os.posix_spawnp(
-                self.path,
-                argv,
-                {**self.environment, **environment},
-                file_actions=actions,
-                # A group of its own: Ctrl-C at a terminal stops the daemon, not
-                # the connections.
-                setpgroup=0,
-                setsigmask=(),
-                # Python ignores these two, and an ignored signal stays ignored
-                # in a child.
-                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
-            )
-        except OSError as error:
-            if error.errno in STARVED:
-                raise Starved(str(error)) from error
-            raise StartProblem(
-                f"cannot start {self.path}: {error.strerror}; it comes with"
-                f" qubes-core-qrexec, --client names another"
-            ) from error
+_NO_LINGER = struct.pack("ii", 0, 0)
 
 
 class Host(Protocol):
@@ -170,16 +86,20 @@ class Host(Protocol):
 
     client: Client
 
-    async def take_place(self) -> None:
-        """Wait for one of the set-up places."""
+    async def turn(self, connection: Connection) -> None:
+        """Wait until it may be set up; it has a place then."""
 
-    def give_place_back(self) -> None: ...
+    def place_back(self, connection: Connection) -> None: ...
 
     def setup_begins(self, connection: Connection) -> None:
-        """From now on, look at this connection until it is established: it
-        holds a place."""
+        """From now on, look at this connection until it is established."""
 
     def setup_ends(self, connection: Connection) -> None: ...
+
+    def no_room(
+        self, connection: Connection, ending: Ending, code: int | None
+    ) -> bool:
+        """A try has failed: whether that was for want of room."""
 
     def starved(self, error: Starved | OSError) -> None:
         """Say, once, that the machine is short of something."""
@@ -200,126 +120,12 @@ class Host(Protocol):
         are done and it is about to end."""
 
 
-def _bounded_memory(name: str) -> int:
-    """A file in memory that takes no more than KEPT_STDERR: the target qube
-    decides how much there is to write.
-
-    Further writes fail, which qrexec-client-vm 4.4.2 takes without ado.
-    """
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, KEPT_STDERR)
-        fcntl.fcntl(
-            fd,
-            fcntl.F_ADD_SEALS,
-            fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL,
-        )
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
 def reset(sock: socket.socket) -> None:
     """Close so that the client sees a reset and no clean EOF: it must not take
     a refusal for an empty answer."""
     with contextlib.suppress(OSError):
-        sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-        )
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
     sock.close()
-
-
-class _Child:
-    """A running qrexec-client-vm: a pid that cannot be mistaken for another's,
-    and what it said on stderr.
-
-    One that comes with its pidfd was started by an earlier daemon, and is no
-    child of this process.
-    """
-
-    __slots__ = ("_exit_code", "_pidfd", "_stderr", "adopted", "pid")
-
-    def __init__(
-        self, pid: int, stderr: int | None, pidfd: int | None = None
-    ) -> None:
-        self.pid = pid
-        self.adopted = pidfd is not None
-        self._pidfd = pidfd
-        self._stderr = stderr
-        self._exit_code: int | None = None
-
-    def open(self) -> int:
-        """Open its pidfd, and return it. The pid stays its own until wait() has
-        taken the exit code."""
-        if self._pidfd is None:
-            self._pidfd = os.pidfd_open(self.pid)
-        return self._pidfd
-
-    async def attach(self, starved: Callable[[OSError], None]) -> None:
-        """Open its pidfd, however long it takes until there are descriptors
-        again."""
-        while True:
-            try:
-                self.open()
-                return
-            except OSError as error:
-                if error.errno not in STARVED:
-                    raise
-                starved(error)
-                await trio.sleep(STARVED_DELAY)
-
-    def forget(self, host: Host) -> None:
-        if self._pidfd is not None:
-            host.forget(self._pidfd)
-
-    async def ended(self) -> None:
-        assert self._pidfd is not None
-        await trio.lowlevel.wait_readable(self._pidfd)
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self._pidfd is not None
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, number)
-
-    def wait(self) -> int | None:
-        """Return the exit code of one that has ended, negative for a signal;
-        None if only its parent can know."""
-        if self._exit_code is None and not self.adopted:
-            self._exit_code = os.waitstatus_to_exitcode(
-                os.waitpid(self.pid, 0)[1]
-            )
-        return self._exit_code
-
-    @property
-    def kept_stderr(self) -> bool:
-        return self._stderr is not None
-
-    def said(self) -> bytes:
-        """What it wrote to stderr, where that was kept back; only the
-        beginning."""
-        if self._stderr is None:
-            return b""
-        # Its writes have moved the position, which is shared; behind it are the
-        # zeros of the bounded memory.
-        return os.pread(self._stderr, os.lseek(self._stderr, 0, os.SEEK_CUR), 0)
-
-    def close(self) -> None:
-        for fd in (self._pidfd, self._stderr):
-            if fd is not None:
-                os.close(fd)
-        self._pidfd = self._stderr = None
-
-    def __enter__(self) -> _Child:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Connection:
@@ -328,22 +134,20 @@ class Connection:
 
     __slots__ = (
         "_child",
+        "_child_over",
         "_host",
-        "_interrupted",
+        "_leaving",
         "_pumping",
         "_scope",
         "_sock",
         "_splice",
-        "accepted_at",
-        "began_at",
-        "established_at",
-        "holds_place",
+        "_watched",
+        "call",
+        "client_left",
         "id",
-        "lost_at",
         "peer",
         "route",
         "tended",
-        "tries",
     )
 
     def __init__(
@@ -358,86 +162,132 @@ class Connection:
         self._sock = sock
         self._splice: Splice | None = None
         self._pumping = False
-        self._child: _Child | None = None
+        self._child: Child | None = None
+        self._child_over: trio.Event | None = None
         self._scope: trio.CancelScope | None = None
-        self._interrupted: Ending | None = None
+        self._watched = False
+        self._leaving = False
         self.route = route
         self.id = number
         self.peer = peer
-        self.tries = 0
-        #: Whether it counts against the set-ups at once; the daemon gives the
-        #: place back.
-        self.holds_place = False
-        self.accepted_at = trio.current_time()
-        self.began_at = self.accepted_at
-        self.established_at: float | None = None
+        self.call = Call(trio.current_time())
+        #: Whether the client hung up, having sent what is still to arrive.
+        self.client_left = False
         #: Whether a task sees it through, with carry().
         self.tended = False
-        #: When it will be taken for lost in qrexec; the daemon's to set.
-        self.lost_at: float | None = None
 
     def __str__(self) -> str:
         route = self.route
         return (
-            f"{self.id}: {self.peer} on {route.address} → {route.target}"
-            f" {route.call}"
+            f"{self.id}: {self.peer} on {route.address} →"
+            f" {route.target} {route.call}"
         )
 
-    # ------------------------------------------------- what the daemon looks at
+    # ----------------------------------------------- what the daemon looks at
 
     @property
     def pid(self) -> int | None:
         return self._child.pid if self._child else None
 
     @property
-    def handed_over(self) -> bool:
-        """Whether it goes on without the daemon: qrexec-client-vm is running
-        and holds the socket itself."""
-        return self._child is not None and self._splice is None
+    def outlives_daemon(self) -> bool:
+        """Whether it goes on without the daemon: qrexec-client-vm is running,
+        and holds the socket itself, or has all that the client will send."""
+        if self._child is None or self._leaving:
+            return False
+        return self._splice is None or (
+            self.call.interrupted is Ending.CLIENT_GONE
+            and self._splice.all_sent
+        )
 
     def look_if_established(self) -> bool:
         """Ask the kernel whether qrexec-client-vm has begun to move data."""
-        if self.established_at is None and self._child is not None:
+        call = self.call
+        if call.established_at is None and self._child is not None:
             if self._splice is not None:
-                begun = self._splice.established()
+                begun = self._splice.in_data_phase()
             else:
-                begun = bool(
-                    fcntl.fcntl(self._sock, fcntl.F_GETFL) & os.O_NONBLOCK
-                )
+                flags = fcntl.fcntl(self._sock, fcntl.F_GETFL)
+                begun = bool(flags & os.O_NONBLOCK)
             if begun:
-                self.established_at = trio.current_time()
-                if self._splice is not None:
-                    self._splice.release_child_ends()
-                elif self._host.client.takes_socket is None:
-                    self._host.client.takes_socket = True
-        return self.established_at is not None
+                self._is_established()
+        return call.established_at is not None
+
+    def _is_established(self) -> None:
+        self.call.is_established(trio.current_time())
+        if self._splice is not None:
+            # If this daemon is killed, the kernel closes the socket: that must
+            # not look like the end of the service. So SO_LINGER stays.
+            self._splice.release_child_ends()
+            return
+        self._linger(_NO_LINGER)
+        if self._host.client.takes_socket is None:
+            self._host.client.takes_socket = True
+
+    def look_if_answered(self) -> None:
+        """See whether dom0 has answered, where the call is not established."""
+        if self._child is not None and self._child.is_answered():
+            self.call.is_answered(trio.current_time())
 
     def interrupt(self, ending: Ending) -> None:
         """Stop waiting for qrexec-client-vm, and end the connection (or this
         try of it) for this reason."""
-        if self._interrupted is None:
-            self._interrupted = ending
+        self.call.interrupt(ending)
         if self._scope is not None:
             self._scope.cancel()
 
-    # ------------------------------------------------------------------ start
+    # -------------------------------------------------------------- the client
+
+    def client_is_gone(self) -> bool:
+        """Whether there is nobody to make a call for."""
+        poll = select.poll()
+        poll.register(self._sock, 0)
+        if not poll.poll(0):
+            return False
+        # Both ways are closed. What a unix client sent before is still here; a
+        # TCP client that half-closed has not hung up; one that has was reset.
+        return self._sock.family in _INTERNET or not self._waiting()
+
+    def _waiting(self) -> int:
+        """How many bytes of the client have not been read for the qube."""
+        in_pipe = self._splice.unread() if self._splice is not None else 0
+        try:
+            return unread(self._sock.fileno()) + in_pipe
+        except OSError:
+            return in_pipe
+
+    def hangs_up(self) -> bool:
+        """The client has hung up: whether that ends the connection now.
+
+        What it sent before waits until the call is set up, and is read.
+        """
+        if not self.look_if_established() and not self.client_is_gone():
+            self.client_left = True
+            return False
+        self.interrupt(Ending.CLIENT_GONE)
+        return True
+
+    # ------------------------------------------------------------------- start
 
     def start(self) -> None:
         """Start qrexec-client-vm on the socket, without a checkpoint: between
         accept and this, nothing may be lost.
 
-        Takes over the set-up place that the caller holds. Raises StartProblem
-        or Starved, and has then given it back.
+        Takes over the place that the caller has taken for it. Raises
+        StartProblem or Starved, and has then given it back.
         """
         client = self._host.client
         stderr: int | None = None
         try:
+            # Whoever closes the last copy of a socket on which no call was
+            # established, or whatever kills them: the client sees a reset.
+            self._linger(RESET_AT_CLOSE)
             if client.takes_socket is False and self._splice is None:
                 self._splice = Splice(self._sock)
             if client.takes_socket is None:
                 # One that does not know --use-stdin-socket says so on stderr,
                 # which is nothing for a user to see.
-                stderr = _bounded_memory("qrexec-client-vm stderr")
+                stderr = bounded_memory("qrexec-client-vm stderr")
             own = {
                 "QREXEC_ACTIVATE_CONNECTION": self.id,
                 "QREXEC_ACTIVATE_LISTENER": self.route.address,
@@ -445,49 +295,48 @@ class Connection:
                 "QREXEC_ACTIVATE_UNIT": self.route.unit,
             }
             if self._splice is not None:
-                pid = client.spawn(
-                    self.route,
-                    own,
+                stdin, stdout = (
                     self._splice.child_stdin,
                     self._splice.child_stdout,
-                    2,
                 )
+                pid = client.spawn(self.route, own, stdin, stdout, 2)
             else:
+                kept = 2 if stderr is None else stderr
                 pid = client.spawn(
-                    self.route,
-                    own,
-                    self._sock.fileno(),
-                    None,
-                    2 if stderr is None else stderr,
+                    self.route, own, self._sock.fileno(), None, kept
                 )
         except BaseException as error:
             if stderr is not None:
                 os.close(stderr)
-            self._host.give_place_back()
+            self._host.place_back(self)
             if isinstance(error, OSError) and error.errno in STARVED:
                 raise Starved(str(error)) from error
             raise
-        self._child = _Child(pid, stderr)
-        self.tries += 1
-        self.began_at = trio.current_time()
-        self.lost_at = None
-        self.holds_place = True
+        self._child = Child(pid, stderr)
+        self.call.begins(trio.current_time())
         self._host.setup_begins(self)
 
     def adopt(self, pid: int, pidfd: int, age: float) -> None:
         """Take over from an earlier daemon: this qrexec-client-vm, `age`
         seconds old, holds the socket already."""
-        self._child = _Child(pid, None, pidfd)
-        self.tries = 1
-        self.accepted_at = self.began_at = trio.current_time() - age
+        self._child = Child(pid, None, pidfd)
+        self.call.accepted_at = trio.current_time() - age
+        self.call.begins(self.call.accepted_at)
         self._host.setup_begins(self)
+
+    def _linger(self, value: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, value)
 
     async def _started(self) -> Outcome | None:
         """See to it that qrexec-client-vm runs, however long the machine is
         short of something."""
         while self._child is None:
-            if not await self._unless_interrupted(self._host.take_place):
+            if not await self._unless_interrupted(self._host.turn, self):
                 return self._over(self._reason())
+            if self.client_is_gone():
+                self._host.place_back(self)
+                return self._over(Ending.CLIENT_GONE)
             try:
                 self.start()
             except StartProblem as problem:
@@ -500,7 +349,7 @@ class Connection:
                     return self._over(self._reason())
         return None
 
-    # ----------------------------------------------------------- without a task
+    # ---------------------------------------------------------- without a task
 
     def go_untended(self) -> bool:
         """Leave a handed-over connection to the kernel until something happens:
@@ -508,7 +357,7 @@ class Connection:
 
         Returns False where a task is needed from the beginning.
         """
-        if not self.handed_over or self._child is None:
+        if self._child is None or self._splice is not None:
             return False
         try:
             pidfd = self._child.open()
@@ -528,8 +377,8 @@ class Connection:
 
     def _end_untended(self) -> None:
         self._host.forget(self._sock.fileno())
-        if self._child is not None:
-            self._child.forget(self._host)
+        if self._child is not None and self._child.pidfd is not None:
+            self._host.forget(self._child.pidfd)
 
     def over_at_once(self) -> Outcome | None:
         """The outcome of a connection whose qrexec-client-vm has just ended
@@ -539,21 +388,26 @@ class Connection:
         then.
         """
         child = self._child
-        if child is None or child.kept_stderr or self._interrupted is not None:
+        if (
+            child is None
+            or child.kept_stderr
+            or self.call.interrupted is not None
+        ):
             return None
         code = child.wait()
         if code is None or code < 0 or not self.look_if_established():
             return None
-        with contextlib.suppress(OSError):
-            if (
-                half_close(self._sock)
-                and _drop_input(self._sock)
-                and _unsent(self._sock)
-            ):
-                return None
-        self._host.setup_ends(self)
         outcome = self._over(Ending.CLIENT_EXITED, code)
         self._count_bytes(outcome)
+        if outcome.cut or outcome.without_a_byte:
+            return None
+        if (
+            half_close(self._sock)
+            and _drop_input(self._sock)
+            and _unsent(self._sock)
+        ):
+            return None
+        self._host.setup_ends(self)
         self.abandon()
         return outcome
 
@@ -566,54 +420,79 @@ class Connection:
             self._child.close()
         self._sock.close()
 
-    # ------------------------------------------------------------------ life
+    # -------------------------------------------------------------------- life
 
     async def carry(self) -> Outcome:
         """See the connection through to its end, close the socket, and tell
         what became of it."""
         try:
             self._end_untended()
-            self._host.watch(self._sock.fileno(), 0, self._hung_up)
+            self._watch_client()
             outcome = await self._tries()
             if outcome is None:
                 outcome = await self._spliced()
-            if (
-                outcome.ending is Ending.CLIENT_EXITED
-                and outcome.established
-                and (outcome.exit_code or 0) >= 0
-            ):
-                await self._farewell()
-                self._count_bytes(outcome)
-            else:
-                self._count_bytes(outcome)
-                if outcome.ending is not Ending.CLIENT_GONE:
-                    self._reset()
+            await self._part(outcome)
             return outcome
         except trio.Cancelled:
             # The daemon ends. What qrexec-client-vm holds goes on without it;
             # the rest cannot.
-            if not self.handed_over:
-                self._reset()
+            if not self.outlives_daemon:
+                self._cut()
+            raise
+        except BaseException:
+            self._cut()
             raise
         finally:
             self._host.setup_ends(self)
             self.abandon()
 
+    def _cut(self) -> None:
+        """Leave nothing behind of a connection that cannot go on."""
+        if self._child is not None and self._splice is not None:
+            with contextlib.suppress(OSError):
+                self._child.signal(signal.SIGKILL)
+        self._reset()
+
+    async def _part(self, outcome: Outcome) -> None:
+        """Let the client see what became of it, as far as it still can."""
+        self._count_bytes(outcome)
+        if outcome.ending is Ending.CLIENT_GONE:
+            return
+        well = outcome.ending is Ending.CLIENT_EXITED and outcome.established
+        killed = outcome.exit_code is not None and outcome.exit_code < 0
+        if well and not (killed or outcome.cut or outcome.without_a_byte):
+            await self._farewell()
+            self._count_bytes(outcome)
+        else:
+            self._reset()
+
     def _reset(self) -> None:
         self._end_untended()
         reset(self._sock)
 
+    def _watch_client(self) -> None:
+        """Be told when the client hangs up, unless the machine is too short of
+        something even for that."""
+        if self._watched:
+            return
+        try:
+            self._host.watch(self._sock.fileno(), 0, self._hung_up)
+            self._watched = True
+        except OSError as error:
+            self._host.starved(error)
+
     def _hung_up(self) -> None:
-        self.interrupt(Ending.CLIENT_GONE)
+        self._watched = False
+        self.hangs_up()
 
     def _reason(self) -> Ending:
-        return self._interrupted or Ending.CLIENT_EXITED
+        return self.call.interrupted or Ending.CLIENT_EXITED
 
     async def _unless_interrupted(
         self, wait: Callable[..., Awaitable[object]], *arguments: object
     ) -> bool:
         """Wait; False if interrupt() came first."""
-        if self._interrupted is not None:
+        if self.call.interrupted is not None:
             return False
         with trio.CancelScope() as self._scope:
             await wait(*arguments)
@@ -637,29 +516,35 @@ class Connection:
                 # the client, so pipes can do it.
                 self._host.client.takes_socket = False
                 self._drop_child()
-                self.tries = 0
+                self.call.tries = 0
                 continue
-            lost = ending is Ending.LOST and not child.adopted
-            refused_for_now = ending is Ending.CLIENT_EXITED and code == 1
-            if (
-                self.established_at is not None
-                or self.tries > RETRIES
-                or not (lost or refused_for_now)
-            ):
+            again = self._after_try(ending, code)
+            if again is None:
                 return self._over(ending, code)
             self._drop_child()
-            self._interrupted = None if lost else self._interrupted
-            delay = (
-                0.0
-                if lost
-                else RETRY_DELAY
-                * 2 ** (self.tries - 1)
-                * random.uniform(0.5, 1.5)
-            )
-            if not await self._unless_interrupted(trio.sleep, delay):
+            if not await self._unless_interrupted(trio.sleep, again.delay):
                 return self._over(self._reason(), code)
 
-    def _learn(self, child: _Child, code: int | None) -> bool:
+    def _after_try(self, ending: Ending, code: int | None) -> Again | None:
+        """Whether to make the call again, now that qrexec-client-vm has
+        ended."""
+        call, splice = self.call, self._splice
+        if splice is not None and call.established_at is None:
+            seen = Evidence(
+                splice.in_data_phase(),
+                by_pipes=True,
+                bytes_out=splice.has_given(),
+                bytes_in=splice.has_taken(),
+                exit_code=code,
+            )
+            if has_run(seen):
+                self._is_established()
+        if call.established_at is not None:
+            return None
+        no_room = self._host.no_room(self, ending, code)
+        return call.after_try(trio.current_time(), ending, code, no_room)
+
+    def _learn(self, child: Child, code: int | None) -> bool:
         """Find out from a first call whether qrexec-client-vm takes a socket;
         True if it does not.
 
@@ -670,7 +555,7 @@ class Connection:
             # Not whether that is known by now: several first calls may be under
             # way.
             child.kept_stderr
-            and self.established_at is None
+            and self.call.established_at is None
             and code == 2
             and _NO_OPTION in said
             and b"use-stdin-socket" in said
@@ -693,108 +578,134 @@ class Connection:
             self._child.close()
             self._child = None
 
-    async def _child_ends(self, child: _Child) -> tuple[Ending, int | None]:
+    async def _child_ends(self, child: Child) -> tuple[Ending, int | None]:
         """Wait until qrexec-client-vm has ended, by itself or because something
         interrupted the connection."""
-        await child.attach(self._host.starved)
+        self._child_over = trio.Event()
+        await self._open_pidfd(child)
         ending = Ending.CLIENT_EXITED
-        while not await self._unless_interrupted(child.ended):
-            ending = self._reason()
-            if (
-                ending in (Ending.TIMED_OUT, Ending.LOST)
-                and self.look_if_established()
-            ):
+        while not await self._unless_interrupted(self._ended, child):
+            self.look_if_established()
+            if self.call.takes_back(trio.current_time()):
                 # The answer came at the last moment.
-                self._interrupted = None
-                ending = Ending.CLIENT_EXITED
                 continue
-            ending = await self._end(child, ending)
+            ending = await self._end(child, self._reason())
             break
         code = child.wait()
         self.look_if_established()
         self._host.setup_ends(self)
+        self._child_over.set()
         return ending, code
 
-    async def _end(self, child: _Child, ending: Ending) -> Ending:
+    async def _open_pidfd(self, child: Child) -> None:
+        """Open its pidfd, however long it takes until there are descriptors
+        again."""
+        while True:
+            try:
+                child.open()
+                return
+            except OSError as error:
+                if error.errno not in STARVED:
+                    raise
+                self._host.starved(error)
+                await trio.sleep(STARVED_DELAY)
+
+    async def _ended(self, child: Child) -> None:
+        """Wait for its end, and until then for a hang-up to be watched for."""
+        while not self._watched and self.call.interrupted is None:
+            with trio.move_on_after(STARVED_DELAY):
+                await child.ended()
+                return
+            if not self.client_left:
+                self._watch_client()
+            else:
+                break
+        await child.ended()
+
+    async def _end(self, child: Child, ending: Ending) -> Ending:
         """End a qrexec-client-vm that is of no use any more, and tell whether
         it did so by itself."""
-        try:
-            if ending is Ending.CLIENT_GONE and await self._ends_by_itself(
-                child
-            ):
-                return (
-                    Ending.CLIENT_EXITED
-                    if self.look_if_established()
-                    else ending
-                )
-            if ending is not Ending.LOST:
-                child.signal(signal.SIGTERM)
-                with trio.move_on_after(
-                    HANG_UP_GRACE
-                    if ending is not Ending.STOPPED
-                    else STOP_GRACE
-                ):
-                    await child.ended()
-                    return ending
-            child.signal(signal.SIGKILL)
-            await child.ended()
-        except trio.Cancelled:
-            child.signal(signal.SIGKILL)
-            raise
+        if ending is Ending.CLIENT_GONE and await self._last_bytes(child):
+            established = self.look_if_established()
+            return Ending.CLIENT_EXITED if established else ending
+        if ending is not Ending.LOST:
+            child.signal(signal.SIGTERM)
+            stopped = ending is Ending.STOPPED
+            with trio.move_on_after(STOP_GRACE if stopped else HANG_UP_GRACE):
+                await child.ended()
+                return ending
+        child.signal(signal.SIGKILL)
+        await child.ended()
         return ending
 
-    async def _ends_by_itself(self, child: _Child) -> bool:
+    async def _last_bytes(self, child: Child) -> bool:
         """Wait for a qrexec-client-vm whose client has gone; False if it is of
         no use to wait longer.
 
-        It ends by itself in all cases but one: a service that goes on sending
-        it drains for ever, at most of a CPU. What the client sent before it
-        went is to arrive first, however slowly, as long as it moves at all.
+        It ends by itself in all cases but two: a service that goes on sending
+        it drains for ever, at most of a CPU; and a service may not care that
+        nobody is there. What the client sent before it went is to arrive first,
+        however slowly and whatever the service does meanwhile.
         """
-        left = self._unread()
-        moved_at = trio.current_time()
+        left, since = self._unread(), trio.current_time()
+        used = child.cpu_time()
         while True:
             with trio.move_on_after(HANG_UP_LOOK):
                 await child.ended()
                 return True
             before, left = left, self._unread()
+            now = trio.current_time()
             if left < before:
-                moved_at = trio.current_time()
-            if trio.current_time() - moved_at >= (
-                STALL_GRACE if left else HANG_UP_GRACE
-            ):
-                return False
+                since, used = now, child.cpu_time()
+            elif now - since >= (STALL_GRACE if left else HANG_UP_GRACE):
+                idle = child.cpu_time() - used < BUSY * (now - since)
+                if not (left and idle):
+                    return False
+                since, used = now, child.cpu_time()
 
     def _unread(self) -> int:
         """How many bytes of the client are still on their way to an established
         call."""
-        if not self.look_if_established():
-            return 0
-        with contextlib.suppress(OSError):
-            return unread(self._sock.fileno()) + (
-                self._splice.unread() if self._splice else 0
-            )
-        return 0
+        return self._waiting() if self.look_if_established() else 0
+
+    def _stream_is_ended(self) -> bool:
+        """Whether qrexec-client-vm has ended the stream to the client before it
+        ended itself; one that was killed, or failed, has not."""
+        try:
+            self._sock.send(b"", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except OSError:
+            # EPIPE: it was shut down. Else the client has gone anyway.
+            return True
+        return False
 
     def _over(
         self, ending: Ending, code: int | None = None, detail: str = ""
     ) -> Outcome:
-        now = trio.current_time()
-        # When an earlier daemon's call was established, it knew.
+        call, now = self.call, trio.current_time()
+        established = call.established_at
+        setup = None
         adopted = self._child is not None and self._child.adopted
+        # When an earlier daemon's call was established, it knew.
+        if established is not None and not adopted:
+            setup = established - call.began_at
         return Outcome(
             ending,
-            self.established_at is not None,
-            duration=now - self.accepted_at,
-            setup=None
-            if self.established_at is None or adopted
-            else self.established_at - self.began_at,
+            established is not None,
+            duration=now - call.accepted_at,
+            setup=setup,
             exit_code=code,
-            tries=self.tries,
+            tries=call.tries,
             detail=detail,
+            cut=ending is Ending.CLIENT_EXITED
+            and established is not None
+            and self._splice is None
+            and code in _MAY_BE_CUT
+            and not self._stream_is_ended(),
         )
 
-    # ----------------------------------------------------------------- by pipes
+    # ---------------------------------------------------------------- by pipes
 
     async def _spliced(self) -> Outcome:
         """Carry the connection with the pump running; the pipes last through
@@ -816,10 +727,7 @@ class Connection:
             if not await pump(splice.pump_down):
                 return
             delivered.set()
-            # If qrexec-client-vm was killed, its end follows at once, and what
-            # is cut off must not look like an end.
-            await trio.sleep(KILLED_GRACE)
-            if self._interrupted is not Ending.STOPPED:
+            if not await self._ends_with_its_output(splice):
                 half_close(self._sock)
 
         async with trio.open_nursery() as pumps:
@@ -844,14 +752,27 @@ class Connection:
         )
         return outcome
 
-    # ------------------------------------------------------------------ the end
+    async def _ends_with_its_output(self, splice: Splice) -> bool:
+        """Whether qrexec-client-vm, whose output is over, is ending too: then
+        its exit code decides what the client is to see."""
+        child, over = self._child, self._child_over
+        if child is None or over is None:
+            return True
+        grace = KILLED_GRACE if splice.from_qube else EMPTY_GRACE
+        with trio.move_on_after(grace):
+            await over.wait()
+        if child.is_ending():
+            await over.wait()
+        return over.is_set() or self.call.interrupted is Ending.STOPPED
+
+    # ----------------------------------------------------------------- the end
 
     def _count_bytes(self, outcome: Outcome) -> None:
         """Ask the kernel what it moved on a TCP socket that was handed over;
         others it does not count."""
-        if not outcome.established or outcome.bytes_to_qube is not None:
+        if not outcome.established or self._splice is not None:
             return
-        if self._sock.family not in (socket.AF_INET, socket.AF_INET6):
+        if self._sock.family not in _INTERNET:
             return
         with contextlib.suppress(OSError, struct.error):
             info = self._sock.getsockopt(
@@ -861,9 +782,8 @@ class Connection:
             closed = (
                 state == _TCP_CLOSE and outcome.ending is Ending.CLIENT_EXITED
             )
-            outcome.bytes_to_qube = received - (
-                state in _FIN_RECEIVED or closed
-            )
+            fin = state in _FIN_RECEIVED or closed
+            outcome.bytes_to_qube = max(received - fin, 0)
             outcome.bytes_from_qube = sent - sent_again
 
     async def _farewell(self) -> None:
@@ -871,8 +791,12 @@ class Connection:
 
         Closing a TCP socket with unread input, or input that comes later, sends
         a reset that destroys what the client has not read yet. So what the
-        client still sends is dropped here until it has everything.
+        client still sends is dropped here until it has everything. (Where
+        qrexec-client-vm held the socket, it has shut down both ways itself;
+        then the kernel answers what the client sends with a reset, whatever is
+        done here.)
         """
+        self._leaving = True
         if not half_close(self._sock):
             return
         with trio.move_on_after(FAREWELL), contextlib.suppress(OSError):
@@ -887,20 +811,24 @@ _NOWHERE = bytearray(1 << 16)
 
 def _drop_input(sock: socket.socket) -> bool:
     """Take and drop what has come; False once the client has half-closed."""
-    for _ in range(64):
-        try:
+    try:
+        for _ in range(64):
             if not sock.recv_into(_NOWHERE, 0, socket.MSG_DONTWAIT):
                 return False
-        except BlockingIOError:
-            return True
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        return error.errno == errno.EINTR
     return True
 
 
 def _unsent(sock: socket.socket) -> int:
     """How many bytes a TCP client's kernel has yet to acknowledge; other
     sockets deliver at once."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+    if sock.family not in _INTERNET:
         return 0
-    return int(
-        struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0" * 4))[0]
-    )
+    try:
+        sent = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0" * 4)
+    except OSError:
+        return 0
+    return int(struct.unpack("i", sent)[0])

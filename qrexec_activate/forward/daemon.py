@@ -3,7 +3,8 @@
 One trio process for all listeners of an RPC prefix. It accepts a connection
 only when it can start the call at once, so that what waits, waits in the
 kernel's backlog, which systemd keeps: this process may stop at any time, and
-the next one goes on where it left off.
+the next one goes on where it left off. Who may begin is decided in
+admission.py, what becomes of a call in call.py.
 """
 
 from __future__ import annotations
@@ -18,44 +19,34 @@ import select
 import signal
 import socket
 import struct
-from collections import Counter
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import trio
 
 from ..routing.claim import Claim, PassedSocket, Refusal, Route
 from ..systemd.journal import Log, Priority
+from ..systemd.notify import Notifier, watchdog_interval
 from ..systemd.passed import format_address
-from .connection import (
-    HANG_UP_LOOK,
-    STARVED,
-    Client,
-    Connection,
-    StartProblem,
-    Starved,
-    reset,
-)
-from .orphans import find_orphans
+from .admission import Admission, Verdict
+from .call import PROMPT_AGE, Pace
+from .census import Census
+from .child import STARVED, Client, StartProblem, Starved
+from .connection import HANG_UP_GRACE, HANG_UP_LOOK, Connection, reset
+from .orphans import Orphan, find_orphans, left_to_read
 from .outcome import Ending, Outcome, format_seconds
 from .peers import Gate, GateProblem, borrowed, exposure
 from .settings import Settings
+from .watch import Watch
 
 __all__ = ["Daemon"]
 
-#: A set-up gives its place back when it is so old: then a prompt is open, and a
-#: person is thinking about it.
-PROMPT_AGE = 2.0
-#: A call is lost in qrexec if others, started later on the same route, were set
-#: up without a prompt, and it is older by this than they were then. About 0.3 %
-#: of calls hang when 32 are set up at once (a race in qrexec-daemon 4.4.2).
-OVERTAKEN_AGE = 5.0
-#: From the first overtaking on, a call has so long before it is taken for lost.
-OVERTAKEN_GRACE = 1.0
 #: How often set-ups are looked at that have not been answered at once; in
 #: seconds.
 LOOK_INTERVAL = 0.02
+#: How old a set-up is when it is first looked up in /proc, and how often.
+ANSWER_LOOK = 1.0
 #: A stop waits so long for set-ups that may yet need another try. Less than
 #: TimeoutStopSec= in the units.
 STOP_PATIENCE = 4.0
@@ -75,16 +66,26 @@ STATUS_INTERVAL = 0.5
 REFUSAL_LOG_INTERVAL = 30.0
 #: ... and of connections that --allow-uid keeps out.
 KEPT_OUT_LOG_INTERVAL = 1.0
+#: ... and of a limit at which connections wait.
+LIMIT_LOG_INTERVAL = 60.0
+#: How often to count the calls of others in this qube; far from the limit, and
+#: near to it.
+CENSUS_INTERVAL, CENSUS_INTERVAL_NEAR = 0.05, 0.001
 #: What one turn of the accept loop looks at.
 BATCH = 64
 
-_ACCEPT_AGAIN = {
-    errno.EAGAIN,
-    errno.ECONNABORTED,
-    errno.EINTR,
-    errno.EPERM,
-    errno.EPROTO,
+#: Errors of accept(2) that tell of the listener, and not of a connection that
+#: has failed already, and is gone from the queue.
+_NO_LISTENER = {
+    errno.EBADF,
+    errno.EFAULT,
+    errno.EINVAL,
+    errno.ENOTSOCK,
+    errno.EOPNOTSUPP,
 }
+#: Xen's limit for the memory that a qube shares with others.
+_GRANT_LIMIT = "/sys/module/xen_gntalloc/parameters/limit"
+_GRANTS = "/dev/xen/gntalloc"
 
 
 @dataclass(slots=True, eq=False)
@@ -106,53 +107,8 @@ class Tally:
     reset: int = 0
 
 
-class _Quick(NamedTuple):
-    """The latest-begun set-up on a route that was established without a
-    prompt."""
-
-    began_at: float
-    took: float
-
-
-class Watch:
-    """Calls back once when a descriptor has an event, and watches sockets
-    without being woken by data.
-
-    An epoll of its own, as trio waits for readable or writable only, and a
-    hang-up is neither: with an empty event mask epoll reports hang-ups and
-    errors alone.
-    """
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._callbacks: dict[int, Callable[[], None]] = {}
-
-    def add(self, fd: int, events: int, callback: Callable[[], None]) -> None:
-        self._epoll.register(fd, events)
-        self._callbacks[fd] = callback
-
-    def forget(self, fd: int) -> None:
-        if self._callbacks.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
-
-    async def run(self) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(self._epoll.fileno())
-            for fd, _ in self._epoll.poll(0, BATCH):
-                # An earlier callback of this round may have forgotten it.
-                if (callback := self._callbacks.pop(fd, None)) is not None:
-                    # Once is enough, and a hang-up does not pass: left
-                    # registered, it would wake us for ever.
-                    self._epoll.unregister(fd)
-                    callback()
-
-    def close(self) -> None:
-        self._epoll.close()
-
-
 class Daemon:
-    """The service: its listeners, its connections, and the limits between
-    them."""
+    """The service: its listeners, its connections, and what they wait for."""
 
     def __init__(self, service: str, settings: Settings, log: Log) -> None:
         self.service = service
@@ -161,25 +117,31 @@ class Daemon:
         self.client = Client(
             settings.client, settings.relay, _client_environment()
         )
-        self._gate = Gate(settings.allow_uids) if settings.allow_uids else None
+        self.admission = Admission(
+            settings.max_setups, settings.max_connections, settings.max_total
+        )
         self.tally = Tally()
         self.connections: set[Connection] = set()
+        self._gate = Gate(settings.allow_uids) if settings.allow_uids else None
         self._listeners: dict[int, Listener] = {}
         self._ready = select.epoll()
-        self._parked: dict[str, list[int]] = {}
-        self._open: Counter[str] = Counter()
+        self._turns: dict[Connection, trio.Event] = {}
         self._watch = Watch()
-        self._notifier = _Notifier()
+        self._notifier = Notifier()
+        self._census = Census()
+        self._counted_at = -math.inf
         self._client_gone: dict[Connection, float] = {}
         self._some_client_gone = trio.Event()
-        self._places = trio.Semaphore(settings.max_setups)
         self._setups: dict[Connection, None] = {}
         self._setups_changed = trio.Event()
-        self._quick: dict[tuple[str, str], _Quick] = {}
+        self._paces: defaultdict[tuple[str, str], Pace] = defaultdict(Pace)
+        self._looked_at = -math.inf
+        self._first_round = trio.Event()
         self._some_ended = trio.Event()
         self._status_changed = trio.Event()
         self._last_status = ""
         self._starved_at = -math.inf
+        self._spoke_of: dict[str, float] = {}
         self._looks_often = False
         self._nap = trio.CancelScope()
         self._idle_since = 0.0
@@ -187,9 +149,9 @@ class Daemon:
         self._numbers = (
             f"{os.getpid():x}-{number}" for number in itertools.count(1)
         )
-        self._watchdog = _watchdog_interval()
+        self._watchdog = watchdog_interval()
 
-    # ---------------------------------------------------------------- listeners
+    # --------------------------------------------------------------- listeners
 
     def add_listeners(
         self, sockets: Sequence[PassedSocket], claims: Iterable[Claim]
@@ -250,7 +212,7 @@ class Daemon:
                 )
         return claim
 
-    # ------------------------------------------------------------------ run
+    # --------------------------------------------------------------------- run
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT or idleness; connections that were handed
@@ -260,6 +222,8 @@ class Daemon:
         with trio.open_signal_receiver(
             signal.SIGTERM, signal.SIGINT
         ) as signals:
+            # It was blocked until there was somebody to receive it.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 with trio.CancelScope() as accepting:
@@ -288,6 +252,9 @@ class Daemon:
         self, signals: AsyncIterator[int], accepting: trio.CancelScope
     ) -> None:
         async for _ in signals:
+            # Whoever waited for this start is served first: changes of units
+            # that come one after the other must not keep everybody waiting.
+            await self._first_round.wait()
             accepting.cancel()
 
     async def _wind_up(self) -> None:
@@ -298,19 +265,20 @@ class Daemon:
         )
         patience = min(deadline, trio.current_time() + STOP_PATIENCE)
         while (now := trio.current_time()) < deadline:
-            waiting = [one for one in self.connections if not one.handed_over]
+            waiting = self._kept_by_daemon()
             if now < patience:
                 # One that waits for a person's answer would not be done in time
                 # anyway; it goes on by itself.
                 waiting += [
                     one
                     for one in self._setups
-                    if one.handed_over and now - one.began_at < PROMPT_AGE
+                    if one.outlives_daemon
+                    and now - one.call.began_at < PROMPT_AGE
                 ]
             if not waiting:
                 break
             await self._connection_ends(LOOK_INTERVAL)
-        cut = [one for one in self.connections if not one.handed_over]
+        cut = self._kept_by_daemon()
         for connection in cut:
             connection.interrupt(Ending.STOPPED)
         with trio.move_on_after(STOP_MARGIN):
@@ -319,9 +287,13 @@ class Daemon:
         if left := len(self.connections):
             self.log(
                 Priority.INFO,
-                f"stopping; {_count(left, 'open connection')} go on without"
-                f" the daemon",
+                f"stopping; {_count(left, 'open connection')} go on without the"
+                " daemon",
             )
+
+    def _kept_by_daemon(self) -> list[Connection]:
+        """The connections that cannot go on without this process."""
+        return [one for one in self.connections if not one.outlives_daemon]
 
     async def _connection_ends(self, at_most: float) -> None:
         self._some_ended = trio.Event()
@@ -334,70 +306,94 @@ class Daemon:
         """Accept until there was nothing to do for long enough."""
         while not self._idle():
             self._feed_watchdog()
-            with trio.move_on_after(self._tick()) as self._nap:
-                await trio.lowlevel.wait_readable(self._ready.fileno())
+            if self._first_round.is_set():
+                with trio.move_on_after(self._tick()) as self._nap:
+                    await trio.lowlevel.wait_readable(self._ready.fileno())
             # One of each listener in turn, and then all others have theirs.
             for _ in range(BATCH):
                 ready = self._ready.poll(0, BATCH)
                 for fd, _ in ready:
-                    await self._admit(fd)
+                    if not self._admit(fd):
+                        await trio.sleep(STARVED_PAUSE)
                 if not ready:
                     break
                 await trio.lowlevel.checkpoint()
+            self._first_round.set()
 
-    async def _admit(self, fd: int) -> None:
-        """Accept one connection from a listener that has one, once there is
-        room for it."""
+    def _admit(self, fd: int) -> bool:
+        """Accept one connection from a listener that has one, if there is room
+        for it; False if the machine is short of something."""
         listener = self._listeners[fd]
         route = listener.claim
         if isinstance(route, Refusal):
-            self._turn_away(listener, route)
-            return
-        if self._open[route.target] >= self.settings.max_connections:
-            self._park(fd, route)
-            return
-        while not await self._place_within(self._tick()):
-            self._feed_watchdog()
+            return self._turn_away(listener, route)
+        now = trio.current_time()
+        verdict = self._verdict(route.target, now)
+        if verdict is not Verdict.YES:
+            self._park(fd, route, verdict)
+            return True
         try:
             sock, address = listener.sock.accept()
         except OSError as error:
-            self.give_place_back()
-            if error.errno in STARVED - {errno.EAGAIN}:
-                self.starved(error)
-                await trio.sleep(STARVED_PAUSE)
-            elif error.errno not in _ACCEPT_AGAIN:
-                self._ready.unregister(fd)
-                self.log(
-                    Priority.ERROR,
-                    f"{route.address} accepts no more: {error.strerror};"
-                    f" restart {route.unit}",
-                )
-            return
+            return self._cannot_accept(fd, route, error)
         # No checkpoint from here to the start of qrexec-client-vm: what is
         # accepted is started.
         if self._gate is not None:
             try:
                 self._gate.check(sock)
             except GateProblem as problem:
-                self.give_place_back()
                 self._keep_out(
                     listener, sock, _peer(sock, address), str(problem)
                 )
-                return
+                return True
         connection = Connection(
             self, route, sock, next(self._numbers), _peer(sock, address)
         )
+        if connection.client_is_gone():
+            # No call for nobody: each might ask a person.
+            self._record(connection, Outcome(Ending.CLIENT_GONE, False, 0.0))
+            connection.abandon()
+            return True
+        self._opens(connection)
+        self.admission.begins(connection, now)
         with contextlib.suppress(StartProblem, Starved):
             # Either is met again, and dealt with, in carry().
             connection.start()
-        self._begin(connection)
-
-    def _begin(self, connection: Connection) -> None:
-        self.connections.add(connection)
-        self._open[connection.route.target] += 1
-        self._status_changed.set()
         if not connection.go_untended():
             self._tend(connection)
+        return True
+
+    def _cannot_accept(self, fd: int, route: Route, error: OSError) -> bool:
+        if error.errno in STARVED - {errno.EAGAIN}:
+            self.starved(error)
+            return False
+        if error.errno in _NO_LISTENER:
+            self._ready.unregister(fd)
+            self.log(
+                Priority.ERROR,
+                f"{route.address} accepts no more: {error.strerror}; restart"
+                f" {route.unit}",
+            )
+        return True
+
+    def _verdict(self, target: str, now: float) -> Verdict:
+        near = self.admission.open + self.admission.others
+        interval = (
+            CENSUS_INTERVAL_NEAR
+            if near >= 0.75 * self.settings.max_total
+            else CENSUS_INTERVAL
+        )
+        if now - self._counted_at >= interval:
+            self._counted_at = now
+            ours = {one.pid or 0 for one in self.connections}
+            with contextlib.suppress(OSError):
+                self.admission.others = self._census.others(ours)
+        return self.admission.verdict(target, now, opened=False)
+
+    def _opens(self, connection: Connection) -> None:
+        self.connections.add(connection)
+        self.admission.opens(connection, connection.route.target)
+        self._status_changed.set()
 
     def _tend(self, connection: Connection) -> None:
         """Give a connection a task that sees it through, if it has none."""
@@ -405,54 +401,7 @@ class Daemon:
             connection.tended = True
             self._nursery.start_soon(self._carry, connection)
 
-    async def _adopt(self) -> None:
-        """Watch again over the connections that outlived an earlier daemon."""
-        adopted = 0
-        try:
-            for orphan in find_orphans():
-                if orphan.sock is None:
-                    # Its pipes led to the daemon that is gone, and with it went
-                    # the client.
-                    with contextlib.suppress(ProcessLookupError):
-                        signal.pidfd_send_signal(orphan.pidfd, signal.SIGTERM)
-                    os.close(orphan.pidfd)
-                    continue
-                connection = Connection(
-                    self,
-                    orphan.route,
-                    orphan.sock,
-                    orphan.connection,
-                    orphan.peer,
-                )
-                connection.adopt(orphan.pid, orphan.pidfd, orphan.age)
-                self._begin(connection)
-                adopted += 1
-                await trio.lowlevel.checkpoint()
-        except OSError as error:
-            self.log(
-                Priority.NOTICE,
-                f"connections of an earlier daemon go on unwatched: {error}",
-            )
-        if adopted:
-            self.log(
-                Priority.INFO,
-                f"watching over {_count(adopted, 'connection')} of an earlier"
-                f" daemon",
-            )
-
-    async def _place_within(self, seconds: float) -> bool:
-        """Wait for a set-up place, but not for ever, as the watchdog wants to
-        be fed."""
-        with contextlib.suppress(trio.WouldBlock):
-            self._places.acquire_nowait()
-            return True
-        self._look_at_setups()
-        with trio.move_on_after(seconds):
-            await self._places.acquire()
-            return True
-        return False
-
-    def _turn_away(self, listener: Listener, refusal: Refusal) -> None:
+    def _turn_away(self, listener: Listener, refusal: Refusal) -> bool:
         """Reset what comes to a listener that is not served."""
         if listener.sock.type == socket.SOCK_DGRAM:
             with contextlib.suppress(OSError):
@@ -460,26 +409,29 @@ class Daemon:
                 # everybody else waiting.
                 for _ in range(BATCH):
                     listener.sock.recv(1)
-            return
-        with contextlib.suppress(OSError):
-            for _ in range(BATCH):
+            return True
+        for _ in range(BATCH):
+            try:
                 sock, _ = listener.sock.accept()
-                # Said before it is done: whoever sees the reset finds the
-                # reason in the log.
-                if (
-                    trio.current_time() - listener.spoke_at
-                    >= REFUSAL_LOG_INTERVAL
-                ):
-                    listener.spoke_at = trio.current_time()
-                    self.log(
-                        Priority.WARNING,
-                        f"reset a connection: {refusal}",
-                        LISTENER=refusal.address,
-                        UNIT=refusal.unit or None,
-                    )
-                reset(sock)
-                self.tally.reset += 1
-                self._status_changed.set()
+            except OSError as error:
+                if error.errno in STARVED - {errno.EAGAIN}:
+                    self.starved(error)
+                    return False
+                return True
+            # Said before it is done: whoever sees the reset finds the reason in
+            # the log.
+            if trio.current_time() - listener.spoke_at >= REFUSAL_LOG_INTERVAL:
+                listener.spoke_at = trio.current_time()
+                self.log(
+                    Priority.WARNING,
+                    f"reset a connection: {refusal}",
+                    LISTENER=refusal.address,
+                    UNIT=refusal.unit or None,
+                )
+            reset(sock)
+            self.tally.reset += 1
+            self._status_changed.set()
+        return True
 
     def _keep_out(
         self, listener: Listener, sock: socket.socket, peer: str, problem: str
@@ -500,31 +452,19 @@ class Daemon:
                 UNIT=listener.claim.unit or None,
             )
 
-    def _park(self, fd: int, route: Route) -> None:
-        """Leave a listener alone until a connection to its target ends."""
-        self._ready.unregister(fd)
-        parked = self._parked.setdefault(route.target, [])
-        parked.append(fd)
-        if len(parked) == 1:
-            self.log(
-                Priority.NOTICE,
-                f"{self.settings.max_connections} connections are open to"
-                f" {route.target}; more wait until one ends",
-                QREXEC_TARGET=route.target,
-            )
-
     def _idle(self) -> bool:
         limit = self.settings.exit_idle_time
         if (
             limit is None
             or self.connections
+            or not self._first_round.is_set()
             or trio.current_time() - self._idle_since < limit
         ):
             return False
         self.log(
             Priority.INFO,
             f"no connection for {format_seconds(limit)}; the next one starts"
-            f" the daemon again",
+            " the daemon again",
         )
         return True
 
@@ -547,7 +487,93 @@ class Daemon:
         if self._watchdog is not None:
             self._notifier.tell("WATCHDOG=1")
 
-    # -------------------------------------------------------------- connections
+    # -------------------------------------------------- what waits for its turn
+
+    def _park(self, fd: int, route: Route, verdict: Verdict) -> None:
+        """Leave a listener alone until there may be room for another call."""
+        self._ready.unregister(fd)
+        self.admission.waits(fd, route.target)
+        self._setups_changed.set()
+        if verdict is Verdict.TARGET_FULL:
+            self._say_once(
+                route.target,
+                f"{self.admission.open_to(route.target)} connections are open"
+                f" to {route.target}; more wait until one ends",
+                QREXEC_TARGET=route.target,
+            )
+        elif verdict is Verdict.ALL_FULL:
+            others = self.admission.others
+            self._say_once(
+                "",
+                f"{self.admission.open} connections are open"
+                + (f", and {others} of others in this qube" if others else "")
+                + "; more wait until one ends",
+            )
+
+    def _say_once(self, about: str, text: str, **fields: object) -> None:
+        """Say it, unless it was said a moment ago."""
+        now = trio.current_time()
+        if now - self._spoke_of.get(about, -math.inf) >= LIMIT_LOG_INTERVAL:
+            self._spoke_of[about] = now
+            self.log(Priority.NOTICE, text, **fields)
+
+    def _next_turns(self) -> None:
+        """Let those go on who wait for room, as far as there is some."""
+        now = trio.current_time()
+        for who in self.admission.turns(now):
+            if isinstance(who, Connection):
+                self.admission.begins(who, now)
+                self._turns.pop(who).set()
+            elif isinstance(who, int):
+                self._ready.register(who, select.EPOLLIN)
+
+    async def turn(self, connection: Connection) -> None:
+        now, target = trio.current_time(), connection.route.target
+        if self.admission.verdict(target, now, opened=True) is Verdict.YES:
+            self.admission.begins(connection, now)
+            return
+        self.admission.waits(connection, target)
+        self._setups_changed.set()
+        self._turns[connection] = event = trio.Event()
+        try:
+            await event.wait()
+        except trio.Cancelled:
+            self._turns.pop(connection, None)
+            self.admission.waits_no_more(connection)
+            self.place_back(connection)
+            raise
+
+    def place_back(self, connection: Connection) -> None:
+        if self.admission.gives_place_back(connection):
+            self._next_turns()
+
+    def no_room(
+        self, connection: Connection, ending: Ending, code: int | None
+    ) -> bool:
+        if ending is not Ending.CLIENT_EXITED or code not in (1, 126):
+            return False
+        now, target = trio.current_time(), connection.route.target
+        if code == 126:
+            full = self.admission.refused(connection, now)
+            if full:
+                self._say_once(
+                    target,
+                    f"{target} refuses more while"
+                    f" {self.admission.open_to(target) - 1} connections are"
+                    " open to it: taken for full (qrexec opens 128 to a qube,"
+                    " and counts those of other qubes); more wait",
+                    QREXEC_TARGET=target,
+                )
+        else:
+            full = self.admission.failed(connection, now)
+            if full:
+                self._say_once(
+                    "", f"qrexec sets up no more calls; more wait{_grants()}"
+                )
+        self._next_turns()
+        return full
+
+    # ------------------------------------------------------------- connections
 
     async def _carry(self, connection: Connection) -> None:
         """See one connection through. Nothing that goes wrong in it touches
@@ -557,17 +583,17 @@ class Daemon:
         except Exception as error:
             self.log(
                 Priority.ERROR,
-                f"{connection}: internal error: {type(error).__name__}: {error}",
+                f"{connection}: internal error:"
+                f" {type(error).__name__}: {error}",
             )
             self.tally.failed += 1
         else:
             self._record(connection, outcome)
         finally:
-            self._end(connection)
+            self._closes(connection)
 
-    def _end(self, connection: Connection) -> None:
+    def _closes(self, connection: Connection) -> None:
         """Make room for the next one."""
-        target = connection.route.target
         self.connections.discard(connection)
         self._client_gone.pop(connection, None)
         self._some_ended.set()
@@ -575,9 +601,8 @@ class Daemon:
             # The accept loop is to count from now.
             self._idle_since = trio.current_time()
             self._nap.cancel()
-        self._open[target] -= 1
-        for fd in self._parked.pop(target, ()):
-            self._ready.register(fd, select.EPOLLIN)
+        self.admission.closes(connection)
+        self._next_turns()
         self._status_changed.set()
 
     def _record(self, connection: Connection, outcome: Outcome) -> None:
@@ -585,9 +610,12 @@ class Daemon:
             self.tally.failed += 1
         else:
             self.tally.served += 1
+        hint = ""
+        if outcome.failed and not outcome.established:
+            hint = _xen_problem() if outcome.exit_code == 1 else ""
         self.log(
             Priority.WARNING if outcome.failed else Priority.INFO,
-            f"{connection}: {outcome.words()}",
+            f"{connection}: {outcome.words()}{hint}",
             CONNECTION_ID=connection.id,
             QREXEC_TARGET=connection.route.target,
             QREXEC_SERVICE=connection.route.call,
@@ -598,53 +626,20 @@ class Daemon:
             ESTABLISHED=int(outcome.established),
             EXIT_CODE=outcome.exit_code,
             TRIES=outcome.tries,
-            SETUP_USEC=None
-            if outcome.setup is None
-            else round(outcome.setup * 1e6),
+            SETUP_USEC=(
+                None if outcome.setup is None else round(outcome.setup * 1e6)
+            ),
             DURATION_USEC=round(outcome.duration * 1e6),
             BYTES_TO_QUBE=outcome.bytes_to_qube,
             BYTES_FROM_QUBE=outcome.bytes_from_qube,
         )
-
-    # ---------------------------------------------------- what connections need
-
-    async def take_place(self) -> None:
-        await self._places.acquire()
-
-    def give_place_back(self) -> None:
-        self._places.release()
-
-    def setup_begins(self, connection: Connection) -> None:
-        self._setups[connection] = None
-        if not self._looks_often:
-            self._setups_changed.set()
-
-    def setup_ends(self, connection: Connection) -> None:
-        if connection not in self._setups:
-            return
-        del self._setups[connection]
-        self._free_place(connection)
-        if connection.established_at is not None:
-            took = connection.established_at - connection.began_at
-            key = (connection.route.target, connection.route.call)
-            latest = self._quick.get(key)
-            if took < PROMPT_AGE and (
-                latest is None or latest.began_at < connection.began_at
-            ):
-                self._quick[key] = _Quick(connection.began_at, took)
-            self._status_changed.set()
-
-    def _free_place(self, connection: Connection) -> None:
-        if connection.holds_place:
-            connection.holds_place = False
-            self.give_place_back()
 
     def starved(self, error: Exception) -> None:
         before, self._starved_at = self._starved_at, trio.current_time()
         if self._starved_at - before > SHORTAGE_OVER:
             self.log(
                 Priority.WARNING,
-                f"connections wait, as the machine is short of something:"
+                "connections wait, as the machine is short of something:"
                 f" {error}",
             )
 
@@ -659,7 +654,7 @@ class Daemon:
             self._tend(connection)
         else:
             self._record(connection, outcome)
-            self._end(connection)
+            self._closes(connection)
 
     def client_gone(self, connection: Connection) -> None:
         # Nearly always both sides are done, and qrexec-client-vm is about to
@@ -682,10 +677,93 @@ class Daemon:
                     if since <= before
                 ]:
                     del self._client_gone[connection]
-                    connection.interrupt(Ending.CLIENT_GONE)
-                    self._tend(connection)
+                    if connection.hangs_up():
+                        self._tend(connection)
 
-    # ------------------------------------------------------------------ set-ups
+    # ------------------------------------------ what outlived an earlier daemon
+
+    async def _adopt(self) -> None:
+        """Watch again over the connections that outlived an earlier daemon."""
+        known: set[int] = set()
+        while True:
+            try:
+                for orphan in find_orphans(known):
+                    known.add(orphan.pid)
+                    self._take_over(orphan)
+                    await trio.lowlevel.checkpoint()
+                break
+            except OSError as error:
+                if error.errno not in STARVED:
+                    # Where ptrace is restricted to descendants, a stranger's
+                    # descriptors cannot be had.
+                    self.log(
+                        Priority.NOTICE,
+                        "connections of an earlier daemon go on, unwatched:"
+                        f" {error}",
+                    )
+                    break
+                self.starved(error)
+                await trio.sleep(STARVED_PAUSE)
+        if known:
+            self.log(
+                Priority.INFO,
+                f"watching over {_count(len(known), 'connection')} of an"
+                " earlier daemon",
+            )
+
+    def _take_over(self, orphan: Orphan) -> None:
+        if orphan.sock is None:
+            self._nursery.start_soon(self._see_out, orphan)
+            return
+        connection = Connection(
+            self, orphan.route, orphan.sock, orphan.connection, orphan.peer
+        )
+        self._opens(connection)
+        connection.adopt(orphan.pid, orphan.pidfd, orphan.age)
+        if not connection.go_untended():
+            self._tend(connection)
+
+    async def _see_out(self, orphan: Orphan) -> None:
+        """End a qrexec-client-vm whose pipes led to the daemon that is gone,
+        and with it went the client; but what it has yet to read is to
+        arrive."""
+        try:
+            while left_to_read(orphan.pid):
+                with trio.move_on_after(HANG_UP_LOOK):
+                    await trio.lowlevel.wait_readable(orphan.pidfd)
+                    return
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with trio.move_on_after(HANG_UP_GRACE):
+                    await trio.lowlevel.wait_readable(orphan.pidfd)
+                    return
+                signal.pidfd_send_signal(orphan.pidfd, number)
+        except ProcessLookupError:
+            return
+        finally:
+            os.close(orphan.pidfd)
+
+    # ----------------------------------------------------------------- set-ups
+
+    def setup_begins(self, connection: Connection) -> None:
+        self._setups[connection] = None
+        if not self._looks_often:
+            self._setups_changed.set()
+
+    def setup_ends(self, connection: Connection) -> None:
+        if connection not in self._setups:
+            return
+        del self._setups[connection]
+        call = connection.call
+        if call.established_at is None:
+            self.admission.gives_place_back(connection)
+        else:
+            self.admission.established(connection)
+            key = (connection.route.target, connection.route.call)
+            self._paces[key].is_established(call.began_at, call.established_at)
+            self._status_changed.set()
+            if connection.client_left:
+                self.client_gone(connection)
+        self._next_turns()
 
     async def _look_after_setups(self) -> None:
         """See when calls are established, or will not be. The kernel tells, but
@@ -701,73 +779,63 @@ class Daemon:
             else:
                 await trio.sleep(interval)
             self._look_at_setups()
+            self._next_turns()
 
     def _look_interval(self) -> float:
+        now = trio.current_time()
+        due = max(self.admission.next_look(now) - now, 0.001)
         if not self._setups:
-            return math.inf
-        if self._places.statistics().tasks_waiting:
+            return due
+        if self.admission.is_wanted:
             return 0.001
-        age = trio.current_time() - next(reversed(self._setups)).began_at
+        age = now - next(reversed(self._setups)).call.began_at
         if age < 0.1:
             return 0.002
-        return LOOK_INTERVAL if age < PROMPT_AGE else 10 * LOOK_INTERVAL
+        often = LOOK_INTERVAL if age < PROMPT_AGE else 10 * LOOK_INTERVAL
+        return min(often, due)
 
     def _look_at_setups(self) -> None:
         now = trio.current_time()
+        look_up = now - self._looked_at >= ANSWER_LOOK
+        if look_up:
+            self._looked_at = now
         for connection in list(self._setups):
             if connection.look_if_established():
                 self.setup_ends(connection)
                 continue
-            age = now - connection.began_at
-            if age >= PROMPT_AGE and connection.holds_place:
-                self._free_place(connection)
-                self._status_changed.set()
-            if age >= self.settings.setup_timeout:
-                connection.interrupt(Ending.TIMED_OUT)
+            call = connection.call
+            if look_up and now - call.began_at >= ANSWER_LOOK:
+                connection.look_if_answered()
+            # Where every call starts a qube of its own, none overtakes another.
+            route = connection.route
+            overtaken = not route.target.startswith("@dispvm") and self._paces[
+                (route.target, route.call)
+            ].overtook(call.began_at)
+            ending = call.due(now, self.settings.setup_timeout, overtaken)
+            if ending is not None:
+                connection.interrupt(ending)
                 self._tend(connection)
-            elif self._is_lost(connection, now):
-                connection.interrupt(Ending.LOST)
-                self._tend(connection)
-
-    def _is_lost(self, connection: Connection, now: float) -> bool:
-        """Whether a call was overtaken so clearly that it must have been lost.
-
-        Where its qube has just started, all that waited are answered at once,
-        in any order; so from the first overtaking on it has another second.
-        """
-        if connection.lost_at is None:
-            quick = self._quick.get(
-                (connection.route.target, connection.route.call)
-            )
-            if quick is None or quick.began_at <= connection.began_at:
-                return False
-            connection.lost_at = max(
-                connection.began_at + quick.took + OVERTAKEN_AGE,
-                now + OVERTAKEN_GRACE,
-            )
-        return now >= connection.lost_at
+        for one in self.admission.old(now):
+            self.admission.gives_place_back(one)
+            self._status_changed.set()
 
     # ------------------------------------------------------------------ status
 
     def status(self) -> str:
         """One line for systemctl status."""
-        refused = (
-            sum(
-                isinstance(one.claim, Refusal)
-                for one in self._listeners.values()
-            )
-            + self._unusable
+        refused = self._unusable + sum(
+            isinstance(one.claim, Refusal) for one in self._listeners.values()
         )
         served = sum(
             isinstance(one.claim, Route) for one in self._listeners.values()
         )
-        prompts = sum(not one.holds_place for one in self._setups)
+        waiting = self.admission.without_place
         parts = [
             f"{_count(served, 'listener')} served, {refused} refused",
             f"{_count(len(self.connections), 'connection')} open",
         ]
-        if prompts:
-            parts.append(f"{prompts} waiting for an answer")
+        if waiting:
+            parts.append(f"{waiting} waiting for an answer")
         parts.append(
             f"{self.tally.served} ended well, {self.tally.failed} failed"
         )
@@ -780,46 +848,40 @@ class Daemon:
         while True:
             await self._status_changed.wait()
             self._status_changed = trio.Event()
-            if (
-                status := self.status()
-            ) != self._last_status and self._notifier.tell(f"STATUS={status}"):
-                self._last_status = status
+            if (status := self.status()) != self._last_status:
+                if self._notifier.tell(f"STATUS={status}"):
+                    self._last_status = status
+                else:
+                    # systemd does not read at the moment.
+                    self._status_changed.set()
             await trio.sleep(STATUS_INTERVAL)
-
-
-class _Notifier:
-    """The way to tell systemd something. Its socket stays open: the watchdog is
-    fed also when descriptors run out."""
-
-    def __init__(self) -> None:
-        address = os.environ.get("NOTIFY_SOCKET", "")
-        self._address = (
-            "\0" + address[1:] if address.startswith("@") else address
-        )
-        self._sock = (
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            if address
-            else None
-        )
-
-    def tell(self, state: str) -> bool:
-        """Whether systemd was told; that it could not be is no reason to
-        end."""
-        if self._sock is None:
-            return True
-        try:
-            self._sock.sendto(state.encode(), self._address)
-        except OSError:
-            return False
-        return True
-
-    def close(self) -> None:
-        if self._sock is not None:
-            self._sock.close()
 
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _grants() -> str:
+    """Name Xen's limit for what a qube shares, where there is one."""
+    try:
+        with open(_GRANT_LIMIT, encoding="ascii") as file:
+            limit = file.read().strip()
+    except OSError:
+        return ""
+    return (
+        f". Each open call takes some 33 grants, and {_GRANT_LIMIT} allows"
+        f" {limit}: Qubes' GUI agent writes 1073741824 there"
+    )
+
+
+def _xen_problem() -> str:
+    """Say if this user cannot open what a call needs of Xen."""
+    if not os.path.exists(_GRANTS) or os.access(_GRANTS, os.R_OK | os.W_OK):
+        return ""
+    return (
+        f"; {_GRANTS} cannot be opened by this user: put the user into the"
+        " group qubes, and start the service again"
+    )
 
 
 def _peer(sock: socket.socket, address: object) -> str:
@@ -845,17 +907,6 @@ def _client_environment() -> dict[str, str]:
         for key, value in os.environ.items()
         if not key.startswith(ours)
     }
-
-
-def _watchdog_interval() -> float | None:
-    """How often to feed the watchdog, in seconds: twice as often as systemd
-    asks for; None: no watchdog."""
-    try:
-        interval = int(os.environ["WATCHDOG_USEC"])
-        for_us = int(os.environ.get("WATCHDOG_PID", os.getpid())) == os.getpid()
-    except (KeyError, ValueError):
-        return None
-    return interval / 2e6 if for_us and interval > 0 else None
 
 
 def _raise_descriptor_limit() -> None:

@@ -14,12 +14,13 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..routing.claim import Route
+from .splice import unread
 
-__all__ = ["Orphan", "find_orphans"]
+__all__ = ["Orphan", "find_orphans", "left_to_read"]
 
 #: The same number on every architecture (Linux 5.6 up); Python has no function
 #: for it.
@@ -37,7 +38,8 @@ class Orphan:
     route: Route
     connection: str
     peer: str
-    #: Seconds since it was started.
+    #: Seconds since it was started, not counting any in which the machine may
+    #: have been suspended.
     age: float
 
 
@@ -78,18 +80,22 @@ def _duplicate(pidfd: int, fd: int) -> int:
     return duplicate
 
 
-def find_orphans() -> Iterator[Orphan]:
-    """Yield what goes on without its daemon. Raises PermissionError where the
-    kernel does not let us look."""
-    for pid in _members():
-        if pid == os.getpid():
+def find_orphans(known: Container[int] = ()) -> Iterator[Orphan]:
+    """Yield what goes on without its daemon, but for those known already.
+
+    Raises PermissionError where the kernel does not let us look, and other
+    OSErrors where it is short of something.
+    """
+    members = _members()
+    for pid in members:
+        if pid == os.getpid() or pid in known:
             continue
         # The pidfd first: whatever is read after it can only be of this
         # process, or fail.
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             pidfd = os.pidfd_open(pid)
             try:
-                orphan = _examine(pid, pidfd)
+                orphan = _examine(pid, pidfd, members)
             except BaseException:
                 os.close(pidfd)
                 raise
@@ -99,13 +105,26 @@ def find_orphans() -> Iterator[Orphan]:
                 yield orphan
 
 
-def _examine(pid: int, pidfd: int) -> Orphan | None:
+def _has_daemon(parent: int, members: Sequence[int]) -> bool:
+    """Whether a process has a parent that sees to it: this daemon, or another
+    one in the same control group (two in one terminal, or in a container)."""
+    if parent == os.getpid():
+        return True
+    if parent not in members:
+        return False
+    try:
+        return os.path.samefile(f"/proc/{parent}/exe", "/proc/self/exe")
+    except OSError:
+        return False
+
+
+def _examine(pid: int, pidfd: int, members: Sequence[int]) -> Orphan | None:
     with open(f"/proc/{pid}/stat", "rb") as file:
         # proc(5): what follows the parenthesized name are the fields from the
         # third on; starttime is the 22nd.
         fields = file.read().rpartition(b")")[2].split()
         state, parent, started = fields[0], fields[1], int(fields[19])
-    if state == b"Z" or int(parent) == os.getpid():
+    if state == b"Z" or _has_daemon(int(parent), members):
         return None
     try:
         environment = dict(
@@ -135,6 +154,19 @@ def _examine(pid: int, pidfd: int) -> Orphan | None:
         ),
         environment["QREXEC_ACTIVATE_CONNECTION"],
         environment.get("QREXEC_ACTIVATE_PEER", ""),
-        time.clock_gettime(time.CLOCK_BOOTTIME)
-        - started / os.sysconf("SC_CLK_TCK"),
+        # Both clocks start at boot; the other one does not stop at a suspend.
+        max(time.monotonic() - started / os.sysconf("SC_CLK_TCK"), 0.0),
     )
+
+
+def left_to_read(pid: int) -> int:
+    """How many bytes its stdin, a pipe, still holds for a process."""
+    try:
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        pipe = os.open(f"/proc/{pid}/fd/0", flags)
+    except OSError:
+        return 0
+    try:
+        return unread(pipe)
+    finally:
+        os.close(pipe)

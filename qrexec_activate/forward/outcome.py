@@ -1,8 +1,8 @@
 """What became of a connection, in words and fields. No I/O.
 
-The exit codes are those of qrexec-client-vm 4.4.2. A service may itself exit
-with any of them, so the words for a call that was established never blame
-qrexec.
+The exit codes are those of qrexec-client-vm 4.2.18 to 4.4.2. A service may
+itself exit with any of them, so the words for a call that was established name
+both.
 """
 
 from __future__ import annotations
@@ -25,22 +25,31 @@ class Ending(enum.Enum):
     STOPPED = "cut off by a stop of the daemon"
 
 
+_CANNOT_START = (
+    "the service could not be started there: nothing listens on that port or"
+    " socket, or its rpc-config is wrong"
+)
+_NO_SERVICE = "no such service in the target qube; install it there"
 #: What an exit code means where the call was never established, and what to do.
 _NEVER_ESTABLISHED = {
     0: "qrexec-client-vm ended before the call was set up",
-    1: "qrexec could not set the call up (no agent, or its data channel"
-    " failed); see the journal of qubes-qrexec-agent",
+    1: (
+        "qrexec could not set the call up (no agent, or its data channel"
+        " failed); see the journal of qubes-qrexec-agent"
+    ),
     2: "qrexec-client-vm was called wrongly; see its message in the journal",
-    125: "the service could not be started there: nothing listens on that"
-    " port or socket, or its rpc-config is wrong",
+    125: _CANNOT_START,
     126: (
         "refused: by the policy in dom0, or the qube is halted, its agent is"
         " gone, or it has too many connections open;"
         " qrexec-activate policy shows the line that dom0 needs"
     ),
-    127: "no such service in the target qube; install it there",
+    127: _NO_SERVICE,
     255: "the target qube closed the call before it was set up",
 }
+#: What it most likely means where the target had taken the call, and not a byte
+#: came back.
+_WITHOUT_A_BYTE = {125: _CANNOT_START, 127: _NO_SERVICE}
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -81,6 +90,9 @@ class Outcome:
     bytes_to_qube: int | None = None
     bytes_from_qube: int | None = None
     detail: str = ""
+    #: qrexec-client-vm ended without having ended the stream, as one does that
+    #: is killed.
+    cut: bool = False
 
     @property
     def failed(self) -> bool:
@@ -89,10 +101,25 @@ class Outcome:
         if self.ending is Ending.CLIENT_EXITED:
             return (
                 not self.established
+                or self.cut
                 or self.exit_code in (1, 255)
                 or (self.exit_code or 0) < 0
+                or self.without_a_byte
             )
         return self.ending is not Ending.CLIENT_GONE
+
+    @property
+    def without_a_byte(self) -> bool:
+        """Whether qrexec says that no service ran, and nothing came back.
+
+        The target had taken the call before it found that out, so that the
+        client may have seen the end of an empty stream.
+        """
+        return (
+            self.established
+            and self.exit_code in _WITHOUT_A_BYTE
+            and not self.bytes_from_qube
+        )
 
     def words(self) -> str:
         """Say what happened and, if it failed, what it means."""
@@ -115,30 +142,15 @@ class Outcome:
             return str(self.ending.value)
         code = self.exit_code
         if code is None:
+            if not self.established:
+                return (
+                    "failed: qrexec-client-vm ended before the call was set up"
+                )
             return (
-                "ended"
-                if self.established
-                else "failed: qrexec-client-vm ended before the call was set up"
+                "cut off: qrexec-client-vm was killed" if self.cut else "ended"
             )
         if self.established:
-            if code == 0:
-                return "ended"
-            if code < 0:
-                return (
-                    f"ended: qrexec-client-vm was killed by"
-                    f" {_signal_name(-code)}"
-                )
-            if code == 255:
-                return (
-                    "ended with exit code 255: the service's own, or the"
-                    " target qube closed the call early"
-                )
-            if code > 128:
-                return (
-                    f"ended with exit code {code}: the service's own, or it"
-                    f" was killed by {_signal_name(code - 128)}"
-                )
-            return f"ended with the service's exit code {code}"
+            return self._what_was_established(code)
         if code < 0:
             return (
                 f"failed: qrexec-client-vm was killed by"
@@ -148,6 +160,33 @@ class Outcome:
             code, "the service ended before the call was set up"
         )
         return f"failed with exit code {code}: {meaning}"
+
+    def _what_was_established(self, code: int) -> str:
+        if self.without_a_byte:
+            return (
+                f"failed with exit code {code}: {_WITHOUT_A_BYTE[code]} (or it"
+                " is the service's own exit code); the client may have seen an"
+                " empty answer"
+            )
+        if code < 0:
+            return (
+                f"cut off: qrexec-client-vm was killed by {_signal_name(-code)}"
+            )
+        if self.cut:
+            return f"cut off: qrexec-client-vm failed with exit code {code}"
+        if code == 0:
+            return "ended"
+        if code == 255:
+            return (
+                "ended with exit code 255: the service's own, or the target"
+                " qube closed the call early"
+            )
+        if code > 128:
+            return (
+                f"ended with exit code {code}: the service's own, or it was"
+                f" killed by {_signal_name(code - 128)}"
+            )
+        return f"ended with the service's exit code {code}"
 
 
 def _signal_name(number: int) -> str:

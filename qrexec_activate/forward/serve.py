@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -126,6 +127,10 @@ def _serve() -> None:
 def main() -> None:
     """Serve the passed sockets until told to stop. An error that a person can
     mend is one line."""
+    # Whoever waits for this start is served before an order to stop is heard:
+    # else changes of units that come faster than Python starts would keep
+    # everybody waiting. The daemon unblocks it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         _serve()
     except ActivateError as error:

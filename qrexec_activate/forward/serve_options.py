@@ -118,7 +118,8 @@ class UserId(_IntType):
     },
     epilog="""Try it out, with the qube "work" as the target:
 
-    systemd-socket-activate -l 127.0.0.1:8000 --fdname=work qrexec-activate serve qubes.ConnectTCP --argument 8000
+    systemd-socket-activate -l 127.0.0.1:8000 --fdname=work \\
+        qrexec-activate serve qubes.ConnectTCP --argument 8000
 """,
 )
 @click.argument("rpc", envvar=[])
@@ -162,6 +163,13 @@ class UserId(_IntType):
     help="Connections open to one target at once; more wait.",
 )
 @click.option(
+    "--max-total",
+    metavar="N",
+    type=click.IntRange(1, 100000),
+    default=240,
+    help="Calls open in this qube at once, whoever made them; more wait.",
+)
+@click.option(
     "--setup-timeout",
     metavar="TIME",
     type=Duration(),
@@ -192,6 +200,7 @@ def command(
     client: str,
     max_setups: int,
     max_connections: int,
+    max_total: int,
     setup_timeout: float,
     exit_idle_time: float | None,
     allow_uid: tuple[int, ...],
@@ -223,6 +232,7 @@ def command(
         relay=Relay(relay),
         max_setups=max_setups,
         max_connections=max_connections,
+        max_total=max_total,
         setup_timeout=setup_timeout,
         exit_idle_time=exit_idle_time or None,
         allow_uids=allow_uid,

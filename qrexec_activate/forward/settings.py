@@ -28,6 +28,8 @@ class Settings:
     #: qrexec opens at most 128 connections to one target; others than ours need
     #: some, too.
     max_connections: int = 120
+    #: qrexec's agent has 256 slots for all calls of a qube, whoever makes them.
+    max_total: int = 240
     setup_timeout: float = 300.0
     exit_idle_time: float | None = None
     #: The users whose connections are let in; empty: everybody's who can reach

@@ -23,27 +23,21 @@ __all__ = ["ClientGone", "Splice", "discard", "half_close", "unread"]
 #: What one call may move. More than a pipe holds, so that the pipe's size is
 #: the limit.
 CHUNK = 1 << 20
-#: Pipes of this size where the kernel allows it (the sum per user is limited);
-#: the default is 64 KiB.
-PIPE_SIZE = 1 << 20
+#: Pipes of this size, as long as all of this process stay within the budget:
+#: the kernel allows a user 64 MiB in all pipes of more than one page
+#: (fs.pipe-user-pages-soft), and whoever comes after that gets pipes of 4 KiB.
+PIPE_SIZE = 1 << 18
+PIPE_BUDGET = 16 << 20
 #: struct linger: what close() does. A reset destroys what the client has not
 #: read yet, so not where all went well.
-_RESET_AT_CLOSE, _NO_LINGER = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
+RESET_AT_CLOSE, _NO_LINGER = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
-_GONE = {errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.ENOTCONN}
+
+_enlarged = 0
 
 
 class ClientGone(Exception):
     """The client's end of the socket is gone: nothing more can be delivered."""
-
-
-def _pipe() -> tuple[int, int]:
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    # EPERM: this user's pipes are large enough already. It works with small
-    # ones too.
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-    return reader, writer
 
 
 class Splice:
@@ -51,7 +45,8 @@ class Splice:
 
     The child's ends stay open here until release_child_ends(), so that a call
     that was never established can be tried again with another child on the same
-    pipes and nothing is lost.
+    pipes and nothing is lost. Until then the end of what the client sends is
+    kept back, too: it would be the end of what can be seen.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -59,22 +54,35 @@ class Splice:
         self.to_qube = 0
         self.from_qube = 0
         self._ends: dict[str, int] = {}
+        self._enlarged = 0
+        self._released = False
+        self._input_over = False
         try:
-            self._ends["child_in"], self._ends["up"] = _pipe()
-            self._ends["down"], self._ends["child_out"] = _pipe()
+            self._ends["child_in"], self._ends["up"] = self._pipe()
+            self._ends["down"], self._ends["child_out"] = self._pipe()
             sock.setblocking(False)
-            # If this daemon is killed, the kernel closes the socket: that must
-            # not look like the end of the service.
-            sock.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE
-            )
-            # Only our own ends: O_NONBLOCK on the child's would look as if the
-            # call were established.
+            # Our own ends; and what the child writes to. qrexec-client-vm makes
+            # both of its ends non-blocking as the data phase begins, and
+            # blocking again as it closes them (4.2.18 to 4.4.2). So the one is
+            # seen to change while it runs, and the other is seen to have
+            # changed when it has ended.
             os.set_blocking(self._ends["up"], False)
             os.set_blocking(self._ends["down"], False)
+            os.set_blocking(self._ends["child_out"], False)
         except BaseException:
             self.close()
             raise
+
+    def _pipe(self) -> tuple[int, int]:
+        global _enlarged
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        if _enlarged + PIPE_SIZE <= PIPE_BUDGET:
+            # EPERM: this user's pipes are large enough already.
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+                _enlarged += PIPE_SIZE
+                self._enlarged += PIPE_SIZE
+        return reader, writer
 
     @property
     def child_stdin(self) -> int:
@@ -84,36 +92,77 @@ class Splice:
     def child_stdout(self) -> int:
         return self._ends["child_out"]
 
-    def established(self) -> bool:
-        """Whether the child has made its stdin non-blocking, which
-        qrexec-client-vm does as the data phase begins."""
-        stdin = self._ends.get("child_in")
-        return stdin is None or bool(
-            fcntl.fcntl(stdin, fcntl.F_GETFL) & os.O_NONBLOCK
-        )
+    # ------------------------------------------------------------ what is seen
+
+    def in_data_phase(self) -> bool:
+        """Whether the child's ends tell that the data phase has begun."""
+        if self._released:
+            return True
+        begun = fcntl.fcntl(self._ends["child_in"], fcntl.F_GETFL)
+        ended = fcntl.fcntl(self._ends["child_out"], fcntl.F_GETFL)
+        return bool(begun & os.O_NONBLOCK) or not ended & os.O_NONBLOCK
+
+    def has_given(self) -> bool:
+        """Whether the child has written anything."""
+        return self.from_qube > 0 or unread(self._ends["down"]) > 0
+
+    def has_taken(self) -> bool:
+        """Whether the child has read anything."""
+        return self.to_qube > self.unread()
 
     def unread(self) -> int:
         """How many bytes are on their way to the child."""
-        return unread(self._ends["up"]) if "up" in self._ends else 0
+        for name in ("up", "rest"):
+            if name in self._ends:
+                return unread(self._ends[name])
+        return 0
+
+    @property
+    def all_sent(self) -> bool:
+        """Whether the child needs no pump for what the client has sent."""
+        return self._released and "up" not in self._ends
+
+    # ------------------------------------------------------------------- close
 
     def release_child_ends(self) -> None:
         """Leave the child's ends to the child, so that its going is seen as EOF
         and EPIPE."""
+        self._released = True
         self._close("child_in", "child_out")
+        if self._input_over:
+            self._end_input()
 
     def close(self) -> None:
+        global _enlarged
         self._close(*self._ends)
+        _enlarged -= self._enlarged
+        self._enlarged = 0
 
     def _close(self, *names: str) -> None:
         for name in names:
             if (fd := self._ends.pop(name, None)) is not None:
                 os.close(fd)
 
-    async def _drop(self, name: str) -> None:
+    def _drop(self, name: str) -> None:
         """Close an end that a pump of this object may be waiting on."""
         if name in self._ends:
             trio.lowlevel.notify_closing(self._ends[name])
             self._close(name)
+
+    def _end_input(self) -> None:
+        """Let the child see that no more comes, as soon as it may."""
+        self._input_over = True
+        if not self._released or "up" not in self._ends:
+            return
+        with contextlib.suppress(OSError):
+            # To see what it has yet to read: a reader of our own, as the
+            # child's is closed here.
+            path = f"/proc/self/fd/{self._ends['up']}"
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            self._ends["rest"] = os.open(path, flags)
+        self._drop("up")
+
+    # -------------------------------------------------------------------- move
 
     async def pump_up(self) -> None:
         """Move bytes from the client to the child until the client half-closes,
@@ -129,10 +178,13 @@ class Splice:
             # The child reads no more, but may still write. What the client goes
             # on sending is taken and dropped: unread bytes at close() would
             # turn into a reset that destroys what the client has yet to read.
-            await self._drop("up")
+            self._drop("up")
             await discard(self._sock)
-        finally:
-            await self._drop("up")
+        except ClientGone:
+            self._end_input()
+            raise
+        else:
+            self._end_input()
 
     async def pump_down(self) -> None:
         """Move bytes from the child to the client until the child closes its
@@ -156,11 +208,18 @@ async def _move(source: int, sink: int, *, reading_socket: bool) -> int:
             await trio.lowlevel.wait_readable(source)
             await trio.lowlevel.wait_writable(sink)
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                await trio.sleep(_SHORTAGE)
+                continue
             if reading_socket and error.errno == errno.EPIPE:
                 raise
-            if error.errno in _GONE:
-                raise ClientGone from error
-            raise
+            # A route that is gone, a peer that is unreachable: whatever a
+            # socket reports, it carries nothing any more.
+            raise ClientGone from error
+
+
+#: How long to wait where the kernel has no memory.
+_SHORTAGE = 0.05
 
 
 def unread(fd: int) -> int:
@@ -188,8 +247,6 @@ def half_close(sock: socket.socket) -> bool:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         sock.shutdown(socket.SHUT_WR)
-    except OSError as error:
-        if error.errno not in _GONE:
-            raise
+    except OSError:
         return False
     return True

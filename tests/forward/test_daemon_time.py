@@ -24,8 +24,9 @@ from scenario import connect, is_reset_error, sees_reset
 from trio.testing import MockClock
 
 from qrexec_activate.forward import connection as connection_module
-from qrexec_activate.forward.connection import Client
-from qrexec_activate.forward.daemon import OVERTAKEN_AGE, PROMPT_AGE, Daemon
+from qrexec_activate.forward.call import OVERTAKEN_AGE, PROMPT_AGE, RETRY_DELAY
+from qrexec_activate.forward.child import Client
+from qrexec_activate.forward.daemon import Daemon
 from qrexec_activate.forward.settings import Relay, Settings
 from qrexec_activate.routing.claim import PassedSocket, Route
 from qrexec_activate.systemd.journal import Log, Priority
@@ -245,7 +246,7 @@ async def test_failed_set_ups_are_tried_again_after_growing_random_delays(
     delays = [later - earlier for earlier, later in itertools.pairwise(moments)]
     assert len(delays) == 5
     for number, delay in enumerate(delays):
-        middle = connection_module.RETRY_DELAY * 2**number
+        middle = RETRY_DELAY * 2**number
         assert 0.5 * middle <= delay <= 1.5 * middle + 0.5
     await stage.recorded("after 6 tries")
 
@@ -315,18 +316,20 @@ async def test_a_call_that_was_overtaken_is_ended_and_made_again(
     lost = await stage.connect()
     first = await stage.nth(1)
     await trio.sleep(1)
-    quick = await stage.connect()
-    second = await stage.nth(2)
-    second.establish()
-    again = await stage.nth(3)
+    quick = [await stage.connect() for _ in range(2)]
+    others = [await stage.nth(2), await stage.nth(3)]
+    for other in others:
+        other.establish()
+    again = await stage.nth(4)
     assert not first.is_alive()
     assert again.at - first.at >= OVERTAKEN_AGE
     assert again.at - first.at < OVERTAKEN_AGE + 3
     again.establish()
     await trio.sleep(1)
     again.exits(0)
-    second.exits(0)
-    for stream in (lost, quick):
+    for other in others:
+        other.exits(0)
+    for stream in (lost, *quick):
         assert await stream.receive_some() == b""
         await stream.aclose()
     await stage.recorded("ended, after 2 tries")

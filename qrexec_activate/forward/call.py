@@ -1,0 +1,193 @@
+"""The life of one call: what is known of it, and what comes next. No I/O.
+
+Set up, established, ended; or tried again, given up, reset. What happened to
+qrexec-client-vm, to the client, to the clock comes in; the next step goes out.
+A service runs at most once for one connection: nothing is tried again of which
+anything says that the service may have run.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from .outcome import Ending
+
+__all__ = ["Again", "Call", "Evidence", "Pace", "has_run"]
+
+#: A call that qrexec could not set up (exit code 1) is tried so often again. On
+#: Xen, setting up more than 10 to 25 calls at once fails in this way
+#: (QubesOS/qubes-issues 11059), and trying again after a random delay is the
+#: cure.
+RETRIES = 5
+#: The first delay in seconds; it doubles each time, and is randomized by half
+#: of itself either way.
+RETRY_DELAY = 0.1
+#: An answer that took longer may have been that of a person.
+PROMPT_AGE = 2.0
+#: Of a call that may have been put to a person, so many tries are made in all.
+PROMPTS = 2
+#: A call whose policy was answered, but not its target, is lost after so long.
+#: A target answers in 60 ms (between running qubes on Qubes 4.3).
+VCHAN_PATIENCE = 10.0
+#: A call without any sign of an answer is lost if it is so old, and if so many
+#: of its route that began later were answered so quickly that nobody can have
+#: been asked. Up to 1.1 % of calls hang for ever when 32 are set up at once (a
+#: race in qrexec-daemon 4.4.2).
+OVERTAKEN_AGE = 10.0
+OVERTAKERS = 2
+QUICK = 0.5
+
+#: Exit codes by which qrexec-client-vm (4.2.18 to 4.4.2) says that no service
+#: was run; a service may exit with any of them, too. 125 and 127 are not among
+#: them: they come after the target has taken the call.
+_NOT_RUN = {1, 2, 126, 255}
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the end of a qrexec-client-vm leaves to be seen.
+
+    `data_phase`: whether O_NONBLOCK tells that bytes could flow; with a socket,
+    which keeps the flag, that decides. With pipes it may have been missed, but
+    what came out of them, or was taken in, or the exit code tell.
+    """
+
+    data_phase: bool
+    by_pipes: bool = False
+    bytes_out: bool = False
+    bytes_in: bool = False
+    exit_code: int | None = None
+
+
+def has_run(seen: Evidence) -> bool:
+    """Whether the service may have run, so that it must not run again."""
+    if seen.data_phase or not seen.by_pipes:
+        return seen.data_phase
+    if seen.bytes_out or seen.bytes_in:
+        return True
+    code = seen.exit_code
+    return code is not None and code >= 0 and code not in _NOT_RUN
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The call is to be made again after so many seconds, if there is room."""
+
+    delay: float
+
+
+@dataclass(slots=True)
+class Call:
+    """What is known of a call, by the clock that it was begun with.
+
+    A *try* is one qrexec-client-vm. Most calls have one.
+    """
+
+    accepted_at: float
+    began_at: float = 0.0
+    #: When this try was first seen to have dom0's answer.
+    answered_at: float | None = None
+    established_at: float | None = None
+    tries: int = 0
+    #: Tries whose answer was so slow that a person may have given it.
+    prompts: int = 0
+    interrupted: Ending | None = None
+    random: random.Random = field(default_factory=random.Random)
+
+    # ------------------------------------------------------------------ events
+
+    def begins(self, now: float) -> None:
+        """A qrexec-client-vm was started for it."""
+        self.tries += 1
+        self.began_at = now
+        self.answered_at = None
+
+    def is_answered(self, now: float) -> None:
+        """dom0 has answered: the data channel is open at this end."""
+        if self.answered_at is None:
+            self.answered_at = now
+
+    def is_established(self, now: float) -> None:
+        """The target has taken it: bytes can flow."""
+        if self.established_at is None:
+            self.established_at = now
+
+    def interrupt(self, ending: Ending) -> None:
+        """Something else ends it, or this try; the first reason counts."""
+        if self.interrupted is None:
+            self.interrupted = ending
+
+    # --------------------------------------------------------------- decisions
+
+    def due(
+        self, now: float, setup_timeout: float, overtaken: bool
+    ) -> Ending | None:
+        """Whether to give up waiting for an answer, and why."""
+        if self.established_at is not None:
+            return None
+        if now - self.began_at >= setup_timeout:
+            return Ending.TIMED_OUT
+        if self.answered_at is not None:
+            lost = now - self.answered_at >= VCHAN_PATIENCE
+        else:
+            lost = overtaken and now - self.began_at >= OVERTAKEN_AGE
+        return Ending.LOST if lost else None
+
+    def takes_back(self, now: float) -> bool:
+        """An interruption for want of an answer: whether one has come since."""
+        late = (Ending.TIMED_OUT, Ending.LOST)
+        if self.established_at is None or self.interrupted not in late:
+            return False
+        self.interrupted = None
+        return True
+
+    def after_try(
+        self, now: float, ending: Ending, code: int | None, no_room: bool
+    ) -> Again | None:
+        """A try has ended before any service ran: whether to make another.
+
+        `no_room`: it failed, or was refused, for want of room and not by
+        policy; then what others do decides how long it waits, and not how often
+        it has been tried.
+        """
+        answer = self.answered_at if self.answered_at is not None else now
+        slow = answer - self.began_at >= PROMPT_AGE
+        # Who is asked once is asked each time: a quick answer is no person's.
+        self.prompts = self.prompts + 1 if slow else 0
+        if self.established_at is not None or self.prompts >= PROMPTS:
+            return None
+        if self.interrupted not in (None, Ending.LOST):
+            return None
+        refused = ending is Ending.CLIENT_EXITED and code == 126
+        failed = ending is Ending.CLIENT_EXITED and code == 1
+        lost = ending is Ending.LOST
+        if refused and (slow or not no_room):
+            return None
+        if not (lost or failed or refused):
+            return None
+        if no_room:
+            self.tries -= 1
+        elif self.tries > RETRIES:
+            return None
+        self.interrupted = None
+        if lost:
+            return Again(0.0)
+        delay = RETRY_DELAY * 2 ** max(self.tries - 1, 0)
+        return Again(delay * self.random.uniform(0.5, 1.5))
+
+
+@dataclass(slots=True)
+class Pace:
+    """How calls of one route come about: the last that were quick to do so."""
+
+    quick: list[float] = field(default_factory=list)
+
+    def is_established(self, began_at: float, now: float) -> None:
+        if now - began_at < QUICK:
+            self.quick = [*self.quick, began_at][-OVERTAKERS:]
+
+    def overtook(self, began_at: float) -> bool:
+        """Whether enough calls that began later were quick."""
+        later = [time for time in self.quick if time > began_at]
+        return len(later) >= OVERTAKERS

@@ -1,0 +1,269 @@
+"""qrexec-client-vm: how it is started, and what can be seen of one that runs.
+
+A pid that cannot be mistaken for another's, its exit code, what it said, and
+how far its call has come, as /proc shows it. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from ..routing.claim import Route
+from .settings import Relay
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = [
+    "STARVED",
+    "Child",
+    "Client",
+    "StartProblem",
+    "Starved",
+    "bounded_memory",
+]
+
+#: What is kept of the stderr of a call that shows whether qrexec-client-vm
+#: takes a socket.
+KEPT_STDERR = 1 << 16
+#: Errors that say that the machine is short of something, and that pass.
+STARVED = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.ENOBUFS,
+    errno.ENOSPC,
+}
+#: A unix socket that listens: __SO_ACCEPTCON among the flags in /proc/net/unix.
+_LISTENS = 1 << 16
+
+
+class StartProblem(Exception):
+    """qrexec-client-vm could not be started, and trying again will not help."""
+
+
+class Starved(Exception):
+    """The machine is short of something; later it may work."""
+
+
+@dataclass(slots=True)
+class Client:
+    """How to start qrexec-client-vm, and what has been learnt about it."""
+
+    path: str
+    relay: Relay
+    environment: dict[str, str]
+    #: Whether it takes a socket (--use-stdin-socket, since 4.2.19); None until
+    #: a call has shown it.
+    takes_socket: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.relay is not Relay.AUTO:
+            self.takes_socket = self.relay is Relay.HAND_OVER
+
+    def spawn(
+        self,
+        route: Route,
+        environment: dict[str, str],
+        stdin: int,
+        stdout: int | None,
+        stderr: int,
+    ) -> int:
+        """Start it and return its pid. `stdout` None: stdin is a socket that
+        serves both ways."""
+        argv = [self.path, route.target, route.call]
+        if stdout is None:
+            argv.insert(1, "--use-stdin-socket")
+        actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
+            (os.POSIX_SPAWN_DUP2, stdin, 0)
+        ]
+        if stdout is None:
+            actions.append((os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0))
+        else:
+            actions.append((os.POSIX_SPAWN_DUP2, stdout, 1))
+        if stderr != 2:
+            actions.append((os.POSIX_SPAWN_DUP2, stderr, 2))
+        try:
+            return os.posix_spawnp(
+                self.path,
+                argv,
+                {**self.environment, **environment},
+                file_actions=actions,
+                # A group of its own: Ctrl-C at a terminal stops the daemon, not
+                # the connections.
+                setpgroup=0,
+                setsigmask=(),
+                # Python ignores these two, and an ignored signal stays ignored
+                # in a child.
+                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+            )
+        except OSError as error:
+            if error.errno in STARVED:
+                raise Starved(str(error)) from error
+            raise StartProblem(
+                f"cannot start {self.path}: {error.strerror}; it comes with"
+                " qubes-core-qrexec, --client names another"
+            ) from error
+
+
+def bounded_memory(name: str) -> int:
+    """A file in memory that takes no more than KEPT_STDERR: the target qube
+    decides how much there is to write.
+
+    Further writes fail, which qrexec-client-vm 4.4.2 takes without ado.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, KEPT_STDERR)
+        fcntl.fcntl(
+            fd,
+            fcntl.F_ADD_SEALS,
+            fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL,
+        )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Child:
+    """A running qrexec-client-vm: a pid that cannot be mistaken for another's,
+    and what it said on stderr.
+
+    One that comes with its pidfd was started by an earlier daemon, and is no
+    child of this process.
+    """
+
+    __slots__ = ("_exit_code", "_pidfd", "_stderr", "adopted", "pid")
+
+    def __init__(
+        self, pid: int, stderr: int | None, pidfd: int | None = None
+    ) -> None:
+        self.pid = pid
+        self.adopted = pidfd is not None
+        self._pidfd = pidfd
+        self._stderr = stderr
+        self._exit_code: int | None = None
+
+    def open(self) -> int:
+        """Open its pidfd, and return it. The pid stays its own until wait() has
+        taken the exit code."""
+        if self._pidfd is None:
+            self._pidfd = os.pidfd_open(self.pid)
+        return self._pidfd
+
+    @property
+    def pidfd(self) -> int | None:
+        return self._pidfd
+
+    async def ended(self) -> None:
+        await trio.lowlevel.wait_readable(self.open())
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.open(), number)
+
+    def wait(self) -> int | None:
+        """Return the exit code of one that has ended, negative for a signal;
+        None if only its parent can know."""
+        if self._exit_code is None and not self.adopted:
+            self._exit_code = os.waitstatus_to_exitcode(
+                os.waitpid(self.pid, 0)[1]
+            )
+        return self._exit_code
+
+    # ------------------------------------------------------- what can be seen
+
+    def is_answered(self) -> bool:
+        """Whether dom0 has answered: after that it opens its end of the vchan.
+
+        On Xen that is /dev/xen/gntalloc and evtchn; a vchan over sockets (as in
+        qrexec's own tests) is a unix socket that listens. Seen with 4.4.2.
+        """
+        sockets = set()
+        try:
+            with os.scandir(f"/proc/{self.pid}/fd") as entries:
+                for entry in entries:
+                    link = os.readlink(entry.path)
+                    if link.startswith("/dev/xen/"):
+                        return True
+                    if link.startswith("socket:["):
+                        sockets.add(link[len("socket:[") : -1])
+            return bool(sockets & _listening(self.pid))
+        except OSError:
+            # It is ending, or may not be looked at.
+            return False
+
+    def is_ending(self) -> bool:
+        """Whether it holds no descriptors any more: only its exit code is yet
+        to come."""
+        try:
+            return not os.listdir(f"/proc/{self.pid}/fd")
+        except OSError:
+            return True
+
+    def cpu_time(self) -> float:
+        """Return the seconds of CPU that it has used."""
+        try:
+            # clock_getcpuclockid(3), which Python lacks: the clock of a pid.
+            return time.clock_gettime(~self.pid << 3 | 2)
+        except OSError:
+            return 0.0
+
+    # ------------------------------------------------------------------ stderr
+
+    @property
+    def kept_stderr(self) -> bool:
+        return self._stderr is not None
+
+    def said(self) -> bytes:
+        """What it wrote to stderr, where that was kept back; only the
+        beginning."""
+        if self._stderr is None:
+            return b""
+        # Its writes have moved the position, which is shared; behind it are the
+        # zeros of the bounded memory.
+        return os.pread(self._stderr, os.lseek(self._stderr, 0, os.SEEK_CUR), 0)
+
+    def close(self) -> None:
+        for fd in (self._pidfd, self._stderr):
+            if fd is not None:
+                os.close(fd)
+        self._pidfd = self._stderr = None
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _listening(pid: int) -> set[str]:
+    """Return the inodes of the unix sockets that listen where this process is.
+
+    Anybody may put line feeds into an abstract name: a line that looks like
+    another socket's counts only if the process has that socket open, too.
+    """
+    found = set()
+    with open(f"/proc/{pid}/net/unix", "rb") as lines:
+        for line in lines:
+            fields = line.split(None, 7)
+            with contextlib.suppress(ValueError, IndexError):
+                if int(fields[3], 16) & _LISTENS:
+                    found.add(fields[6].decode("ascii", "replace"))
+    return found
