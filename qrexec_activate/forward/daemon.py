@@ -19,6 +19,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -34,10 +35,15 @@ from .call import PROMPT_AGE, Pace
 from .census import Census
 from .child import STARVED, Client, StartProblem, Starved
 from .connection import HANG_UP_GRACE, HANG_UP_LOOK, Connection, reset
-from .orphans import Orphan, find_orphans, left_to_read
+from .orphans import (
+    Orphan,
+    find_caretakers,
+    find_orphans,
+    left_to_read,
+)
 from .outcome import Ending, Outcome, format_seconds
 from .peers import Gate, GateProblem, borrowed, exposure
-from .settings import Settings
+from .settings import CARETAKER, Settings
 from .watch import Watch
 
 __all__ = ["Daemon"]
@@ -228,9 +234,7 @@ class Daemon:
                 self._nursery = nursery
                 with trio.CancelScope() as accepting:
                     nursery.start_soon(self._stop_on_signal, signals, accepting)
-                    nursery.start_soon(self._watch.run)
-                    nursery.start_soon(self._look_after_hang_ups)
-                    nursery.start_soon(self._look_after_setups)
+                    self._start_looking()
                     nursery.start_soon(self._report)
                     nursery.start_soon(self._adopt)
                     self._notifier.tell(f"READY=1\nSTATUS={self.status()}")
@@ -238,6 +242,40 @@ class Daemon:
                 self._notifier.tell("STOPPING=1")
                 await self._wind_up()
                 nursery.cancel_scope.cancel()
+        if self.connections and self._notifier.wanted:
+            _leave_caretaker()
+        self._close()
+
+    async def look_after(self) -> None:
+        """Without listeners: see to the connections that an earlier daemon left
+        until they are over, or the next daemon comes and says so.
+
+        Who would else reset the client of a call that is refused after a
+        prompt, or make a call again that was lost?
+        """
+        _raise_descriptor_limit()
+        with trio.open_signal_receiver(
+            signal.SIGTERM, signal.SIGINT
+        ) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                with trio.CancelScope() as looking:
+                    self._first_round.set()
+                    nursery.start_soon(self._stop_on_signal, signals, looking)
+                    self._start_looking()
+                    await self._adopt()
+                    while self.connections:
+                        await self._connection_ends(math.inf)
+                nursery.cancel_scope.cancel()
+        self._close()
+
+    def _start_looking(self) -> None:
+        self._nursery.start_soon(self._watch.run)
+        self._nursery.start_soon(self._look_after_hang_ups)
+        self._nursery.start_soon(self._look_after_setups)
+
+    def _close(self) -> None:
         for connection in self.connections:
             connection.abandon()
         self._watch.close()
@@ -684,6 +722,15 @@ class Daemon:
 
     async def _adopt(self) -> None:
         """Watch again over the connections that outlived an earlier daemon."""
+        for pidfd in find_caretakers():
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+                with trio.move_on_after(STOP_PATIENCE):
+                    await trio.lowlevel.wait_readable(pidfd)
+            except ProcessLookupError:
+                pass
+            finally:
+                os.close(pidfd)
         known: set[int] = set()
         while True:
             try:
@@ -855,6 +902,24 @@ class Daemon:
                     # systemd does not read at the moment.
                     self._status_changed.set()
             await trio.sleep(STATUS_INTERVAL)
+
+
+def _leave_caretaker() -> None:
+    """Start this program once more, to look after what goes on without a
+    daemon. Where that cannot be, it goes on by itself."""
+    environment = _client_environment() | {
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith("QREXEC_ACTIVATE_")
+    }
+    with contextlib.suppress(OSError):
+        os.posix_spawnp(
+            sys.orig_argv[0],
+            sys.orig_argv,
+            {**environment, CARETAKER: "1"},
+            setpgroup=0,
+            setsigmask=(),
+        )
 
 
 def _count(number: int, thing: str) -> str:

@@ -18,9 +18,16 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..routing.claim import Route
+from .settings import CARETAKER
 from .splice import unread
 
-__all__ = ["Orphan", "find_orphans", "left_to_read"]
+__all__ = [
+    "Orphan",
+    "find_caretakers",
+    "find_orphans",
+    "left_to_read",
+]
+
 
 #: The same number on every architecture (Linux 5.6 up); Python has no function
 #: for it.
@@ -103,6 +110,24 @@ def find_orphans(known: Container[int] = ()) -> Iterator[Orphan]:
                 os.close(pidfd)
             else:
                 yield orphan
+
+
+def find_caretakers() -> Iterator[int]:
+    """Yield a pidfd of each process here that looks after orphans."""
+    for pid in _members():
+        if pid == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                names = _read_zero_separated(f"/proc/{pid}/environ")
+                theirs = any(name.startswith(f"{CARETAKER}=") for name in names)
+            except OSError:
+                theirs = False
+            if theirs:
+                yield pidfd
+            else:
+                os.close(pidfd)
 
 
 def _has_daemon(parent: int, members: Sequence[int]) -> bool:

@@ -11,17 +11,23 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from ..errors import ActivateError, BadName, UsageProblem
 from ..routing.claim import Claim, PassedSocket
 from ..systemd.passed import passed_sockets
 from .background import Background
+from .settings import CARETAKER
 
 if TYPE_CHECKING:
     from .serve_options import Request
 
 __all__ = ["main"]
+
+#: Who looks after connections without a daemon begins to do so after so many
+#: seconds: most often the next daemon is there by then.
+CARETAKER_DELAY = 1.0
 
 HOW_TO_START = (
     "no socket was passed: this command is started by systemd when a"
@@ -124,6 +130,23 @@ def _serve() -> None:
     trio.run(run)
 
 
+def _look_after() -> None:
+    """See to what an earlier daemon left, until the next one comes."""
+    time.sleep(CARETAKER_DELAY)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    from .serve_options import parse
+
+    request = parse(sys.argv[2:])
+
+    import trio
+
+    from ..systemd.journal import Log
+    from .daemon import Daemon
+
+    daemon = Daemon(request.service, request.settings, Log())
+    trio.run(daemon.look_after)
+
+
 def main() -> None:
     """Serve the passed sockets until told to stop. An error that a person can
     mend is one line."""
@@ -132,7 +155,11 @@ def main() -> None:
     # everybody waiting. The daemon unblocks it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        _serve()
+        if CARETAKER in os.environ:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+            _look_after()
+        else:
+            _serve()
     except ActivateError as error:
         print(f"qrexec-activate: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (UsageProblem, BadName)) else 1)

@@ -6,7 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Relay", "Settings"]
+__all__ = ["CARETAKER", "Relay", "Settings"]
+
+#: In the environment of a process that has no listeners, and looks after the
+#: connections of an earlier daemon until the next one comes.
+CARETAKER = "QREXEC_ACTIVATE_CARETAKER"
 
 
 class Relay(Enum):

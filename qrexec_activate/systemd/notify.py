@@ -26,6 +26,11 @@ class Notifier:
             else None
         )
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody wants to know: a service of Type=notify."""
+        return self._sock is not None
+
     def tell(self, state: str) -> bool:
         """Whether systemd was told; that it could not be is no reason to end.
 
@@ -51,9 +56,7 @@ def watchdog_interval() -> float | None:
     asks for; None: no watchdog."""
     try:
         interval = int(os.environ["WATCHDOG_USEC"])
-        for_us = (
-            int(os.environ.get("WATCHDOG_PID", os.getpid())) == os.getpid()
-        )
+        for_us = int(os.environ.get("WATCHDOG_PID", os.getpid())) == os.getpid()
     except (KeyError, ValueError):
         return None
     return interval / 2e6 if for_us and interval > 0 else None

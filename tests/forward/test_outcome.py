@@ -75,7 +75,7 @@ def test_durations_are_written_for_people(seconds: float, words: str) -> None:
             "ended with exit code 255: the service's own, or the target qube"
             " closed the call early",
         ),
-        (-signal.SIGTERM, "ended: qrexec-client-vm was killed by SIGTERM"),
+        (-signal.SIGTERM, "cut off: qrexec-client-vm was killed by SIGTERM"),
         (None, "ended"),
     ],
 )

@@ -1,0 +1,265 @@
+"""Who may begin, decided without a process, a socket or a clock."""
+
+from __future__ import annotations
+
+import math
+
+from qrexec_activate.forward.admission import (
+    FAILURES_IN_A_ROW,
+    FIRST_PLACES,
+    FIRST_PROBE,
+    FULL_PATIENCE,
+    LAST_PROBE,
+    MANY_OPEN,
+    PLACE_AGE,
+    SLOW_AGE,
+    SLOW_PLACES,
+    Admission,
+    Verdict,
+)
+
+
+class Door:
+    """An admission, with calls that are numbers."""
+
+    def __init__(
+        self, setups: int = 8, connections: int = 120, total: int = 240
+    ) -> None:
+        self.admission = Admission(setups, connections, total)
+        self.count = 0
+
+    def verdict(self, target: str = "work", now: float = 0.0) -> Verdict:
+        return self.admission.verdict(target, now, opened=False)
+
+    def begin(self, target: str = "work", now: float = 0.0) -> int:
+        assert self.verdict(target, now) is Verdict.YES
+        self.count += 1
+        self.admission.opens(self.count, target)
+        self.admission.begins(self.count, now)
+        return self.count
+
+    def establish(self, target: str = "work", now: float = 0.0) -> int:
+        call = self.begin(target, now)
+        self.admission.established(call)
+        return call
+
+
+def test_no_more_set_ups_at_once_than_there_are_places() -> None:
+    door = Door(setups=3)
+    calls = [door.begin() for _ in range(3)]
+    assert door.verdict() is Verdict.NO_PLACE
+    door.admission.established(calls[0])
+    assert door.verdict() is Verdict.YES
+
+
+def test_each_qube_has_its_first_place_whatever_the_others_do() -> None:
+    door = Door(setups=8)
+    for _ in range(8):
+        door.begin("silent")
+    assert door.verdict("silent") is Verdict.NO_PLACE
+    door.begin("work")
+    assert door.verdict("work") is Verdict.NO_PLACE
+    for number in range(8 * FIRST_PLACES - 9):
+        door.begin(f"qube{number}")
+    assert door.verdict("another") is Verdict.NO_PLACE
+
+
+def test_a_qube_that_does_not_answer_gets_fewer_places() -> None:
+    door = Door()
+    for _ in range(SLOW_PLACES):
+        door.begin("silent", 0)
+    door.begin("work", SLOW_AGE)
+    assert door.verdict("silent", SLOW_AGE - 0.01) is Verdict.YES
+    assert door.verdict("silent", SLOW_AGE) is Verdict.NO_PLACE
+    assert door.verdict("work", SLOW_AGE) is Verdict.YES
+
+
+def test_alone_a_slow_qube_has_all_places() -> None:
+    door = Door()
+    for _ in range(7):
+        door.begin("slow", 0)
+    assert door.verdict("slow", 1) is Verdict.YES
+
+
+def test_an_old_set_up_gives_its_place_back() -> None:
+    door = Door(setups=1)
+    call = door.begin()
+    assert door.admission.next_look(0) == PLACE_AGE
+    assert door.admission.old(PLACE_AGE - 0.1) == []
+    assert door.admission.old(PLACE_AGE) == [call]
+    assert door.admission.gives_place_back(call)
+    assert not door.admission.gives_place_back(call)
+    assert door.verdict() is Verdict.YES
+    assert door.admission.without_place == 1
+
+
+def test_a_full_qube_keeps_only_its_own_waiting() -> None:
+    door = Door(connections=2)
+    calls = [door.establish() for _ in range(2)]
+    assert door.verdict("work") is Verdict.TARGET_FULL
+    assert door.verdict("gitweb") is Verdict.YES
+    door.admission.closes(calls[0])
+    assert door.verdict("work") is Verdict.YES
+
+
+def test_all_qubes_and_all_others_together_are_limited() -> None:
+    door = Door(total=5)
+    door.admission.others = 2
+    for number in range(3):
+        door.establish(f"qube{number}")
+    assert door.verdict("another") is Verdict.ALL_FULL
+    assert door.admission.verdict("qube1", 0, opened=True) is Verdict.YES
+    door.admission.others = 1
+    assert door.verdict("another") is Verdict.YES
+
+
+def fail(door: Door, target: str = "work", now: float = 0.0) -> bool:
+    """A new call that cannot be set up, and is over."""
+    call = door.begin(target, now)
+    full = door.admission.failed(call, now)
+    door.admission.closes(call)
+    return full
+
+
+def test_failures_while_calls_are_open_mean_that_there_is_no_room() -> None:
+    door = Door()
+    opened = [door.establish() for _ in range(3)]
+    results = [fail(door) for _ in range(FAILURES_IN_A_ROW)]
+    assert results == [False] * (FAILURES_IN_A_ROW - 1) + [True]
+    assert door.verdict("any") is Verdict.ALL_FULL
+    door.admission.closes(opened[0])
+    assert door.verdict("any") is Verdict.YES
+
+
+def test_a_success_in_between_shows_that_there_is_room() -> None:
+    door = Door()
+    door.establish()
+    for _ in range(3 * FAILURES_IN_A_ROW):
+        assert not fail(door)
+        door.establish()
+
+
+def test_failures_with_nothing_open_have_another_reason() -> None:
+    door = Door()
+    assert not any(fail(door) for _ in range(10))
+    assert door.verdict() is Verdict.YES
+
+
+def test_a_ceiling_is_tried_from_time_to_time_and_then_less_often() -> None:
+    door = Door()
+    door.establish()
+    while not fail(door):
+        pass
+    now, delay, tries = 0.0, FIRST_PROBE, 0
+    while now < 120:
+        assert door.verdict(now=now + delay - 0.01) is Verdict.ALL_FULL
+        now += delay
+        delay = min(2 * delay, LAST_PROBE)
+        assert fail(door, now=now)
+        tries += 1
+    # With three watches each, of 128 that a qube has on Xen.
+    assert tries < 12
+
+
+def test_a_probe_that_succeeds_lifts_the_ceiling() -> None:
+    door = Door()
+    door.establish()
+    while not fail(door):
+        pass
+    door.establish(now=FIRST_PROBE)
+    assert door.verdict(now=FIRST_PROBE) is Verdict.YES
+
+
+def test_a_ceiling_is_gone_with_the_last_open_call() -> None:
+    door = Door()
+    opened = door.establish()
+    while not fail(door):
+        pass
+    door.admission.closes(opened)
+    assert door.verdict() is Verdict.YES
+
+
+def refuse(door: Door, now: float) -> bool:
+    call = door.begin("work", now)
+    full = door.admission.refused(call, now)
+    door.admission.closes(call)
+    return full
+
+
+def test_a_refusal_by_a_qube_with_many_open_calls_may_mean_full() -> None:
+    door = Door()
+    for _ in range(MANY_OPEN - 1):
+        door.establish()
+    assert not refuse(door, 0)
+    opened = door.establish()
+    assert refuse(door, 0)
+    assert door.verdict("work") is Verdict.TARGET_FULL
+    assert door.verdict("gitweb") is Verdict.YES
+    assert refuse(door, FIRST_PROBE)
+    door.admission.closes(opened)
+    assert door.verdict("work", FIRST_PROBE) is Verdict.YES
+
+
+def test_a_refusal_is_taken_for_full_only_so_long() -> None:
+    door = Door()
+    for _ in range(MANY_OPEN):
+        door.establish()
+    assert refuse(door, 0)
+    assert not refuse(door, FULL_PATIENCE)
+    assert door.verdict("work", FULL_PATIENCE) is Verdict.YES
+
+
+def test_another_call_that_is_established_shows_that_it_was_not_full() -> None:
+    door = Door()
+    for _ in range(MANY_OPEN):
+        door.establish()
+    assert refuse(door, 0)
+    door.establish(now=FIRST_PROBE)
+    assert door.verdict("work", FIRST_PROBE) is Verdict.YES
+
+
+def test_who_waits_goes_in_turn_as_far_as_there_is_room() -> None:
+    door = Door(setups=1)
+    first = door.begin()
+    calls = []
+    for number in (100, 101):
+        door.admission.opens(number, "work")
+        door.admission.waits(number, "work")
+        calls.append(number)
+    assert door.admission.is_wanted
+    assert list(door.admission.turns(0)) == []
+    door.admission.established(first)
+    for who in door.admission.turns(0):
+        assert who == calls.pop(0)
+        door.admission.begins(who, 0)
+    assert calls == [101]
+    door.admission.waits_no_more(101)
+    door.admission.closes(100)
+    assert list(door.admission.turns(0)) == []
+    assert not door.admission.is_wanted
+
+
+def test_who_has_gone_meanwhile_has_no_turn() -> None:
+    door = Door(setups=1)
+    first = door.begin()
+    for number in (100, 101):
+        door.admission.opens(number, f"qube{number}")
+        door.admission.waits(number, f"qube{number}")
+    door.admission.closes(first)
+    turns = door.admission.turns(0)
+    assert next(turns) == 100
+    door.admission.closes(101)
+    assert list(turns) == []
+
+
+def test_the_next_look_is_when_something_changes_by_itself() -> None:
+    door = Door()
+    assert door.admission.next_look(0) == math.inf
+    door.establish()
+    while not fail(door):
+        pass
+    assert door.admission.next_look(0) == math.inf
+    door.admission.waits("listener", "work")
+    assert door.admission.next_look(0) == FIRST_PROBE
+    assert door.admission.open == 1
+    assert door.admission.open_to("work") == 1

@@ -1,0 +1,198 @@
+"""The life of a call, decided without a process, a socket or a clock."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from qrexec_activate.forward.call import (
+    OVERTAKEN_AGE,
+    PROMPT_AGE,
+    QUICK,
+    RETRIES,
+    RETRY_DELAY,
+    VCHAN_PATIENCE,
+    Again,
+    Call,
+    Evidence,
+    Pace,
+    has_run,
+)
+from qrexec_activate.forward.outcome import Ending
+
+EXITED = Ending.CLIENT_EXITED
+
+
+def begun(at: float = 0.0) -> Call:
+    call = Call(at, random=random.Random(1))
+    call.begins(at)
+    return call
+
+
+# ------------------------------------------------------- has the service run?
+
+
+@pytest.mark.parametrize("code", [None, -9, 0, 1, 2, 125, 126, 127, 255])
+@pytest.mark.parametrize("flag", [False, True])
+def test_with_a_socket_the_flag_alone_tells(
+    flag: bool, code: int | None
+) -> None:
+    assert has_run(Evidence(flag, exit_code=code)) is flag
+
+
+@pytest.mark.parametrize(
+    ("seen", "run"),
+    [
+        (Evidence(True, by_pipes=True), True),
+        (Evidence(False, by_pipes=True, bytes_out=True, exit_code=1), True),
+        (Evidence(False, by_pipes=True, bytes_in=True, exit_code=1), True),
+        *[
+            (Evidence(False, by_pipes=True, exit_code=code), True)
+            for code in (0, 3, 125, 127, 143)
+        ],
+        *[
+            (Evidence(False, by_pipes=True, exit_code=code), False)
+            for code in (None, -9, 1, 2, 126, 255)
+        ],
+    ],
+)
+def test_with_pipes_bytes_and_the_exit_code_tell_too(
+    seen: Evidence, run: bool
+) -> None:
+    assert has_run(seen) is run
+
+
+# ------------------------------------------------------------- another try?
+
+
+def test_what_was_established_is_never_tried_again() -> None:
+    for code in (None, -9, 0, 1, 126, 255):
+        call = begun()
+        call.is_established(0.1)
+        assert call.after_try(0.2, EXITED, code, False) is None
+        assert call.after_try(0.2, EXITED, code, True) is None
+        assert call.after_try(0.2, Ending.LOST, code, False) is None
+
+
+def test_a_failure_is_tried_again_so_often_after_growing_delays() -> None:
+    call = begun()
+    for number in range(RETRIES):
+        again = call.after_try(0.1, EXITED, 1, False)
+        assert again is not None
+        middle = RETRY_DELAY * 2**number
+        assert 0.5 * middle <= again.delay <= 1.5 * middle
+        call.begins(0.0)
+    assert call.after_try(0.1, EXITED, 1, False) is None
+
+
+@pytest.mark.parametrize("code", [None, -9, 0, 2, 125, 126, 127, 255])
+def test_any_other_end_is_final(code: int | None) -> None:
+    assert begun().after_try(0.1, EXITED, code, False) is None
+
+
+def test_a_refusal_is_tried_again_only_if_the_qube_may_be_full() -> None:
+    assert begun().after_try(0.1, EXITED, 126, False) is None
+    assert begun().after_try(0.1, EXITED, 126, True) is not None
+
+
+def test_a_refusal_that_a_person_may_have_given_is_final() -> None:
+    assert begun().after_try(PROMPT_AGE, EXITED, 126, True) is None
+
+
+def test_want_of_room_does_not_use_up_tries() -> None:
+    call = begun()
+    for _ in range(10 * RETRIES):
+        assert call.after_try(0.1, EXITED, 1, True) is not None
+        call.begins(0.0)
+    assert call.tries == 1
+
+
+def test_a_person_is_asked_at_most_twice() -> None:
+    call = begun()
+    assert call.after_try(PROMPT_AGE + 1, EXITED, 1, False) is not None
+    call.begins(10)
+    assert call.after_try(10 + PROMPT_AGE + 1, EXITED, 1, False) is None
+
+
+def test_a_quick_answer_shows_that_nobody_was_asked() -> None:
+    """As after the start of a qube, for which all calls had waited."""
+    call = begun()
+    assert call.after_try(PROMPT_AGE + 1, EXITED, 1, False) is not None
+    for _ in range(3):
+        call.begins(10)
+        assert call.after_try(10.1, EXITED, 1, False) is not None
+
+
+def test_what_came_after_the_answer_is_not_a_persons_time() -> None:
+    call = begun()
+    call.is_answered(1)
+    call.is_answered(5)
+    assert call.after_try(100, Ending.LOST, None, False) == Again(0.0)
+    assert call.prompts == 0
+
+
+def test_a_call_that_ends_for_another_reason_is_not_tried_again() -> None:
+    for ending in (Ending.CLIENT_GONE, Ending.TIMED_OUT, Ending.STOPPED):
+        call = begun()
+        call.interrupt(ending)
+        call.interrupt(Ending.LOST)
+        assert call.interrupted is ending
+        assert call.after_try(0.1, EXITED, 1, False) is None
+
+
+def test_a_lost_call_is_made_again_at_once() -> None:
+    call = begun()
+    call.interrupt(Ending.LOST)
+    assert call.after_try(0.5, Ending.LOST, None, False) == Again(0.0)
+    assert call.interrupted is None
+
+
+# ------------------------------------------------------- is it lost, or late?
+
+
+def test_without_an_answer_it_waits_for_the_set_up_timeout() -> None:
+    call = begun()
+    assert call.due(299, 300, False) is None
+    assert call.due(300, 300, False) is Ending.TIMED_OUT
+
+
+def test_a_call_that_dom0_has_answered_and_the_target_has_not_is_lost() -> None:
+    call = begun()
+    call.is_answered(100)
+    assert call.due(100 + VCHAN_PATIENCE - 0.1, 300, False) is None
+    assert call.due(100 + VCHAN_PATIENCE, 300, False) is Ending.LOST
+
+
+def test_a_call_that_was_overtaken_is_lost_once_it_is_old() -> None:
+    call = begun()
+    assert call.due(OVERTAKEN_AGE - 0.1, 300, True) is None
+    assert call.due(OVERTAKEN_AGE, 300, True) is Ending.LOST
+
+
+def test_an_answer_at_the_last_moment_counts() -> None:
+    call = begun()
+    call.interrupt(Ending.TIMED_OUT)
+    assert not call.takes_back(300)
+    call.is_established(300)
+    call.is_established(301)
+    assert call.established_at == 300
+    assert call.takes_back(300)
+    assert call.interrupted is None
+    assert call.due(1000, 300, True) is None
+    call.interrupt(Ending.CLIENT_GONE)
+    assert not call.takes_back(301)
+
+
+def test_only_quick_calls_that_began_later_overtake() -> None:
+    pace = Pace()
+    pace.is_established(10, 10 + QUICK / 2)
+    assert not pace.overtook(5)
+    pace.is_established(11, 11 + QUICK / 2)
+    assert pace.overtook(5)
+    assert not pace.overtook(10)
+    pace = Pace()
+    for began_at in range(10, 20):
+        # A person may have answered these.
+        pace.is_established(began_at, began_at + QUICK)
+    assert not pace.overtook(5)
