@@ -418,7 +418,7 @@ class Daemon:
         near = self.admission.open + self.admission.others
         interval = (
             CENSUS_INTERVAL_NEAR
-            if near >= 0.75 * self.settings.max_total
+            if 2 * near >= self.settings.max_total
             else CENSUS_INTERVAL
         )
         if now - self._counted_at >= interval:

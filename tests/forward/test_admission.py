@@ -15,6 +15,7 @@ from scenario import (
     receive_exactly,
     send,
     until,
+    vanish,
 )
 
 
@@ -132,3 +133,97 @@ async def test_five_hundred_at_once_leave_no_descriptor_open(
         for stream in streams:
             nursery.start_soon(one, stream)
     await scene.logged("ended,", times=501)
+
+
+async def test_a_qube_that_others_have_filled_is_waited_for(
+    scene: Scene,
+) -> None:
+    """qrexec refuses the 129th connection to a qube, whoever has the others."""
+    scene.options(MAX_CONNECTIONS="1000", MAX_TOTAL="1000")
+    address = await scene.route(echo)
+    async with AsyncExitStack() as stack:
+        streams = [
+            await stack.enter_async_context(await connect(address))
+            for _ in range(128)
+        ]
+        for stream in streams:
+            assert await echoes(stream)
+        late = [
+            await stack.enter_async_context(await connect(address))
+            for _ in range(2)
+        ]
+        for stream in late:
+            await send(stream, b"ping")
+        await scene.logged("taken for full")
+        for stream in streams[:8]:
+            await stream.aclose()
+        for stream in late:
+            assert await receive_exactly(stream, 4) == b"ping"
+
+
+async def test_all_daemons_of_a_qube_share_its_limit(scene: Scene) -> None:
+    """qrexec's agent has 256 slots for all calls of a qube."""
+    unix = "qrexec-connect-unix.service"
+    scene.options(MAX_TOTAL="60")
+    scene.options(service=unix, MAX_TOTAL="60")
+    address = scene.address()
+    await scene.qube("work", echo)
+    scene.drop_in("work", address)
+    path = str(scene.machine.runtime / "echo.sock")
+    instance = "qrexec-connect-unix@echo.socket"
+    scene.drop_in("work", path, unit=instance)
+    script = scene.machine.loopback / "qubes/work/rpc/qubes.ConnectUnix"
+    script.write_text("#!/bin/sh\nexec cat\n")
+    script.chmod(0o755)
+    await scene.start(scene.unit, instance)
+    most = 0
+    async with AsyncExitStack() as stack:
+        streams = [
+            await stack.enter_async_context(await connect(where))
+            for _ in range(50)
+            for where in (address, path)
+        ]
+        await scene.logged("of others in this qube; more wait until one ends")
+        for stream in streams:
+            await send(stream, b"ping")
+        # In the order in which they come to be served.
+        waiting = set(streams)
+
+        async def served(stream: trio.SocketStream) -> None:
+            nonlocal most
+            assert await receive_exactly(stream, 4) == b"ping"
+            most = max(most, len(scene.clients()))
+            waiting.discard(stream)
+            await stream.aclose()
+
+        async with trio.open_nursery() as nursery:
+            for stream in streams:
+                nursery.start_soon(served, stream)
+    assert not waiting
+    # Two daemons that look at the same moment may each find the last places.
+    assert 50 < most <= 60 + 8
+
+
+async def test_clients_that_have_gone_cause_no_calls(scene: Scene) -> None:
+    address = await scene.route()
+    scene.policy("* * client * ask default_target=work")
+    for _ in range(300):
+        vanish(await connect(address))
+    await scene.logged("the client hung up", times=300)
+    assert len(scene.calls()) <= 10
+    await scene.nobody_stays()
+
+
+async def test_the_log_speaks_of_a_limit_once(scene: Scene) -> None:
+    scene.options(MAX_CONNECTIONS="2")
+    address = await scene.route(echo)
+    for _ in range(5):
+        async with AsyncExitStack() as stack:
+            streams = [
+                await stack.enter_async_context(await connect(address))
+                for _ in range(4)
+            ]
+            for stream in streams:
+                assert await echoes(stream)
+                await stream.aclose()
+    assert len(scene.lines("connections are open to work; more wait")) == 1

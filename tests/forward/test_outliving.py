@@ -19,6 +19,7 @@ from scenario import (
     echo,
     echoes,
     flood,
+    free_port,
     receive_exactly,
     sees_reset,
     send,
@@ -202,3 +203,116 @@ async def test_what_a_killed_daemon_spliced_leaves_no_process_behind(
             async for _ in stream:
                 pass
     await scene.nobody_stays()
+
+
+async def test_a_denial_while_no_daemon_runs_is_a_reset_and_is_logged(
+    scene: Scene,
+) -> None:
+    address = await scene.route(echo)
+    scene.policy("* * client * ask default_target=work")
+    async with await connect(address) as stream:
+        await until("the call is made", scene.calls)
+        await trio.sleep(2.2)
+        await scene.systemctl("stop", SERVICE)
+        await scene.logged("watching over 1 connection of an earlier daemon")
+        assert scene.state() == "inactive"
+        (scene.machine.loopback / "answer").write_text("deny\n")
+        assert await sees_reset(stream)
+    await scene.logged("ended before the call was set up")
+
+
+async def test_a_client_vm_killed_while_no_daemon_runs_is_a_reset(
+    scene: Scene,
+) -> None:
+    address = await scene.route(echo)
+    async with await connect(address) as stream:
+        assert await echoes(stream)
+        await scene.systemctl("stop", SERVICE)
+        await scene.logged("watching over 1 connection of an earlier daemon")
+        os.kill(*scene.clients(), signal.SIGKILL)
+        assert await sees_reset(stream)
+    await scene.logged("cut off: qrexec-client-vm was killed")
+
+
+async def test_a_client_vm_killed_under_a_later_daemon_is_a_reset(
+    scene: Scene,
+) -> None:
+    address = await scene.route(echo)
+    async with await connect(address) as stream:
+        assert await echoes(stream)
+        await scene.systemctl("restart", SERVICE)
+        await scene.logged("watching over 1 connection of an earlier daemon")
+        os.kill(*scene.clients(), signal.SIGKILL)
+        assert await sees_reset(stream)
+    await scene.logged("cut off: qrexec-client-vm was killed")
+
+
+async def test_a_later_daemon_relieves_who_looked_after_the_connections(
+    scene: Scene,
+) -> None:
+    address = await scene.route(echo)
+    async with await connect(address) as stream:
+        assert await echoes(stream)
+        await scene.systemctl("stop", SERVICE)
+        await scene.logged("watching over 1 connection of an earlier daemon")
+        assert await ask(address, b"new") == "new"
+        await scene.logged(
+            "watching over 1 connection of an earlier daemon", times=2
+        )
+        assert await echoes(stream)
+    await scene.nobody_stays()
+    # One record for each connection, and not one of each watcher.
+    await scene.logged("lasted", times=2)
+    await trio.sleep(0.5)
+    assert len(scene.lines("lasted")) == 2
+
+
+async def test_a_lost_call_is_made_again_by_a_later_daemon(
+    scene: Scene,
+) -> None:
+    """Nothing was read of it, so nothing can be lost or done twice."""
+    address = await scene.route(echo)
+    scene.faults("lose=1 first=1")
+    async with await connect(address) as stream:
+        await send(stream, b"ping")
+        await until("the call is made", scene.calls)
+        await scene.systemctl("restart", SERVICE)
+        await scene.logged("watching over 1 connection of an earlier daemon")
+        for _ in range(2):
+            assert await ask(address, b"quick") == "quick"
+        assert await receive_exactly(stream, 4) == b"ping"
+    await scene.logged("after 2 tries")
+
+
+async def test_a_daemon_killed_between_two_tries_resets_its_client(
+    scene: Scene,
+) -> None:
+    address = await scene.route(echo)
+    scene.faults("vchan-failure=1")
+    async with await connect(address) as stream:
+        await until("the call has failed", lambda: scene.calls("exit"))
+        os.kill(scene.pid(), signal.SIGKILL)
+        assert await sees_reset(stream)
+
+
+async def test_changes_that_come_fast_do_not_keep_anybody_waiting(
+    scene: Scene,
+) -> None:
+    """Each daemon serves who waited for it before it obeys."""
+    address = await scene.route()
+    other = f"qrexec-connect-tcp@{free_port()}.socket"
+    scene.drop_in("other", scene.address(), "work", unit=other)
+    await scene.start(other)
+    served = False
+
+    async def customer() -> None:
+        nonlocal served
+        for _ in range(5):
+            assert await ask(address) == "work"
+        served = True
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(customer)
+        with trio.fail_after(PATIENCE):
+            while not served:
+                await scene.systemctl("restart", other)
