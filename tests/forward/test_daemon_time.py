@@ -11,24 +11,27 @@ own arguments.)
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import select
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import trio
-from scenario import connect, is_reset_error, sees_reset
+from scenario import connect, is_reset_error, sees_reset, vanish
 from trio.testing import MockClock
 
 from qrexec_activate.forward import connection as connection_module
+from qrexec_activate.forward import daemon as daemon_module
 from qrexec_activate.forward.call import OVERTAKEN_AGE, PROMPT_AGE, RETRY_DELAY
-from qrexec_activate.forward.child import Client
+from qrexec_activate.forward.child import Child, Client
 from qrexec_activate.forward.daemon import Daemon
+from qrexec_activate.forward.orphans import Orphan
 from qrexec_activate.forward.settings import Relay, Settings
-from qrexec_activate.routing.claim import PassedSocket, Route
+from qrexec_activate.routing.claim import PassedSocket, Refusal, Route
 from qrexec_activate.systemd.journal import Log, Priority
 
 
@@ -450,3 +453,279 @@ async def test_a_stop_waits_for_a_set_up_that_may_need_another_try(
         second.exits(0)
         with trio.fail_after(60):
             assert await stream.receive_some() == b""
+
+
+SILENT = tuple(f"silent{number}" for number in range(12))
+
+
+@pytest.fixture
+async def crowd(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Stage]:
+    """A daemon with twelve qubes that do not answer, and one that does."""
+    stage = Stage(Settings(), ("work", *SILENT))
+    monkeypatch.setattr(signal, "pidfd_send_signal", stage.client.signal)
+    nursery.start_soon(stage.run)
+    await trio.testing.wait_all_tasks_blocked()
+    yield stage
+    await stage.stop()
+
+
+async def test_qubes_that_do_not_answer_slow_no_other(
+    crowd: Stage, autojump_clock: MockClock
+) -> None:
+    waiting = [
+        await crowd.connect(1 + number % len(SILENT))
+        for number in range(8 * len(SILENT))
+    ]
+    for number in range(20):
+        await trio.sleep(0.3)
+        began, count = now(), len(crowd.client.started)
+        async with await crowd.connect(0):
+            while True:
+                count += 1
+                started = await crowd.nth(count)
+                if started.route.target == "work":
+                    break
+            assert started.at - began <= 0.02, f"connection {number}"
+            started.establish()
+            await trio.sleep(0.01)
+            started.exits(0)
+    for stream in waiting:
+        await stream.aclose()
+
+
+async def test_a_person_who_answers_the_newest_prompt_first_keeps_the_others(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    streams = [await stage.connect() for _ in range(4)]
+    prompts = [await stage.nth(number) for number in range(1, 5)]
+    await trio.sleep(60)
+    for _ in range(2):
+        late = await stage.connect()
+        streams.append(late)
+        newest = await stage.nth(len(stage.client.started) + 1)
+        await trio.sleep(1.5)
+        newest.establish()
+    await trio.sleep(100)
+    assert all(prompt.is_alive() for prompt in prompts)
+    assert len(stage.client.started) == 6
+    for stream in streams:
+        await stream.aclose()
+
+
+async def test_a_slow_first_call_is_waited_for_though_later_ones_are_quick(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    """As of a disposable that has to start, beside those that are preloaded."""
+    first = await stage.connect()
+    slow = await stage.nth(1)
+    others = []
+    for number in range(2, 6):
+        others.append(await stage.connect())
+        (await stage.nth(number)).establish()
+        await trio.sleep(1)
+    await trio.sleep(4)
+    assert slow.is_alive()
+    assert len(stage.client.started) == 5
+    for stream in (first, *others):
+        await stream.aclose()
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_a_call_that_dom0_has_answered_is_lost_without_rivals(
+    stage: Stage,
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    answered: bool,
+) -> None:
+    monkeypatch.setattr(Child, "is_answered", lambda self: answered)
+    stream = await stage.connect()
+    first = await stage.nth(1)
+    await trio.sleep(15)
+    assert first.is_alive() is not answered
+    if answered:
+        second = await stage.nth(2)
+        assert second.at - first.at <= 15
+        assert len(stage.client.started) == 2
+    await stream.aclose()
+
+
+async def test_who_hangs_up_while_a_call_is_lost_causes_no_other(
+    stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Child, "is_answered", lambda self: True)
+    stream = await stage.connect()
+    first = await stage.nth(1)
+    hang_up = stage.client.signal
+
+    def leave(pidfd: int, number: int) -> None:
+        # Just as the lost one is ended, the client goes.
+        vanish(stream)
+        hang_up(pidfd, number)
+
+    monkeypatch.setattr(signal, "pidfd_send_signal", leave)
+    await stage.recorded("the client hung up")
+    await trio.sleep(600)
+    assert not first.is_alive()
+    assert len(stage.client.started) == 1
+
+
+async def test_a_call_that_fails_after_prompts_asks_at_most_twice(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    async with await stage.connect() as stream:
+        for number in (1, 2):
+            prompt = await stage.nth(number)
+            await trio.sleep(3)
+            prompt.exits(1)
+        assert await sees_reset(stream)
+    await trio.sleep(600)
+    assert len(stage.client.started) == 2
+
+
+async def test_more_calls_than_there_is_room_for_wait_and_are_all_served(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    """On Xen, without Qubes' GUI agent, 30 calls can be open; each try beyond
+    takes away from what the target can take."""
+    served = 0
+    failed_at: list[float] = []
+    open_now: list[Started] = []
+
+    async def customer() -> None:
+        nonlocal served
+        async with await stage.connect() as stream:
+            with trio.fail_after(3600):
+                assert await stream.receive_some() == b""
+            served += 1
+
+    async def xen() -> None:
+        for number in itertools.count(1):
+            started = await stage.nth(number)
+            await trio.sleep(0.05)
+            if len(open_now) < 30:
+                open_now.append(started)
+                started.establish()
+            else:
+                failed_at.append(now())
+                started.exits(1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(xen)
+        for _ in range(60):
+            nursery.start_soon(customer)
+        await trio.sleep(120)
+        assert len(open_now) == 30
+        # After about 40 in 120 s the target itself would take no more.
+        assert len(failed_at) <= 20
+        assert stage.records.count("qrexec sets up no more calls") > 0
+        while served < 60:
+            if open_now:
+                open_now.pop(0).exits(0)
+            await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+
+
+def reap(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+class Fussy:
+    """A listening socket whose accept fails, so often."""
+
+    def __init__(self, sock: socket.socket, number: int, times: int) -> None:
+        self._sock = sock
+        self._number = number
+        self.times = times
+        self.tried = 0
+
+    def accept(self) -> tuple[socket.socket, object]:
+        self.tried += 1
+        if self.tried <= self.times:
+            raise OSError(self._number, os.strerror(self._number))
+        return self._sock.accept()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._sock, name)
+
+
+def make_fussy(stage: Stage, number: int, times: int) -> Fussy:
+    (listener,) = stage.daemon._listeners.values()
+    fussy = Fussy(listener.sock, number, times)
+    listener.sock = fussy  # type: ignore[assignment]
+    return fussy
+
+
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENETDOWN, errno.EPROTO, errno.EHOSTUNREACH, errno.ECONNABORTED],
+)
+async def test_an_error_of_one_connection_is_none_of_its_listener(
+    stage: Stage, autojump_clock: MockClock, number: int
+) -> None:
+    make_fussy(stage, number, 1)
+    stream = await stage.connect()
+    await stage.nth(1)
+    await stream.aclose()
+
+
+async def test_a_listener_that_is_none_is_given_up_with_a_word(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    fussy = make_fussy(stage, errno.EINVAL, 10**9)
+    stream = await stage.connect()
+    await stage.recorded("accepts no more")
+    await trio.sleep(60)
+    assert fussy.tried == 1
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_shortage_of_descriptors_makes_nobody_spin(
+    stage: Stage, autojump_clock: MockClock, refused: bool
+) -> None:
+    fussy = make_fussy(stage, errno.EMFILE, 10**9)
+    if refused:
+        (listener,) = stage.daemon._listeners.values()
+        listener.claim = Refusal("127.0.0.1:80", "it names no qube")
+    stream = await stage.connect()
+    await trio.sleep(5)
+    assert 1 < fussy.tried < 50
+    assert stage.records.count("short of something") == 1
+    fussy.times = 0
+    if refused:
+        assert await sees_reset(stream)
+    else:
+        await stage.nth(1)
+    await stream.aclose()
+
+
+async def test_adoption_goes_on_after_a_shortage(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    rounds = []
+
+    def find(known: set[int]) -> Iterator[Orphan]:
+        rounds.append(set(known))
+        ours, theirs = socket.socketpair()
+        theirs.detach()
+        pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {})
+        pids.append(pid)
+        route = Route("127.0.0.1:80", "work", "qubes.ConnectTCP", "80")
+        yield Orphan(pid, os.pidfd_open(pid), ours, route, "1-1", "pid 1", 1.0)
+        if len(rounds) < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    pids: list[int] = []
+    monkeypatch.setattr(daemon_module, "find_orphans", find)
+    stage = Stage(Settings())
+    nursery.start_soon(stage.run)
+    await stage.recorded("watching over 3 connections of an earlier daemon")
+    assert [len(known) for known in rounds] == [0, 1, 2]
+    await stage.stop()
+    for pid in pids:
+        reap(pid)

@@ -1,0 +1,137 @@
+"""The pump: what it holds back, what it can tell, and what it may take."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+import trio
+
+from qrexec_activate.forward import splice as splice_module
+from qrexec_activate.forward.splice import (
+    PIPE_BUDGET,
+    PIPE_SIZE,
+    ClientGone,
+    Splice,
+    half_close,
+)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, Splice]]:
+    ours, theirs = socket.socketpair()
+    splice = Splice(ours)
+    yield theirs, splice
+    splice.close()
+    ours.close()
+    theirs.close()
+
+
+async def test_the_end_of_the_input_waits_until_the_call_is_established(
+    pair: tuple[socket.socket, Splice],
+) -> None:
+    """Else the end would be taken, and the sign of it with it."""
+    client, splice = pair
+    child = os.dup(splice.child_stdin)
+    os.set_blocking(child, False)
+    client.sendall(b"all there is")
+    client.shutdown(socket.SHUT_WR)
+    with trio.fail_after(60):
+        await splice.pump_up()
+    os.read(child, 100)
+    with pytest.raises(BlockingIOError):
+        os.read(child, 1)
+    splice.release_child_ends()
+    assert os.read(child, 1) == b""
+    assert splice.all_sent
+    os.close(child)
+
+
+async def test_what_the_child_has_yet_to_read_is_known_after_the_end(
+    pair: tuple[socket.socket, Splice],
+) -> None:
+    client, splice = pair
+    child = os.dup(splice.child_stdin)
+    client.sendall(b"12345")
+    client.close()
+    with trio.fail_after(60):
+        await splice.pump_up()
+    assert splice.unread() == 5
+    assert not splice.has_taken()
+    splice.release_child_ends()
+    os.read(child, 2)
+    assert splice.unread() == 3
+    assert splice.has_taken()
+    os.close(child)
+
+
+def test_a_data_phase_is_seen_while_it_lasts_and_after_it(
+    pair: tuple[socket.socket, Splice],
+) -> None:
+    _, splice = pair
+    assert not splice.in_data_phase()
+    # As qrexec-client-vm does as it begins ...
+    os.set_blocking(splice.child_stdin, False)
+    os.set_blocking(splice.child_stdout, False)
+    assert splice.in_data_phase()
+    # ... and as it closes its descriptors.
+    os.set_blocking(splice.child_stdin, True)
+    os.set_blocking(splice.child_stdout, True)
+    assert splice.in_data_phase()
+
+
+def test_what_came_out_is_seen_before_it_is_moved(
+    pair: tuple[socket.socket, Splice],
+) -> None:
+    _, splice = pair
+    assert not splice.has_given()
+    os.write(splice.child_stdout, b"x")
+    assert splice.has_given()
+
+
+def test_all_pipes_together_stay_within_a_budget() -> None:
+    """The kernel allows a user 64 MiB, and pipes of 4 KiB beyond."""
+    sockets, splices = [], []
+    for _ in range(100):
+        ours, theirs = socket.socketpair()
+        sockets += [ours, theirs]
+        splices.append(Splice(ours))
+    sizes = [
+        fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+        for splice in splices
+        for fd in (splice.child_stdin, splice.child_stdout)
+    ]
+    assert max(sizes) == PIPE_SIZE
+    large = [size for size in sizes if size == PIPE_SIZE]
+    assert sum(large) == PIPE_BUDGET
+    for splice in splices:
+        splice.close()
+    assert splice_module._enlarged == 0
+    for sock in sockets:
+        sock.close()
+
+
+@pytest.mark.parametrize("number", [errno.EHOSTUNREACH, errno.ECONNREFUSED])
+async def test_whatever_error_a_socket_reports_its_client_is_gone(
+    pair: tuple[socket.socket, Splice],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    _, splice = pair
+    monkeypatch.setattr(os, "splice", fail)
+    for pump in (splice.pump_up, splice.pump_down):
+        with pytest.raises(ClientGone):
+            await pump()
+
+
+def test_a_half_close_of_a_socket_in_trouble_is_no_error() -> None:
+    sock = socket.socket()
+    assert not half_close(sock)
+    sock.close()
