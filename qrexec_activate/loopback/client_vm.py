@@ -1,29 +1,38 @@
 """The loopback `qrexec-client-vm`: one process is the client, dom0's policy and
 the service's qube together.
 
-What its caller can see is that of the real one (qrexec 4.4.2): options, exit
-codes, messages, and above all this rule: nothing is read from fd 0, and
-O_NONBLOCK is not set on it, until the call is established. It must start in a
-few milliseconds, so it imports only what is built into Python.
+What its caller can see is that of the real one (qrexec 4.2.18 to 4.4.2):
+options, exit codes, messages, and above all these rules. Nothing is read from
+fd 0, and O_NONBLOCK is not set on it, until the target has taken the call;
+pipes are made blocking again as they are closed, a socket is shut down both
+ways. A service that is missing or cannot be started is found out after that.
+Between dom0's answer and the target's, the vchan shows in /proc/PID/fd. It must
+start in a few milliseconds, so it imports only what is built into Python.
 
 The root, QREXEC_LOOPBACK, is an absolute folder:
 
   name           this qube's name, by default `client`
   policy         5.0 format; without it every call to a pretend qube is allowed
-  answer         `allow` or `deny`, to the prompt of an `ask` line; until it is there, the call waits
+  answer         `allow` or `deny`, to the prompt of an `ask` line; until it is
+                 there, the call waits
   qubes/NAME/    a pretend qube: rpc/, rpc-config/, home/, run/, and optionally
-                 `address` (the loopback address that stands for its own 127.0.0.1), `halted`, `agent-down`
+                 `address` (the loopback address that stands for its own
+                 127.0.0.1), `halted`, `agent-down`
   agent-down     this qube's own agent does not run
-  version        stand in for this version, for example 4.2.18 (QREXEC_LOOPBACK_VERSION wins)
+  version        stand in for this version, for example 4.2.18
+                 (QREXEC_LOOPBACK_VERSION wins)
   faults         see faults.py
-  calls          written here: a JSON object a line. `call` (pid, target, policy_target, resolved, service,
-                 argument, source, decision, reason), then `established`, then `exit` (code, reason); a call
-                 that is killed or hangs has no `exit`
+  calls          written here: a JSON object a line. `call` (pid, target,
+                 policy_target, resolved, service, argument, source, decision,
+                 reason), then `prompt` if a person is asked, `no-slot` if the
+                 agent has none left, `established`, and `exit` (code, reason);
+                 a call that is killed or hangs has no `exit`
 """
 
 from __future__ import annotations
 
-import _socket  # socket itself imports enum and selectors, which doubles the start time
+# socket itself imports enum and selectors, which doubles the start time.
+import _socket
 import errno
 import fcntl
 import os
@@ -34,8 +43,10 @@ import time
 
 from . import faults, policy, services
 
-TYPE_CHECKING = False  # typing.TYPE_CHECKING without its import: the client must start quickly
+# typing.TYPE_CHECKING without its import: the client must start quickly.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
 DEFAULT_VERSION = "4.4.2"
@@ -54,6 +65,17 @@ MAX_ARGUMENT = 3900
 call hangs."""
 MAX_CONNECTIONS = 128
 """Open connections to one target; the next one is refused."""
+AGENT_SLOTS = 256
+"""Open connections of one qube. Above that its agent logs `No free slot for
+child -1`, and leaks a descriptor with each."""
+AGENT_DESCRIPTORS = 700
+"""So many leaked ones are the end of the agent: 1,024, less what it needs."""
+LOST_TIMEOUT = 120
+"""So long qrexec-client-vm waits for a target that does not connect."""
+NO_GRANTS = (
+    "gntshr: error: ioctl failed: No space left on device\n"
+    "Data vchan connection failed"
+)
 CHUNK = 256 * 1024
 PROMPT_POLL = 0.02
 SIGKILL, SIGPIPE = 9, 13  # the signal module imports enum
@@ -99,16 +121,20 @@ HELP_STDIN_SOCKET = (
     " both directions instead of stdout\n"
 )
 HELP = """\
-usage: {name} [options] target_vmname program_ident [local_program [local program arguments]]
+usage: {name} [options] target_vmname program_ident \
+[local_program [local program arguments]]
 Options:
   --buffer-size=BUFFER_SIZE - minimum vchan buffer size (default: 64k)
-  -t, --filter-escape-chars-stdout - filter non-ASCII and control characters on stdout (default if stdout is a terminal)
-  -T, --filter-escape-chars-stderr - filter non-ASCII and control characters on stderr (default if stderr is a terminal)
+  -t, --filter-escape-chars-stdout - filter non-ASCII and control characters \
+on stdout (default if stdout is a terminal)
+  -T, --filter-escape-chars-stderr - filter non-ASCII and control characters \
+on stderr (default if stderr is a terminal)
   --no-filter-escape-chars-stdout - opposite to --filter-escape-chars-stdout
   --no-filter-escape-chars-stderr - opposite to --filter-escape-chars-stderr
   --agent-socket=PATH - path to connect to, default: /var/run/qubes/qrexec-agent
   -h, --help - print this message
-  -p PREFIX-DATA, --prefix-data=PREFIX-DATA - send the given data before the provided stdin (can only be used once)
+  -p PREFIX-DATA, --prefix-data=PREFIX-DATA - send the given data before the \
+provided stdin (can only be used once)
 """
 
 LONG_OPTIONS = {
@@ -367,6 +393,20 @@ class Root:
         os.close(file)
         return -1
 
+    def leak(self, call: Call) -> None:
+        """This qube's agent has no slot for another call: it loses a
+        descriptor, and in the end exits."""
+        self.log("no-slot")
+        file = os.open(
+            f"{self.path}/leaked",
+            os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC,
+            0o600,
+        )
+        os.write(file, b".")
+        if os.lseek(file, 0, os.SEEK_CUR) >= AGENT_DESCRIPTORS:
+            os.close(os.open(f"{self.path}/agent-down", os.O_CREAT, 0o600))
+        os.close(file)
+
     def nth_call(self, line: faults.Line) -> int:
         """Count the calls that a faults line with `first=` has met since the
         file was written."""
@@ -401,7 +441,8 @@ def json_value(value: str | int) -> str:
         else:
             code -= 0x10000
             quoted.append(
-                f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
+                f"\\u{0xD800 + (code >> 10):04x}"
+                f"\\u{0xDC00 + (code & 0x3FF):04x}"
             )
     return '"' + "".join(quoted) + '"'
 
@@ -483,7 +524,7 @@ def hang() -> NoReturn:
         select.select([], [], [])
 
 
-def wait_for_answer(root: Root, call: Call) -> services.Service:
+def wait_for_answer(root: Root, call: Call) -> None:
     """Everything between the request and the data phase.
 
     Meanwhile the client may go, and this does not see it: nor does qrexec while
@@ -507,31 +548,48 @@ def wait_for_answer(root: Root, call: Call) -> services.Service:
         raise refused("the prompt was answered with deny")
     if "exit" in call.faults:
         raise Ended(int(call.faults["exit"]), "", "fault: exit")
-    if setups < 0:
-        raise vchan_failure("fault: max-setups")
-    if call.happens("vchan-failure"):
-        raise vchan_failure("fault: vchan-failure")
-    qube = root.qube(call.decision.resolved)
+    resolved = call.decision.resolved
+    qube = root.qube(resolved)
     for state in ("halted", "agent-down"):
         if os.path.lexists(f"{qube}/{state}"):
-            raise refused(f"{call.decision.resolved} is {state}")
-    if (
-        root.take_place(
-            f"qubes/{call.decision.resolved}/connections", MAX_CONNECTIONS
-        )
-        < 0
-    ):
-        raise refused(
-            f"{MAX_CONNECTIONS} connections to {call.decision.resolved} are"
-            f" open"
-        )
-    service = find_service(qube, call)
+            raise refused(f"{resolved} is {state}")
+    places = MAX_CONNECTIONS - int(call.faults.get("busy", 0))
+    if root.take_place(f"qubes/{resolved}/connections", places) < 0:
+        raise refused(f"{MAX_CONNECTIONS} connections to {resolved} are open")
+    with_vchan(root, call, setups)
+
+
+def with_vchan(root: Root, call: Call, setups: int) -> None:
+    """From dom0's answer on, until the target has taken the call."""
+    vchan = open_vchan()
+    if setups < 0:
+        raise vchan_failure("fault: max-setups")
+    limit = call.faults.get("max-open")
+    if limit is not None and root.take_place("open", int(limit)) < 0:
+        raise Ended(EXIT_FAILURE, NO_GRANTS, "fault: max-open")
+    if root.take_place("slots", AGENT_SLOTS) < 0:
+        root.leak(call)
+    if call.happens("vchan-failure"):
+        raise vchan_failure("fault: vchan-failure")
+    if call.happens("lose-late"):
+        time.sleep(call.faults.get("lost-timeout", LOST_TIMEOUT))
+        raise vchan_failure("fault: lose-late")
+    time.sleep(call.faults.get("connect-delay", 0))
     if setups > 0:
         os.close(setups)
-    return service
+    os.close(vchan)
+
+
+def open_vchan() -> int:
+    """What a vchan over sockets is at this end: a unix socket that listens."""
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    sock.bind("")
+    sock.listen(1)
+    return sock.detach()
 
 
 def prompt(root: Root) -> bool:
+    root.log("prompt")
     while True:
         answer = (root.text("answer") or "").strip()
         if answer in ("allow", "deny"):
@@ -617,9 +675,9 @@ def start_script(root: Root, call: Call, service: services.Service) -> Running:
             "--",
             *argv,
         ]  # as qubes-rpc-multiplexer runs a file without its run bit
-    os.chdir(
-        f"{qube}/home"
-    )  # posix_spawn has no folder of its own to give, and nothing here needs the old one
+    # posix_spawn has no folder of its own to give, and nothing here needs the
+    # old one.
+    os.chdir(f"{qube}/home")
     pid = os.posix_spawn(
         argv[0],
         argv,
@@ -675,6 +733,47 @@ def connect_unix(sock: _socket.socket, path: str) -> None:
 # -- the data phase ------------------------------------------------------------
 
 
+class Ends:
+    """The client's two ends, fd 0 and fd 1, or one socket for both.
+
+    The data phase begins by setting O_NONBLOCK on them, for all to see. A
+    socket is shut down one way or the other; what is no socket of both ways is
+    made blocking again, and closed.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.single = options.stdin_socket
+        self.writes = 0 if self.single else 1
+        os.set_blocking(0, False)
+        os.set_blocking(self.writes, False)
+        self._open = {_socket.SHUT_RD, _socket.SHUT_WR}
+
+    def close_reading(self) -> None:
+        self._close(0, _socket.SHUT_RD)
+
+    def close_writing(self) -> None:
+        self._close(self.writes, _socket.SHUT_WR)
+
+    def _close(self, fd: int, way: int) -> None:
+        if way not in self._open:
+            return
+        self._open.discard(way)
+        if self.single:
+            sock = _socket.socket(fileno=fd)
+            try:
+                sock.shutdown(way)
+            except OSError:  # ENOTCONN: the peer has gone already
+                pass
+            finally:
+                sock.detach()
+        else:
+            os.set_blocking(fd, True)
+            # Nothing else is to get this number.
+            nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            os.dup2(nothing, fd)
+            os.close(nothing)
+
+
 class Way:
     """One direction. The end of its source finishes its sink and nothing else:
     the other direction goes on.
@@ -684,7 +783,16 @@ class Way:
     read and dropped, and the sender is not told, as in qrexec.
     """
 
-    __slots__ = ("moved", "pending", "sink", "sink_state", "source", "table")
+    __slots__ = (
+        "end_sink",
+        "end_source",
+        "moved",
+        "pending",
+        "sink",
+        "sink_state",
+        "source",
+        "table",
+    )
 
     def __init__(
         self,
@@ -692,7 +800,11 @@ class Way:
         sink: int,
         first: bytes = b"",
         table: bytes | None = None,
+        end_source: Callable[[], None] | None = None,
+        end_sink: Callable[[], None] | None = None,
     ) -> None:
+        self.end_source = end_source
+        self.end_sink = end_sink or (lambda: shut_writing(sink))
         self.source = source
         self.sink = sink
         self.pending = memoryview(first)
@@ -723,7 +835,7 @@ class Way:
                         chunk.translate(self.table) if self.table else chunk
                     )
                 else:
-                    self.source = -1
+                    self.end_of_source()
             if self.pending and self.sink_state == "open":
                 self.pending = self.pending[os.write(self.sink, self.pending) :]
         except BlockingIOError:
@@ -737,11 +849,17 @@ class Way:
 
     def finish(self) -> None:
         """Let the reader see the end; what is pending is dropped."""
-        self.source = -1
+        self.end_of_source()
         self.pending = self.pending[:0]
         if self.sink_state != "finished":
             self.sink_state = "finished"
-            shut_writing(self.sink)
+            self.end_sink()
+
+    def end_of_source(self) -> None:
+        if self.source >= 0:
+            self.source = -1
+            if self.end_source:
+                self.end_source()
 
 
 def read_chunk(fd: int) -> bytes:
@@ -770,19 +888,26 @@ def shut_writing(fd: int) -> None:
         sock.detach()
 
 
-def relay(call: Call, options: Options, running: Running) -> int:
-    """The data phase; returns the exit code. It begins by setting O_NONBLOCK on
-    fd 0, for all to see."""
-    out = 0 if options.stdin_socket else 1
-    os.set_blocking(0, False)
-    os.set_blocking(out, False)
+def relay(call: Call, options: Options, running: Running, ends: Ends) -> int:
+    """The data phase; returns the exit code."""
+    out = ends.writes
     os.set_blocking(running.reads, False)
     os.set_blocking(running.writes, False)
     filtered = options.filter_stdout or (
         options.filter_stdout is None and os.isatty(out)
     )
-    up = Way(0, running.reads, running.preamble + (options.prefix or b""))
-    down = Way(running.writes, out, table=FILTER if filtered else None)
+    up = Way(
+        0,
+        running.reads,
+        running.preamble + (options.prefix or b""),
+        end_source=ends.close_reading,
+    )
+    down = Way(
+        running.writes,
+        out,
+        table=FILTER if filtered else None,
+        end_sink=ends.close_writing,
+    )
     child = os.pidfd_open(running.pid) if running.pid >= 0 else -1
     code = 0
     limit = (
@@ -800,7 +925,8 @@ def relay(call: Call, options: Options, running: Running) -> int:
     polled: dict[int, int] = {}
     while True:
         if 0 <= limit <= up.moved + down.moved:
-            shut_writing(out)
+            ends.close_writing()
+            ends.close_reading()
             raise Ended(EXIT_VCHAN_CLOSED, "", "fault: end-early")
         if running.pid >= 0:
             if child < 0 and down.done:
@@ -879,10 +1005,18 @@ def run(argv: list[str], root: Root) -> int:
     options = parse_options(argv, parse_version(version))
     check_agent(root, options)
     call = Call(root, options)
-    service = wait_for_answer(root, call)
-    running = start(root, call, service)
+    wait_for_answer(root, call)
+    ends = Ends(options)
+    try:
+        qube = root.qube(call.decision.resolved)
+        running = start(root, call, find_service(qube, call))
+    except Ended:
+        # The target had taken the call before it found that out.
+        ends.close_reading()
+        ends.close_writing()
+        raise
     root.log("established")
-    return relay(call, options, running)
+    return relay(call, options, running, ends)
 
 
 def tell(message: str) -> None:
@@ -907,6 +1041,5 @@ def main() -> NoReturn:
         tell(message)
     if root:
         root.log("exit", code=code, reason=reason)
-    os._exit(
-        code
-    )  # at once: nothing is buffered, and Python's own way out costs milliseconds
+    # At once: nothing is buffered, and Python's own way out costs milliseconds.
+    os._exit(code)

@@ -4,16 +4,26 @@ that hit one call. No I/O.
 Each line is `[QUBE] fault=value …`; without `[QUBE]` it meets calls to every
 qube, and a later line overrides an earlier one.
 
-  delay=SECONDS          wait so long before the answer
-  lose=P                 hang for ever before the answer, as a race in qrexec-daemon 4.4.2
-                         does with about 0.3 % of calls
+  delay=SECONDS          wait so long before dom0's answer
+  connect-delay=SECONDS  wait so long between that and the target's
+  lose=P                 hang for ever before dom0's answer, as a race in
+                         qrexec-daemon 4.4.2 does with up to 1.1 % of calls
+  lose-late=P            hang after it: the target never connects
+  lost-timeout=SECONDS   … until this end gives up, with 1 (default 120)
   refuse=P               126, `Request refused`
-  vchan-failure=P        1, `Data vchan connection failed`, before any byte is read
-  max-setups=N           the same, for the call that finds N others being set up, as Xen does beyond 10 to 25
+  vchan-failure=P        1, `Data vchan connection failed`, before any byte is
+                         read
+  max-setups=N           the same, for the call that finds N others being set
+                         up, as Xen does beyond 10 to 25
+  max-open=N             the same, for the call that finds N others open, as Xen
+                         does without Qubes' GUI agent
+  busy=N                 so many of the qube's 128 connections belong to others
   exit=CODE              exit with CODE before any byte is read
-  end-early=P            the vchan closes during the call: FIN to the client, then 255
+  end-early=P            the vchan closes during the call: FIN to the client,
+                         then 255
   end-early-after=BYTES  … once so many bytes went either way (default 1)
-  die-after=SECONDS      the client is killed by SIGKILL so long after bytes began to flow
+  die-after=SECONDS      the client is killed by SIGKILL so long after bytes
+                         began to flow
   first=N                this line meets only the first N calls that it selects
 
 P is a probability from 0 to 1.
@@ -21,13 +31,21 @@ P is a probability from 0 to 1.
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # typing.TYPE_CHECKING without its import: the client must start quickly
+# typing.TYPE_CHECKING without its import: the client must start quickly.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PROBABILITIES = ("lose", "refuse", "vchan-failure", "end-early")
-SECONDS = ("delay", "die-after")
-WHOLE_NUMBERS = ("max-setups", "exit", "end-early-after", "first")
+PROBABILITIES = ("lose", "lose-late", "refuse", "vchan-failure", "end-early")
+SECONDS = ("delay", "connect-delay", "die-after", "lost-timeout")
+WHOLE_NUMBERS = (
+    "busy",
+    "end-early-after",
+    "exit",
+    "first",
+    "max-open",
+    "max-setups",
+)
 
 
 class FaultsError(ValueError):

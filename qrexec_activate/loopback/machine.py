@@ -327,7 +327,9 @@ class Machine:
             )
 
         self.environment = {
-            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": (
+                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+            ),
             "HOME": str(self.home),
             "SHELL": "/bin/sh",
             "LANG": "C.UTF-8",
@@ -455,7 +457,12 @@ class Machine:
         """An address in 127.0.0.0/8 that no other qube has, in this machine and
         most likely in any other."""
         while True:
-            host = f"127.{random.randint(64, 127)}.{random.randint(0, 255)}.{random.randint(1, 254)}"
+            parts = (
+                random.randint(64, 127),
+                random.randint(0, 255),
+                random.randint(1, 254),
+            )
+            host = ".".join(map(str, (127, *parts)))
             if host not in self._hosts:
                 self._hosts.add(host)
                 return host

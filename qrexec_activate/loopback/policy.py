@@ -8,7 +8,8 @@ know (tags, includes) is an error, never a line that is skipped: a skipped
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # typing.TYPE_CHECKING without its import: the client must start quickly
+# typing.TYPE_CHECKING without its import: the client must start quickly.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

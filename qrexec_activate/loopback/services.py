@@ -84,7 +84,8 @@ def find(qube: str, service: str, argument: str) -> Service:
 
 def _is_there(path: str) -> bool:
     if len(os.path.basename(path)) > NAME_MAX:
-        return False  # no file has so long a name; without its argument it may still be found
+        # No file has so long a name; without its argument it may be found.
+        return False
     return os.path.exists(path) or (
         os.path.islink(path) and os.readlink(path).startswith("/dev/tcp")
     )

@@ -168,27 +168,34 @@ def test_a_denied_prompt_leaves_what_the_client_sent_unread(
     assert call.given.recv(100) == b"early"
 
 
+@pytest.mark.parametrize("pair", [socket.socketpair, tcp_pair])
+def test_a_call_that_is_refused_never_shows_as_established(
+    pretend: Pretend,
+    pair: Callable[[], tuple[socket.socket, socket.socket]],
+) -> None:
+    call = pretend.call("nowhere", "test.None", pair=pair)
+    call.sock.sendall(b"unread")
+    assert call.wait() == 126
+    assert not call.has_begun()
+    assert call.given.recv(100) == b"unread"
+
+
 @pytest.mark.parametrize(
-    ("target", "service", "code"),
-    [
-        ("work", "test.None", 127),
-        ("nowhere", "test.None", 126),
-        ("work", "qubes.ConnectTCP+http", 125),
-    ],
+    ("service", "code"), [("test.None", 127), ("qubes.ConnectTCP+http", 125)]
 )
 @pytest.mark.parametrize("pair", [socket.socketpair, tcp_pair])
-def test_a_call_that_fails_never_shows_as_established(
+def test_a_missing_service_is_found_out_after_the_target_took_the_call(
     pretend: Pretend,
-    target: str,
     service: str,
     code: int,
     pair: Callable[[], tuple[socket.socket, socket.socket]],
 ) -> None:
-    call = pretend.call(target, service, pair=pair)
-    call.sock.sendall(b"unread")
+    call = pretend.call("work", service, pair=pair)
     assert call.wait() == code
-    assert not call.has_begun()
-    assert call.given.recv(100) == b"unread"
+    assert call.stderr() == ""
+    assert call.has_begun()
+    # The client sees the clean end of an empty stream.
+    assert call.sock.recv(100) == b""
 
 
 def test_prefix_data_comes_before_what_the_client_sends(
