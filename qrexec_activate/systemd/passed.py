@@ -16,7 +16,7 @@ from systemd import daemon as sd_daemon
 from ..routing.claim import PassedSocket
 from ..routing.names import c_escape
 
-__all__ = ["describe", "format_address", "passed_sockets"]
+__all__ = ["describe", "format_address", "passed_sockets", "split_names"]
 
 _KINDS = {
     socket.SOCK_STREAM: "Stream",
@@ -81,11 +81,50 @@ def describe(fd: int, name: str) -> PassedSocket:
         probe.detach()
 
 
+def split_names(text: str, count: int) -> list[str]:
+    """Split LISTEN_FDNAMES into the names of so many descriptors.
+
+    systemd joins them by colons, which a FileDescriptorName cannot hold; but a
+    unit without one goes by its own name, which can, in what follows its @.
+    libsystemd's own sd_listen_fds_with_names (252 to 257) takes a backslash for
+    an escape, and drops it: `@dispvm\\x3aNAME` becomes `@dispvmx3aNAME`.
+    Raises ValueError where the two do not agree.
+    """
+    names = text.split(":")
+    if len(names) > count:
+        names = _with_unit_names(names)
+    if len(names) != count:
+        raise ValueError(f"{count} descriptors, and LISTEN_FDNAMES={text}")
+    return names
+
+
+def _with_unit_names(parts: list[str]) -> list[str]:
+    """Put the names of units together again. No name of a target has anything
+    before an @."""
+    names: list[str] = []
+    for part in parts:
+        unfinished = (
+            names
+            and names[-1].find("@") > 0
+            and not names[-1].endswith(".socket")
+        )
+        if unfinished:
+            names[-1] += f":{part}"
+        else:
+            names.append(part)
+    return names
+
+
 def passed_sockets() -> list[PassedSocket]:
     """Return the sockets that systemd passed to this process, in order; empty
     where it passed none."""
-    passed = sd_daemon.listen_fds_with_names(True)
+    text = os.environ.get("LISTEN_FDNAMES")
+    fds = sd_daemon.listen_fds(True)
     # It takes them out of C's environment only, and children get Python's.
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
-    return [describe(fd, name) for fd, name in passed.items()]
+    if text is None:
+        names = ["unknown"] * len(fds)
+    else:
+        names = split_names(text, len(fds)) if fds else []
+    return [describe(fd, name) for fd, name in zip(fds, names, strict=True)]

@@ -522,3 +522,24 @@ async def test_a_users_own_rpc_works_with_units_of_their_own(
     assert await ask(plain, b"hello") == "my.Notes:hello"
     assert await ask(instance, b"hello") == "my.Notes+today:hello"
     assert "(" in scene.lines("serving", plain)[0]
+
+
+@pytest.mark.parametrize("place", ["alone", "last", "in the middle"])
+async def test_a_disposable_of_a_named_template_works_wherever_it_stands(
+    scene: Scene, place: str
+) -> None:
+    """systemd allows no colon in a name, and passes an escaped one on as it
+    is."""
+    disposable, others = scene.address(), []
+    await scene.qube("proxy-dvm", says("a disposable"))
+    names = {"alone": [], "last": ["a"], "in the middle": ["a", "z"]}[place]
+    for name in names:
+        others.append((name, scene.address()))
+        await scene.qube(name)
+        scene.drop_in(name, others[-1][1])
+    scene.drop_in("m", disposable, r"@dispvm\x3aproxy-dvm")
+    await scene.start()
+    assert await ask(disposable) == "a disposable"
+    assert scene.calls()[0]["target"] == "@dispvm:proxy-dvm"
+    for name, address in others:
+        assert await ask(address) == name

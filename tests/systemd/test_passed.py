@@ -14,7 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrexec_activate.routing.claim import PassedSocket
-from qrexec_activate.systemd.passed import describe, format_address
+from qrexec_activate.systemd.passed import (
+    describe,
+    format_address,
+    split_names,
+)
 
 
 @pytest.fixture
@@ -166,3 +170,33 @@ def test_sockets_are_taken_over_once_in_order_and_closed_to_children() -> None:
         f"4 work Stream 127.0.0.1:{ports[1]} False",
         "[]",
     ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["work"],
+        ["work", "work", "gitweb"],
+        ["@dispvm\\x3adebian-dvm", "work", "@dispvm"],
+        [""],
+        ["", ""],
+        ["qrexec-connect-tcp@1234.socket", "work"],
+        ["qrexec-connect-tcp@1234:work.socket", "work"],
+        [
+            "work",
+            "qrexec-connect-tcp@1:a:b.socket",
+            "my@2:c.socket",
+            "@default",
+        ],
+    ],
+)
+def test_names_are_split_as_systemd_joined_them(names: list[str]) -> None:
+    assert split_names(":".join(names), len(names)) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("a:b", 1), ("a", 2), ("x@1:a:b", 2), ("", 2)]
+)
+def test_names_that_do_not_fit_are_an_error(text: str, count: int) -> None:
+    with pytest.raises(ValueError, match="LISTEN_FDNAMES"):
+        split_names(text, count)
