@@ -168,17 +168,23 @@ def expected(service: str, argument: bytes, folder: str) -> list[bytes] | None:
     port, dash, address = argument.partition(b"-")
     if not dash or not _PORT.fullmatch(port) or int(port) > 65535:
         return None
+    if not address or not set(address) <= set(SAFE):
+        return None
     try:
-        parsed = ipaddress.ip_address(address.decode("ascii").replace("+", ":"))
+        text = address.decode("ascii").replace("+", ":")
+        parsed = ipaddress.ip_address(text)
+        family = socket.AF_INET6 if parsed.version == 6 else socket.AF_INET
+        canonical = socket.inet_ntop(family, parsed.packed)
     except (ValueError, UnicodeDecodeError):
         return None
-    if (
-        b":" in address
-        or b"%" in address
-        or int(parsed) == 0
-        or (parsed.version == 6 and b"." in address)
-    ):
+    if canonical != text or int(parsed) == 0 or parsed.is_multicast:
         return None
+    if parsed.version == 6 and "." in text:
+        return None
+    if parsed.version == 4:
+        first, last = parsed.packed[0], parsed.packed[-1]
+        if not 0 < first < 224 or last in (0, 255):
+            return None
     # As it was written, with : for +.
     source, target = address.replace(b"+", b":"), b"127.0.0.1:" + port
     kind = b"TCP4"

@@ -138,16 +138,162 @@ def test_ipv6_addresses_are_written_with_plus_for_colon(
     pretend: Pretend,
 ) -> None:
     server = pretend.serve_tcp(echo, "::1")
-    for address in ("++1", "0+0+0+0+0+0+0+1"):
-        call = pretend.call(
-            "work", f"qubes.ConnectTCPBind+{server.port}-{address}"
-        )
-        assert (call.converse(b"hello"), call.wait(), call.stderr()) == (
-            b"hello",
-            0,
-            "",
-        )
+    call = pretend.call("work", f"qubes.ConnectTCPBind+{server.port}-++1")
+    assert (call.converse(b"hello"), call.wait(), call.stderr()) == (
+        b"hello",
+        0,
+        "",
+    )
     assert {peer[0] for peer in server.peers} == {"::1"}
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        # The kernel would make 127.0.0.1 of these.
+        "224.0.0.1",
+        "239.255.255.250",
+        "255.255.255.255",
+        "127.255.255.255",
+        "127.0.0.0",
+        "0.0.0.1",
+        # Other spellings of ::1, and of what it is not.
+        "0+0+0+0+0+0+0+1",
+        "0++1",
+        "++0+1",
+        "++01",
+        "++0001",
+        "0000+0000+0000+0000+0000+0000+0000+0001",
+        "FD00++7",
+        "++ffff+7f00+1",
+        "++7f00+1",
+        "ff02++1",
+    ],
+)
+def test_a_server_never_sees_another_address_than_policy_has_read(
+    pretend: Pretend, address: str
+) -> None:
+    """A policy that denies one spelling must not be passed by another."""
+    ipv4, ipv6 = pretend.serve_tcp(echo), None
+    if has_ipv6():
+        ipv6 = pretend.serve_tcp(echo, "::1", ipv4.port)
+    call = pretend.call("work", f"qubes.ConnectTCPBind+{ipv4.port}-{address}")
+    assert call.converse(b"hello") == b""
+    assert call.wait() == 2
+    assert ipv4.peers == []
+    assert ipv6 is None or ipv6.peers == []
+
+
+def test_a_connection_that_meets_itself_is_ended() -> None:
+    """It would keep the service from its port for as long as it lasts."""
+    script = (
+        "ip link set lo up && "
+        "echo 40000 40000 >/proc/sys/net/ipv4/ip_local_port_range && "
+        f"exec {BIND} 40000-127.0.0.1"
+    )
+    ours, theirs = socket.socketpair()
+    with ours:
+        process = subprocess.Popen(
+            ["unshare", "-rn", "sh", "-c", script],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        theirs.close()
+        _, said = process.communicate(timeout=PATIENCE)
+    if "unshare" in said or "ip: " in said or "ip_local_port_range" in said:
+        pytest.skip(f"no network of one's own here: {said.strip()}")
+    assert process.returncode not in (0, 2)
+    assert "nobody listens there" in said
+
+
+@pytest.mark.parametrize("how", ["closes", "reads no more"])
+def test_a_service_that_says_nothing_ends_when_its_caller_has_gone(
+    pretend: Pretend,
+    reach: Callable[[Callable[[socket.socket], object]], str],
+    how: str,
+) -> None:
+    """qrexec-agent lives on until the service has ended: what goes with the
+    caller is that it reads."""
+    seen, over = threading.Event(), threading.Event()
+
+    def wait(sock: socket.socket) -> bytes:
+        seen.set()
+        over.wait(10 * PATIENCE)
+        return b""
+
+    name = reach(wait).partition("+")
+    script = RPC / name[0]
+    own_in, its_in = socket.socketpair()
+    own_out, its_out = socket.socketpair()
+    environment = {
+        **os.environ,
+        "XDG_RUNTIME_DIR": str(pretend.qube() / "run"),
+        "QREXEC_REMOTE_DOMAIN": "work",
+    }
+    process = subprocess.Popen(
+        [script, name[2]],
+        stdin=its_in,
+        stdout=its_out,
+        env=environment,
+        start_new_session=True,
+    )
+    its_in.close()
+    its_out.close()
+    assert seen.wait(PATIENCE)
+    if how == "closes":
+        own_in.close()
+        own_out.close()
+    else:
+        own_in.shutdown(socket.SHUT_WR)
+        own_out.shutdown(socket.SHUT_RD)
+    assert process.wait(PATIENCE) != 0
+    over.set()
+    own_in.close()
+    own_out.close()
+
+    def nobody() -> bool:
+        listed = subprocess.run(
+            ["pgrep", "-s", str(process.pid)], capture_output=True, check=False
+        )
+        return not listed.stdout
+
+    wait_until("no process is left", nobody)
+
+
+def test_each_call_is_one_line_of_the_journal(
+    pretend: Pretend, tmp_path: Path
+) -> None:
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    logger = folder / "logger"
+    logger.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/log\n')
+    logger.chmod(0o755)
+    server = pretend.serve_tcp(echo)
+    for argument, code in ((f"{server.port}-127.0.0.1", 0), ("80", 2)):
+        ours, theirs = socket.socketpair()
+        with ours:
+            process = subprocess.Popen(
+                [BIND, argument],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=subprocess.DEVNULL,
+                env={
+                    "PATH": f"{folder}:/usr/bin:/bin",
+                    "QREXEC_REMOTE_DOMAIN": "work",
+                },
+            )
+            theirs.close()
+            ours.shutdown(socket.SHUT_WR)
+            assert process.wait(PATIENCE) == code
+    served, refused = (tmp_path / "log").read_text().splitlines()
+    assert "-t qubes.ConnectTCPBind" in served
+    assert served.endswith(
+        f"work: connected to 127.0.0.1:{server.port} from 127.0.0.1,"
+        " exit code 0"
+    )
+    assert "work: refused: the argument holds no" in refused
 
 
 @pytest.fixture(params=["unix", "tcp"])
@@ -303,7 +449,7 @@ def test_the_reply_may_take_hours_and_the_buffer_is_large(
         # In milliseconds it must fit the int that poll() takes.
         assert 3600 <= int(option(arguments, "-t")) < 2**31 // 1000
         assert 65536 <= int(option(arguments, "-b")) < 262144
-        assert arguments[-2] == "STDIO,shut-close"
+        assert arguments[-2] in ("STDIO,shut-close", "STDIO,shut-down")
     assert unix[-1] == "UNIX-CONNECT:./name"
     assert ipv4[-1].startswith("TCP4:127.0.0.1:2049,bind=127.0.1.1,")
     assert ipv6[-1].startswith("TCP6:[::1]:2049,bind=[fd00::7],")
@@ -378,13 +524,28 @@ def bind_address(
         and 0 < int(port) < 65536
     ):
         return None
-    if ":" in text or "%" in text or ("." in text and "+" in text):
-        return None
     try:
-        address = ipaddress.ip_address(text.replace("+", ":"))
-    except ValueError:
+        packed, family = socket.inet_pton(socket.AF_INET, text), socket.AF_INET
+    except (OSError, ValueError):
+        try:
+            family = socket.AF_INET6
+            packed = socket.inet_pton(family, text.replace("+", ":"))
+        except (OSError, ValueError):
+            return None
+    # Of all spellings of an address there is but one.
+    if socket.inet_ntop(family, packed).replace(":", "+") != text:
         return None
-    return None if address.is_unspecified else (int(port), address)
+    address = ipaddress.ip_address(packed)
+    if address.is_unspecified or address.is_multicast:
+        return None
+    if family == socket.AF_INET:
+        first, last = packed[0], packed[-1]
+        return (
+            None
+            if not 0 < first < 224 or last in (0, 255)
+            else (int(port), address)
+        )
+    return None if "." in text else (int(port), address)
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
@@ -394,10 +555,12 @@ def test_only_a_whole_port_and_address_ever_reach_socat(
     seeds = [
         "2049-127.0.1.1",
         "1-fd00++7",
-        "65535-255.249.199.100",
+        "65535-223.249.199.100",
         "80-1+2+3+4+5+6+7+8",
         "9-++1",
         "9-a+b++",
+        "9-fe80++1+0+0+2",
+        "9-1+0+0+2++3",
         "",
     ]
     arguments = random_arguments(seeds) + seeds
@@ -517,9 +680,9 @@ def test_connect_unix_says_what_is_wrong_with_a_name(
         ("80-127.0.0", "no IPv4 address"),
         ("80-127.0.0.1.1", "no IPv4 address"),
         ("80-localhost", "no IPv4 address"),
-        ("80-0.0.0.0", "no address to connect from"),
-        ("80-++", "no address to connect from"),
-        ("80-0+0++0", "no address to connect from"),
+        ("80-0.0.0.0", "none of a single host"),
+        ("80-++", "none of a single host"),
+        ("80-0+0++0", "in its shortest form"),
         ("80-1++2++3", "no IPv6 address"),
         ("80-+++1", "no IPv6 address"),
         ("80-+1", "no IPv6 address"),

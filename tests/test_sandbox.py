@@ -78,6 +78,10 @@ print(json.dumps({
         attempt(lambda: os.sched_setaffinity(0, os.sched_getaffinity(0))),
         # bpf(2) on x86-64 and on the rest of the architectures.
         attempt(lambda: libc.syscall(321 if os.uname().machine == "x86_64" else 280, 0, 0, 0)),
+        # io_uring_setup(2), by which sockets and files could be opened past all
+        # of this, and io_setup(2).
+        attempt(lambda: libc.syscall(425, 8, ctypes.create_string_buffer(120))),
+        attempt(lambda: libc.syscall(206 if os.uname().machine == "x86_64" else 0, 1, ctypes.create_string_buffer(8))),
     ],
     "Seccomp": status["Seccomp"],
     "MemoryDenyWriteExecute": attempt(
@@ -95,7 +99,7 @@ print(json.dumps({
 HELD = {
     "NoNewPrivileges": "1",
     "RestrictAddressFamilies": ["ok", *["EAFNOSUPPORT"] * 4],
-    "SystemCallFilter": ["EPERM"] * 5,
+    "SystemCallFilter": ["EPERM"] * 7,
     "Seccomp": "2",
     "MemoryDenyWriteExecute": "EPERM",
     "LockPersonality": "EPERM",
@@ -302,3 +306,21 @@ def test_systemd_takes_every_line_of_the_units(tmp_path: Path) -> None:
         check=False,
     ).stderr
     assert [line for line in said.splitlines() if str(tmp_path) in line] == []
+
+
+@pytest.mark.parametrize(
+    "instance",
+    [
+        "qrexec-connect-tcp@5432.socket",
+        "qrexec-connect-tcp-bind@2049-127.0.1.1.socket",
+        "qrexec-connect-unix@notes.socket",
+    ],
+)
+async def test_a_path_that_a_drop_in_opens_is_for_its_own_user(
+    scene: Scene, instance: str
+) -> None:
+    path = scene.machine.runtime / "routes" / "work.sock"
+    scene.drop_in("work", str(path), unit=instance)
+    await scene.start(instance)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
