@@ -19,25 +19,87 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         " row takes. Without --services only refusals can be tried.",
     )
     add = parser.add_argument
-    add("--stack", metavar="DIR", help="a stack as QREXEC_STACK: gives all of the following but the targets")
+    add(
+        "--stack",
+        metavar="DIR",
+        help="a stack as QREXEC_STACK: gives all of the following but the targets",
+    )
     add("--client", metavar="PATH", help="the qrexec-client-vm")
-    add("--option", action="append", default=[], metavar="WORD", help="give it this option in every call")
-    add("--target", action="append", metavar="QUBE", help="a qube that may be called; three for all rows (default: work)")
-    add("--source", metavar="QUBE", default="client", help="the calling qube (default: client)")
-    add("--second-client", default="", metavar="PATH", help="a qrexec-client-vm that calls as another qube")
-    add("--services", default="", metavar="DIR", help="where a target's services lie; {} stands for its name")
-    add("--rpc-config", default="", metavar="DIR", help="the same for rpc-config")
-    add("--policy", type=Path, metavar="PATH", help="the folder policy.d, or one file of policy")
-    add("--answer", type=Path, metavar="FILE", help="what answers a prompt: allow or deny")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="give it this option in every call",
+    )
+    add(
+        "--target",
+        action="append",
+        metavar="QUBE",
+        help="a qube that may be called; three for all rows (default: work)",
+    )
+    add(
+        "--source",
+        metavar="QUBE",
+        default="client",
+        help="the calling qube (default: client)",
+    )
+    add(
+        "--second-client",
+        default="",
+        metavar="PATH",
+        help="a qrexec-client-vm that calls as another qube; the last target's domain id must be above those of both",
+    )
+    add(
+        "--services",
+        default="",
+        metavar="DIR",
+        help="where a target's services lie; {} stands for its name",
+    )
+    add(
+        "--rpc-config",
+        default="",
+        metavar="DIR",
+        help="the same for rpc-config",
+    )
+    add(
+        "--policy",
+        type=Path,
+        metavar="PATH",
+        help="the folder policy.d, or one file of policy",
+    )
+    add(
+        "--answer",
+        type=Path,
+        metavar="FILE",
+        help="what answers a prompt: allow or deny",
+    )
     add("--faults", type=Path, metavar="FILE", help="the loopback's faults")
-    add("--kill-parent", action="store_true", help="a service's parent is the target's side of its data path")
+    add(
+        "--kill-parent",
+        action="store_true",
+        help="a service's parent is the target's side of its data path",
+    )
+    add(
+        "--agent",
+        type=int,
+        default=0,
+        metavar="PID",
+        help="the target's agent, which is stopped for a moment to lose a call",
+    )
     add("--row", action="append", metavar="NAME", help="try this row alone")
     arguments = parser.parse_args(argv)
     if arguments.stack:
         stack = Path(arguments.stack)
-        arguments.client = arguments.client or str(stack / "bin" / "qrexec-client-vm")
-        arguments.services = arguments.services or f"{stack}/qubes/{{}}/qubes-rpc"
-        arguments.rpc_config = arguments.rpc_config or f"{stack}/qubes/{{}}/rpc-config"
+        arguments.client = arguments.client or str(
+            stack / "bin" / "qrexec-client-vm"
+        )
+        arguments.services = (
+            arguments.services or f"{stack}/qubes/{{}}/qubes-rpc"
+        )
+        arguments.rpc_config = (
+            arguments.rpc_config or f"{stack}/qubes/{{}}/rpc-config"
+        )
         arguments.policy = arguments.policy or stack / "policy.d"
     if not arguments.client:
         parser.error("--client or --stack is needed")
@@ -61,6 +123,7 @@ def main() -> int:
             faults=arguments.faults,
             second=arguments.second_client,
             kill_parent=arguments.kill_parent,
+            agent=arguments.agent,
             options=arguments.option,
         )
         lines = []

@@ -51,6 +51,7 @@ class Place:
         faults: Path | None = None,
         second: str = "",
         kill_parent: bool = False,
+        agent: int = 0,
         options: Sequence[str] = (),
     ) -> None:
         self.client = client
@@ -59,6 +60,8 @@ class Place:
         self.second = second
         #: Whether the parent of a service is its side of the data path.
         self.kill_parent = kill_parent
+        #: The process of the target's agent, which may be stopped.
+        self.agent = agent
         self.options = list(options)
         self._services = services
         self._configs = configs
@@ -78,6 +81,7 @@ class Place:
                 (root / "qubes" / qube / part).mkdir(parents=True)
         client = folder / "qrexec-client-vm"
         write_client(str(client), str(root), sys.executable)
+        second = folder / "qrexec-client-vm-of-another"
         return cls(
             str(client),
             targets=targets,
@@ -86,6 +90,7 @@ class Place:
             policy=root / "policy",
             answer=root / "answer",
             faults=root / "faults",
+            second=str(second),
         )
 
     def __enter__(self) -> Place:
@@ -157,6 +162,16 @@ class Place:
         if self._faults is None:
             raise CannotTry("it makes no faults on demand (--faults)")
         self._written(self._faults, line + "\n")
+
+    def lose(self) -> None:
+        """Let the next call be lost between policy's answer and the target."""
+        if self._faults is not None:
+            self.fault("lose=1")
+        elif self.agent:
+            os.kill(self.agent, signal.SIGSTOP)
+            self._undo.callback(os.kill, self.agent, signal.SIGCONT)
+        else:
+            raise CannotTry("it loses no call on demand (--faults, --agent)")
 
     @property
     def makes_faults(self) -> bool:

@@ -79,7 +79,11 @@ class Call:
             os.close(answer_writes)
             self._writes = writes
             return
-        self.peer, self.held = tcp_pair() if way == "tcp" else socket.socketpair()
+        self.peer, self.held = (
+            socket.socketpair()
+            if way == "unix"
+            else tcp_pair(slow=way == "slow")
+        )
         place.closing(self.peer, self.held)
         self.held_fd = self.held.fileno()
         self.process = place.call(
@@ -102,9 +106,7 @@ class Call:
 
     @property
     def is_non_blocking(self) -> bool:
-        return bool(
-            fcntl.fcntl(self.held_fd, fcntl.F_GETFL) & os.O_NONBLOCK
-        )
+        return bool(fcntl.fcntl(self.held_fd, fcntl.F_GETFL) & os.O_NONBLOCK)
 
     @property
     def runs(self) -> bool:
@@ -177,10 +179,17 @@ class Call:
         return sum(link in listening for link in links)
 
 
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
+def tcp_pair(*, slow: bool = False) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection. With `slow`, what the client has not read
+    stays at the sender's side, which a reset empties."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        peer = socket.create_connection(listener.getsockname())
+        peer = socket.socket()
+        if slow:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.connect(listener.getsockname())
         held, _ = listener.accept()
+        if slow:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     return peer, held
 
 
@@ -340,14 +349,16 @@ def service_ends(place: Place, *, way: str) -> Seen:
         "parent's duplicate reads": unread,
         "client got": received,
         "client saw": end,
-        "a client that goes on sending": problems[-1] if problems else "nothing",
+        "a client that goes on sending": problems[-1]
+        if problems
+        else "nothing",
     }
 
 
 def unread_reply(place: Place) -> Seen:
     """The client has sent after the end of the service, and reads only now."""
     place.service(PREFIX + "Brief", "#!/bin/sh\nhead -c 100000 /dev/zero\n")
-    call = Call(place, PREFIX + "Brief")
+    call = Call(place, PREFIX + "Brief", way="slow")
     code = call.code()
     with contextlib.suppress(OSError):
         call.send(b"more")
@@ -402,11 +413,15 @@ def _stop(path: Path) -> None:
 # ---------------------------------------------------------------------- limits
 
 
-def many(place: Place, count: int, targets: list[str], second: str = "") -> list[Call]:
+def many(
+    place: Place, count: int, targets: list[str], second: str = ""
+) -> list[Call]:
     """So many calls that stay open, spread over targets; only some are set up
     at once, as qrexec loses calls when many are."""
     for target in targets:
-        place.service(PREFIX + "Hold", "#!/bin/sh\nexec cat >/dev/null\n", target)
+        place.service(
+            PREFIX + "Hold", "#!/bin/sh\nexec cat >/dev/null\n", target
+        )
     calls: list[Call] = []
     for number in range(count):
         call = Call(
@@ -429,11 +444,11 @@ def limit_of_target(place: Place, *, callers: int = 1) -> Seen:
     """128 calls to one target are open; then one more."""
     if callers > 1 and not place.second:
         raise CannotTry("no second calling qube (--second-client)")
-    calls = many(
-        place, 128, [place.target], place.second if callers > 1 else ""
-    )
+    # The last target: both callers' domain ids are lower than its own.
+    target = place.targets[-1] if callers > 1 else place.target
+    calls = many(place, 128, [target], place.second if callers > 1 else "")
     open_before = sum(call.runs and call.is_non_blocking for call in calls)
-    call = Call(place, PREFIX + "Hold")
+    call = Call(place, PREFIX + "Hold", target=target)
     call.established()
     code = None if call.runs else call.code()
     seen: Seen = {
@@ -445,7 +460,7 @@ def limit_of_target(place: Place, *, callers: int = 1) -> Seen:
     calls[0].code()
 
     def has_room() -> bool:
-        again = Call(place, PREFIX + "Hold")
+        again = Call(place, PREFIX + "Hold", target=target)
         again.established()
         return again.runs
 
@@ -476,7 +491,7 @@ echo "$0 ${1-none} $QREXEC_SERVICE_FULL_NAME [$QREXEC_SERVICE_ARGUMENT] $QREXEC_
 """
 
 
-def names(place: Place, *, called: str, file: str, argument: bool = True) -> Seen:
+def names(place: Place, *, called: str, file: str) -> Seen:
     """What a service is told of its name, argument and caller."""
     folder = place.service(file, WHO).parent
     call = Call(place, called)
@@ -496,9 +511,7 @@ def default_target(place: Place, *, called: str) -> Seen:
         f"{name} * @anyvm @anyvm deny",
     )
     place.service(name, "#!/bin/sh\necho here\n")
-    call = Call(
-        place, name, target=called.format(target=place.target)
-    )
+    call = Call(place, name, target=called.format(target=place.target))
     code = call.code()
     return {"code": code, "client got": call.receive()[0]}
 
@@ -545,7 +558,7 @@ def vchan_of_open_call(place: Place) -> Seen:
 
 def lost(place: Place) -> Seen:
     """A call that qrexec has lost after policy's answer."""
-    place.fault("lose=1")
+    place.lose()
     place.service(PREFIX + "Hold", "#!/bin/sh\nexec cat >/dev/null\n")
     call = Call(place, PREFIX + "Hold")
     call.send(b"secret")
@@ -563,7 +576,9 @@ def lost(place: Place) -> Seen:
 # -------------------------------------------------------------- socket services
 
 
-def socket_service(place: Place, *, config: str) -> Seen:
+def socket_service(
+    place: Place, *, config: str, argument: str = "+arg"
+) -> Seen:
     """A service that is a unix socket: what comes before the client's bytes."""
     with socket.socket(socket.AF_UNIX) as listener:
         path = f"/tmp/{PREFIX}{os.getpid()}.{time.monotonic_ns()}"
@@ -574,7 +589,7 @@ def socket_service(place: Place, *, config: str) -> Seen:
             place.link(PREFIX + "Socket", path)
             if config:
                 place.config(PREFIX + "Socket", config)
-            call = Call(place, PREFIX + "Socket+arg")
+            call = Call(place, PREFIX + "Socket" + argument)
             call.send(b"hello")
             call.half_close()
             serving, _ = listener.accept()

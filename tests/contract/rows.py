@@ -268,7 +268,7 @@ ROWS = (
     ),
     Row(
         "the-129th-call-of-two-callers",
-        "The 128 calls to a target are counted over all qubes that call it.",
+        "The 128 calls to a target are counted over all qubes that call it and whose domain ids are on the same side of its own.",
         HAND_OVER,
         probes.limit_of_target,
         {"open": 128, "the 129th's code": 126},
@@ -276,10 +276,10 @@ ROWS = (
     ),
     Row(
         "the-257th-call-of-a-qube",
-        "256 calls of one qube are open at once.",
+        "256 calls of one qube are open at once; one more is served, but its agent has no slot for it and never closes its connection.",
         HAND_OVER,
         probes.slots_of_caller,
-        {"open": 256},
+        {"open": 256, "the 257th is established": True},
     ),
     # Names and policy
     Row(
@@ -295,10 +295,10 @@ ROWS = (
     ),
     Row(
         "a-service-without-an-argument",
-        "Without an argument the variable is there and empty, and there is no word for it.",
-        ALL,
+        "Without an argument its variable is there and empty, there is no word for it, and the full name ends with +.",
+        NEWEST,
         probes.names,
-        {"service said": "contract.Who none contract.Who [] SOURCE 0"},
+        {"service said": "contract.Who none contract.Who+ [] SOURCE 0"},
         {"called": "contract.Who", "file": "contract.Who"},
     ),
     Row(
@@ -325,9 +325,9 @@ ROWS = (
     Row(
         "bytes-of-a-service",
         "Every byte of a service's name but A-Za-z0-9_-. becomes _.",
-        ALL,
+        NEWEST,
         probes.names,
-        {"service said": "contract.Who_x none contract.Who_x [] SOURCE 0"},
+        {"service said": "contract.Who_x none contract.Who_x+ [] SOURCE 0"},
         {"called": "contract.Who:x", "file": "contract.Who_x"},
     ),
     Row(
@@ -427,6 +427,14 @@ ROWS = (
         probes.socket_service,
         {"service got": b"contract.Socket+arg SOURCE\0hello", "code": 0},
         {"config": ""},
+    ),
+    Row(
+        "a-socket-service-without-an-argument",
+        "Without an argument the service's name ends with + there, too.",
+        NEWEST,
+        probes.socket_service,
+        {"service got": b"contract.Socket+ SOURCE\0hello", "code": 0},
+        {"config": "", "argument": ""},
     ),
     Row(
         "a-socket-service-without-descriptor",
