@@ -156,7 +156,7 @@ class Place:
     def unanswered(self) -> None:
         if self._answer is None:
             raise CannotTry("a prompt cannot be answered (--answer)")
-        self._answer.unlink(missing_ok=True)
+        self._written(self._answer, "")
 
     def fault(self, line: str) -> None:
         if self._faults is None:
