@@ -3,11 +3,12 @@ and a loopback qrexec."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
+from typing import Any
 
 import pytest
 import trio
-from scenario import Scene, measured
+from scenario import Scene, Stack, measured
 
 from qrexec_activate.loopback.machine import Machine
 
@@ -16,7 +17,11 @@ from qrexec_activate.loopback.machine import Machine
 def shared_machine() -> Iterator[Machine]:
     """One machine for all scenarios that clean up after themselves, which a
     Scene does."""
-    with Machine(environment=measured()) as machine:
+    stack = Stack.given()
+    own = {"QREXEC_ACTIVATE_CLIENT": str(stack.client)} if stack else {}
+    with Machine(environment={**measured(), **own}) as machine:
+        if stack:
+            machine.client = stack.client
         yield machine
 
 
@@ -31,6 +36,19 @@ async def scene(
         # pytest shows it where the test has failed.
         print(scene.log())
         scene.clean_up()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, Any, None]:
+    """Say by name what a stack cannot do."""
+    outcome = yield
+    report = outcome.get_result()
+    scene = getattr(item, "funcargs", {}).get("scene")
+    if report.skipped and scene and scene.stack and scene.stack.reason:
+        path, line, _ = item.location
+        report.longrepr = (path, line or 0, f"Skipped: {scene.stack.reason}")
 
 
 @pytest.fixture(params=["hand-over", "splice"])

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from qrexec_activate.loopback.machine import Machine
@@ -241,6 +242,90 @@ async def silent(stream: trio.SocketStream) -> None:
         pass
 
 
+# ------------------------------------------------------- a qrexec of one's own
+
+
+class Stack:
+    """A qrexec that somebody has brought up on this machine, in place of the
+    loopback; docs/testing.md says what its folder holds.
+
+    All its qubes share the addresses of this machine, so each service of
+    qubes.ConnectTCP is a link to an address of its own.
+    """
+
+    SERVICE = "qubes.ConnectTCP+{}"
+    CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.client = folder / "bin" / "qrexec-client-vm"
+        self._made: list[Path] = []
+        #: Why the test is skipped: pytest-trio drops what pytest.skip says.
+        self.reason = ""
+
+    @classmethod
+    def given(cls) -> Stack | None:
+        folder = os.environ.get("QREXEC_STACK")
+        return cls(Path(folder)) if folder else None
+
+    def lacks(self, what: str) -> None:
+        self.reason = f"the stack {self.folder} {what}"
+        pytest.skip(self.reason)
+
+    def rpc(self, qube: str) -> Path:
+        """Where the qube's services lie."""
+        folder = self.folder / "qubes" / qube / "qubes-rpc"
+        if not folder.is_dir():
+            self.lacks(f"has no qube {qube}")
+        return folder
+
+    def serve(self, qube: str, port: int, host: str) -> None:
+        """Let port of the qube be that port of host."""
+        name = self.SERVICE.format(port)
+        link = self.rpc(qube) / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"/dev/tcp/{host}")
+        self._made.append(link)
+        self._write(link.parent.parent / "rpc-config" / name, self.CONFIG)
+
+    def policy(self, *lines: str) -> None:
+        text = "".join(f"{line}\n" for line in lines)
+        self._write(self.folder / "policy.d" / "10-scenario.policy", text)
+
+    def answer(self, word: str) -> None:
+        """Answer the prompt that is open."""
+        if not (self.folder / "answer").exists():
+            self.lacks("answers no prompts")
+        (self.folder / "answer").write_text(word)
+
+    def calls(self, event: str) -> Path:
+        """The list of calls that the stack keeps, if it keeps one."""
+        path = self.folder / "calls"
+        if not path.exists():
+            self.lacks("keeps no list of calls")
+        if event != "call":
+            self.lacks(f"lists no event {event}")
+        return path
+
+    def script(self, qube: str, name: str) -> Path:
+        """Where a script goes that is gone after the test."""
+        path = self.rpc(qube) / name
+        self._made.append(path)
+        return path
+
+    def _write(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        self._made.append(path)
+
+    def clean_up(self) -> None:
+        for path in self._made:
+            path.unlink(missing_ok=True)
+        self._made.clear()
+        for name in ("answer", "calls"):
+            if (self.folder / name).exists():
+                (self.folder / name).write_text("")
+
+
 # -------------------------------------------------------- the machine of a test
 
 
@@ -251,6 +336,7 @@ class Scene:
     def __init__(self, machine: Machine, nursery: trio.Nursery) -> None:
         self.machine = machine
         self.nursery = nursery
+        self.stack = Stack.given()
         #: The instance, and so the port in every qube, unless a test says
         #: otherwise.
         self.port = free_port()
@@ -316,6 +402,8 @@ class Scene:
     ) -> Path:
         """Make a pretend qube with a TCP service, which by default says the
         qube's name."""
+        if self.stack:
+            self.stack.rpc(name)
         folder = self.machine.add_qube(name)
         await self.serve(name, handler or says(name), port)
         return folder
@@ -334,7 +422,22 @@ class Scene:
         listeners = await trio.open_tcp_listeners(
             port or self.port, host=self.machine.address(qube), backlog=512
         )
+        if self.stack:
+            self.stack.serve(
+                qube, port or self.port, self.machine.address(qube)
+            )
         self.nursery.start_soon(trio.serve_listeners, forgiving, listeners)
+
+    def script(self, qube: str, name: str) -> Path:
+        """Make a pretend qube without TCP services; returns where the script of
+        its service goes."""
+        path = (
+            self.stack.script(qube, name)
+            if self.stack
+            else self.machine.add_qube(qube) / "rpc" / name
+        )
+        path.touch(0o755)
+        return path
 
     async def route(
         self, handler: Handler | None = None, qube: str = "work"
@@ -349,18 +452,39 @@ class Scene:
 
     def faults(self, *lines: str) -> None:
         """Let calls go wrong; see qrexec_activate/loopback/faults.py."""
-        (self.machine.loopback / "faults").write_text(
+        (self.loopback / "faults").write_text(
             "".join(f"{line}\n" for line in lines)
         )
 
+    @property
+    def loopback(self) -> Path:
+        """The loopback's root, for what only the loopback can do."""
+        if self.stack:
+            self.stack.lacks("has no faults on demand")
+        return self.machine.loopback
+
+    def answer(self, word: str) -> None:
+        """Answer the prompts that are open."""
+        if self.stack:
+            self.stack.answer(word)
+        else:
+            (self.machine.loopback / "answer").write_text(f"{word}\n")
+
     def policy(self, *lines: str) -> None:
+        if self.stack:
+            self.stack.policy(*lines)
+            return
         (self.machine.loopback / "policy").write_text(
             "".join(f"{line}\n" for line in lines)
         )
 
     def calls(self, event: str = "call") -> list[dict[str, Any]]:
         """What reached qrexec: every call, or what became of it."""
-        path = self.machine.loopback / "calls"
+        path = (
+            self.stack.calls(event)
+            if self.stack
+            else self.machine.loopback / "calls"
+        )
         lines = path.read_text().splitlines() if path.exists() else []
         return [
             record
@@ -464,6 +588,8 @@ class Scene:
     def clean_up(self) -> None:
         """Leave the machine as it was: no unit, no process, no qube, no log."""
         machine = self.machine
+        if self.stack:
+            self.stack.clean_up()
         units = [
             line.split()[0]
             for line in machine.systemctl(

@@ -49,7 +49,7 @@ async def test_open_prompts_do_not_keep_others_waiting(scene: Scene) -> None:
         await until(
             "all four wait", lambda: "4 waiting for an answer" in status(scene)
         )
-        (scene.machine.loopback / "answer").write_text("allow\n")
+        scene.answer("allow")
         for stream in streams:
             await stream.send_eof()
             assert await receive_exactly(stream, 4) == b"work"

@@ -117,7 +117,7 @@ async def test_a_call_that_never_comes_about_is_a_reset_with_its_reason(
 
 async def test_a_halted_qube_is_a_refusal(scene: Scene) -> None:
     address = await scene.route()
-    halted = scene.machine.loopback / "qubes" / "work" / "halted"
+    halted = scene.loopback / "qubes" / "work" / "halted"
     halted.touch()
     assert await is_reset(address)
     await scene.logged("failed with exit code 126", "halted")
@@ -251,7 +251,7 @@ async def test_an_agent_that_is_away_for_a_moment_is_waited_for(
     scene: Scene,
 ) -> None:
     address = await scene.route()
-    away = scene.machine.loopback / "agent-down"
+    away = scene.loopback / "agent-down"
     away.touch()
     async with await connect(address) as stream:
         await send(stream, b"who?")
@@ -266,7 +266,7 @@ async def test_an_agent_that_stays_away_is_a_reset_after_some_tries(
     scene: Scene,
 ) -> None:
     address = await scene.route()
-    away = scene.machine.loopback / "agent-down"
+    away = scene.loopback / "agent-down"
     away.touch()
     async with await connect(address) as stream:
         with trio.fail_after(LONG):
@@ -283,7 +283,7 @@ async def test_an_agent_that_stays_away_is_a_reset_after_some_tries(
 
 
 def be_old(scene: Scene) -> None:
-    (scene.machine.loopback / "version").write_text("4.2.18\n")
+    (scene.loopback / "version").write_text("4.2.18\n")
 
 
 async def test_an_old_client_is_served_without_the_user_seeing_anything(

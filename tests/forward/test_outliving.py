@@ -96,7 +96,7 @@ async def test_a_prompt_that_is_open_at_a_stop_can_still_be_answered(
         await until("the call is made", scene.calls)
         await trio.sleep(2.2)
         await scene.systemctl("stop", SERVICE)
-        (scene.machine.loopback / "answer").write_text("allow\n")
+        scene.answer("allow")
         assert await receive_exactly(stream, 4) == b"ping"
 
 

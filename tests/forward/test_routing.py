@@ -439,7 +439,7 @@ async def test_escapes_in_an_instance_are_decoded_and_dashes_left_alone(
 ) -> None:
     unit = f"qrexec-connect-unix@{instance}.socket"
     path = str(scene.machine.runtime / "here")
-    script = scene.machine.add_qube("work") / "rpc" / "qubes.ConnectUnix"
+    script = scene.script("work", "qubes.ConnectUnix")
     script.write_text(
         '#!/bin/sh\ncat >/dev/null\nprintf %s "$QREXEC_SERVICE_ARGUMENT"\n'
     )
@@ -463,7 +463,7 @@ async def test_an_argument_that_qrexec_would_alter_is_refused(
         unit: str(scene.machine.runtime / name)
         for name, unit in (("bad", bad), ("good", good))
     }
-    script = scene.machine.add_qube("work") / "rpc" / "qubes.ConnectUnix"
+    script = scene.script("work", "qubes.ConnectUnix")
     script.write_text("#!/bin/sh\nexec cat\n")
     for unit, path in paths.items():
         scene.drop_in("work", path, unit=unit)
@@ -497,7 +497,7 @@ async def test_a_users_own_rpc_works_with_units_of_their_own(
     scene: Scene,
 ) -> None:
     machine = scene.machine
-    rpc = machine.add_qube("work") / "rpc" / "my.Notes"
+    rpc = scene.script("work", "my.Notes")
     rpc.write_text(
         '#!/bin/sh\nprintf "%s:" "$QREXEC_SERVICE_FULL_NAME"\nexec cat\n'
     )

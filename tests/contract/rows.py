@@ -1,0 +1,447 @@
+"""The contract, as data: what genuine qrexec-client-vm does in each probe.
+
+A row holds the probe's arguments and what it must see. A frozenset means any of
+its values. `versions` are those of qrexec with which the row was seen, over a
+socket vchan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import probes
+
+__all__ = ["ROWS", "Row"]
+
+ALL = ("4.2.18", "4.4.2")
+HAND_OVER = ("4.2.19", "4.4.2")
+"""--use-stdin-socket is there since 4.2.19."""
+NEWEST = ("4.4.2",)
+
+END = "end"
+DENY = "contract.Ends * {source} @anyvm deny"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`says` is the sentence that the row keeps; `versions` the first and the
+    last qrexec with which it was seen."""
+
+    name: str
+    says: str
+    versions: tuple[str, ...]
+    probe: Callable[..., probes.Seen]
+    expected: Mapping[str, object]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def broken(self, seen: Mapping[str, object]) -> list[str]:
+        """What the probe saw and should not have."""
+        problems = []
+        for what, expected in self.expected.items():
+            allowed = (
+                expected
+                if isinstance(expected, frozenset)
+                else frozenset([expected])
+            )
+            if seen[what] not in allowed:
+                wanted = " or ".join(sorted(map(repr, allowed)))
+                problems.append(f"{what}: {seen[what]!r} instead of {wanted}")
+        return problems
+
+
+NOTHING_READ = {
+    "non-blocking at exit": False,
+    "parent's duplicate reads": b"secret",
+    "client got": b"",
+    "client saw": "open",
+}
+"""Before the data phase the client's bytes stay where they are, and its socket
+is left alone."""
+
+ENDED = {
+    "non-blocking at exit": True,
+    "client got": b"",
+}
+
+ROWS = (
+    # fd 0 and O_NONBLOCK
+    *(
+        Row(
+            f"a-socket-stays-non-blocking-{way}",
+            "By hand-over fd 0 is non-blocking from the data phase on, and stays so at exit.",
+            HAND_OVER,
+            probes.non_blocking,
+            {"during": True, "code": 0, "at exit": True},
+            {"way": way},
+        )
+        for way in ("tcp", "unix")
+    ),
+    Row(
+        "pipes-are-blocking-again",
+        "By pipes fd 0 is non-blocking in the data phase, and blocking again at exit.",
+        ALL,
+        probes.non_blocking,
+        {"during": True, "code": 0, "at exit": False},
+        {"way": "pipes"},
+    ),
+    # Exit codes, and what the client's socket saw
+    *(
+        Row(
+            f"exit-code-{code}-of-the-service",
+            "The service's own exit code is that of the call.",
+            HAND_OVER,
+            probes.ends,
+            {**ENDED, "code": code, "client saw": "FIN", "stderr": ""},
+            {"script": f"#!/bin/sh\nexit {code}\n"},
+        )
+        for code in (0, 1, 5, 125, 126, 127, 255)
+    ),
+    Row(
+        "a-service-killed-by-a-signal",
+        "A service that dies of a signal ends the call with 128 and its number.",
+        HAND_OVER,
+        probes.ends,
+        {**ENDED, "code": 143, "client saw": "FIN"},
+        {"script": "#!/bin/sh\nkill -TERM $$\n"},
+    ),
+    Row(
+        "refused-by-policy",
+        "What policy refuses ends with 126, before a byte was read, and says so on stderr.",
+        HAND_OVER,
+        probes.ends,
+        {**NOTHING_READ, "code": 126, "stderr": "Request refused"},
+        {"script": probes.ECHO, "policy": DENY, "sends": b"secret"},
+    ),
+    Row(
+        "refused-for-dom0",
+        "A call to dom0 that policy does not allow ends with 126.",
+        HAND_OVER,
+        probes.ends,
+        {**NOTHING_READ, "code": 126, "stderr": "Request refused"},
+        {"target": "dom0", "sends": b"secret"},
+    ),
+    Row(
+        "no-agent",
+        "Without its own qube's agent it ends with 1, before a byte was read.",
+        HAND_OVER,
+        probes.ends,
+        {**NOTHING_READ, "code": 1},
+        {
+            "script": probes.ECHO,
+            "options": ("--agent-socket=/nonexistent/agent",),
+            "sends": b"secret",
+        },
+    ),
+    Row(
+        "an-unknown-option",
+        "An option that it does not know ends with 2, before a byte was read.",
+        HAND_OVER,
+        probes.ends,
+        {**NOTHING_READ, "code": 2},
+        {
+            "script": probes.ECHO,
+            "options": ("--no-such-option",),
+            "sends": b"secret",
+        },
+    ),
+    Row(
+        "no-such-service",
+        "A service that is not there ends with 127 after the data phase began: the client sees a FIN.",
+        HAND_OVER,
+        probes.ends,
+        {**ENDED, "code": 127, "stderr": "", "client saw": "FIN"},
+        {"name": "contract.NotThere"},
+    ),
+    Row(
+        "nobody-listens",
+        "A socket service that cannot be connected to ends with 125 after the data phase began.",
+        HAND_OVER,
+        probes.nobody_listens,
+        {**ENDED, "code": 125, "stderr": ""},
+    ),
+    Row(
+        "a-broken-rpc-config",
+        "A service whose rpc-config cannot be read ends with 125 after the data phase began.",
+        HAND_OVER,
+        probes.ends,
+        {**ENDED, "code": 125, "stderr": "", "client saw": "FIN"},
+        {"script": probes.ECHO, "config": "skip-service-descriptor=maybe\n"},
+    ),
+    Row(
+        "the-vchan-closes-early",
+        "If the target's side dies in the data phase, the client sees a FIN and the code is 255, or 1.",
+        HAND_OVER,
+        probes.vchan_closed_early,
+        {
+            "non-blocking at exit": True,
+            "client saw": "FIN",
+            "code": frozenset([255, 1]),
+        },
+    ),
+    # Half-close
+    *(
+        Row(
+            f"the-client-half-closes-{way}",
+            "A half-close of the client reaches the service, whose later answer reaches the client.",
+            HAND_OVER,
+            probes.client_half_closes,
+            {"client got": b"late question\n", "client saw": "FIN", "code": 0},
+            {"way": way},
+        )
+        for way in ("tcp", "unix")
+    ),
+    *(
+        Row(
+            f"the-service-half-closes-{way}",
+            "A half-close of the service reaches the client, whose later bytes reach the service.",
+            HAND_OVER,
+            probes.service_half_closes,
+            {
+                "client got": b"done",
+                "client saw": "FIN",
+                "runs on": True,
+                "service got": "afterwards",
+                "code": 0,
+            },
+            {"way": way},
+        )
+        for way in ("tcp", "unix")
+    ),
+    # The ends of a service and of a client
+    Row(
+        "the-end-of-a-service-tcp",
+        "When the service has left, the client's socket is shut down for reading, then for writing: a TCP client that sends is reset.",
+        HAND_OVER,
+        probes.service_ends,
+        {
+            "code": 0,
+            "parent's duplicate reads": END,
+            "client got": b"answer\n",
+            "client saw": "FIN",
+            "a client that goes on sending": frozenset(
+                ["ConnectionResetError", "BrokenPipeError"]
+            ),
+        },
+        {"way": "tcp"},
+    ),
+    Row(
+        "the-end-of-a-service-unix",
+        "When the service has left, a unix client that sends is told that nobody reads.",
+        HAND_OVER,
+        probes.service_ends,
+        {
+            "code": 0,
+            "parent's duplicate reads": END,
+            "client got": b"answer\n",
+            "client saw": "FIN",
+            "a client that goes on sending": "BrokenPipeError",
+        },
+        {"way": "unix"},
+    ),
+    Row(
+        "a-reply-that-is-lost",
+        "A TCP client that sends after the end of the service loses what it has not read of the reply.",
+        HAND_OVER,
+        probes.unread_reply,
+        {"code": 0, "whole reply": False, "client saw": "reset"},
+    ),
+    Row(
+        "the-client-goes",
+        "If the client goes while the service sends, qrexec-client-vm never ends, and the service is not told.",
+        HAND_OVER,
+        probes.client_goes,
+        {"runs on": True, "the service goes on sending": True},
+    ),
+    # Limits
+    Row(
+        "the-129th-call-to-a-target",
+        "With 128 calls open to one target, the next is refused, until one has ended.",
+        HAND_OVER,
+        probes.limit_of_target,
+        {
+            "open": 128,
+            "the 129th's code": 126,
+            "the 129th's stderr": "Request refused",
+        },
+    ),
+    Row(
+        "the-129th-call-of-two-callers",
+        "The 128 calls to a target are counted over all qubes that call it and whose domain ids are on the same side of its own.",
+        HAND_OVER,
+        probes.limit_of_target,
+        {"open": 128, "the 129th's code": 126},
+        {"callers": 2},
+    ),
+    Row(
+        "the-257th-call-of-a-qube",
+        "256 calls of one qube are open at once; one more is served, but its agent has no slot for it and never closes its connection.",
+        HAND_OVER,
+        probes.slots_of_caller,
+        {"open": 256, "the 257th is established": True},
+    ),
+    # Names and policy
+    Row(
+        "a-service-is-told-its-argument",
+        "A script gets its argument, its full name and its caller.",
+        ALL,
+        probes.names,
+        {
+            "service said": "contract.Who arg contract.Who+arg [arg] SOURCE 1",
+            "code": 0,
+        },
+        {"called": "contract.Who+arg", "file": "contract.Who"},
+    ),
+    Row(
+        "a-service-without-an-argument",
+        "Without an argument its variable is there and empty, there is no word for it, and the full name ends with +.",
+        NEWEST,
+        probes.names,
+        {"service said": "contract.Who none contract.Who+ [] SOURCE 0"},
+        {"called": "contract.Who", "file": "contract.Who"},
+    ),
+    Row(
+        "a-service-for-one-argument",
+        "A file NAME+ARGUMENT is the service of that argument.",
+        ALL,
+        probes.names,
+        {
+            "service said": "contract.Who+arg arg contract.Who+arg [arg] SOURCE 1",
+            "code": 0,
+        },
+        {"called": "contract.Who+arg", "file": "contract.Who+arg"},
+    ),
+    Row(
+        "bytes-of-an-argument",
+        "Every byte of an argument but A-Za-z0-9_-.+ becomes _.",
+        ALL,
+        probes.names,
+        {
+            "service said": "contract.Who a_b_c_d___.-+ contract.Who+a_b_c_d___.-+ [a_b_c_d___.-+] SOURCE 1"
+        },
+        {"called": "contract.Who+a/b:c dé@.-+", "file": "contract.Who"},
+    ),
+    Row(
+        "bytes-of-a-service",
+        "Every byte of a service's name but A-Za-z0-9_-. becomes _.",
+        NEWEST,
+        probes.names,
+        {"service said": "contract.Who_x none contract.Who_x+ [] SOURCE 0"},
+        {"called": "contract.Who:x", "file": "contract.Who_x"},
+    ),
+    Row(
+        "the-default-target",
+        "@default reaches the target that policy gives it.",
+        ALL,
+        probes.default_target,
+        {"code": 0, "client got": b"here\n"},
+        {"called": "@default"},
+    ),
+    Row(
+        "an-unknown-target-is-the-default-one",
+        "A target that no qube is called is taken for @default.",
+        ALL,
+        probes.default_target,
+        {"code": 0, "client got": b"here\n"},
+        {"called": "no-such-qube-here"},
+    ),
+    Row(
+        "a-malformed-target-is-the-default-one",
+        "A target that is no name of a qube is taken for @default.",
+        ALL,
+        probes.default_target,
+        {"code": 0, "client got": b"here\n"},
+        {"called": "no such qube"},
+    ),
+    Row(
+        "an-explicit-target-is-not-the-default-one",
+        "A line of policy for @default does not meet a call that names its target.",
+        ALL,
+        probes.default_target,
+        {"code": 126, "client got": b""},
+        {"called": "{target}"},
+    ),
+    # Prompts
+    Row(
+        "a-prompt-that-is-allowed",
+        "At a prompt the call waits, with no vchan and fd 0 as it was; then it is served.",
+        HAND_OVER,
+        probes.prompt_answered,
+        {
+            "waits": True,
+            "vchans at the prompt": 0,
+            "code": 0,
+            "stderr": "",
+            "client got": b"here\n",
+        },
+        {"answer": "allow"},
+    ),
+    Row(
+        "a-prompt-that-is-denied",
+        "A prompt that is denied is a refusal.",
+        HAND_OVER,
+        probes.prompt_answered,
+        {
+            "waits": True,
+            "vchans at the prompt": 0,
+            "code": 126,
+            "stderr": "Request refused",
+            "client got": b"",
+        },
+        {"answer": "deny"},
+    ),
+    Row(
+        "a-prompt-whose-client-goes",
+        "At a prompt it does not see the client go.",
+        HAND_OVER,
+        probes.prompt_answered,
+        {"waits": True, "code": 126},
+        {"answer": "deny", "goes": True},
+    ),
+    # The vchan
+    Row(
+        "an-open-call-has-a-vchan",
+        "A call whose policy was answered has its vchan open: on the socket vchan one listening unix socket.",
+        HAND_OVER,
+        probes.vchan_of_open_call,
+        {"vchans": 1},
+    ),
+    Row(
+        "a-lost-call",
+        "A lost call has its vchan open, reads nothing, and hangs for ever.",
+        HAND_OVER,
+        probes.lost,
+        {
+            "runs on": True,
+            "established": False,
+            "vchans": 1,
+            "parent's duplicate reads": b"secret",
+        },
+    ),
+    # Socket services
+    Row(
+        "a-socket-service",
+        "A unix socket as a service first gets SERVICE+ARGUMENT, the caller and a zero byte.",
+        ALL,
+        probes.socket_service,
+        {"service got": b"contract.Socket+arg SOURCE\0hello", "code": 0},
+        {"config": ""},
+    ),
+    Row(
+        "a-socket-service-without-an-argument",
+        "Without an argument the service's name ends with + there, too.",
+        NEWEST,
+        probes.socket_service,
+        {"service got": b"contract.Socket+ SOURCE\0hello", "code": 0},
+        {"config": "", "argument": ""},
+    ),
+    Row(
+        "a-socket-service-without-descriptor",
+        "With skip-service-descriptor=true it gets the client's bytes alone.",
+        HAND_OVER,
+        probes.socket_service,
+        {"service got": b"hello", "code": 0},
+        {"config": "skip-service-descriptor=true\n"},
+    ),
+)
