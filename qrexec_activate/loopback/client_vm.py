@@ -500,9 +500,7 @@ class Call:
 
     @property
     def full_name(self) -> str:
-        return (
-            f"{self.service}+{self.argument}" if self.argument else self.service
-        )
+        return f"{self.service}+{self.argument}"
 
     def happens(self, fault: str) -> bool:
         probability = self.faults.get(fault, 0)
@@ -561,7 +559,7 @@ def wait_for_answer(root: Root, call: Call) -> None:
 
 def with_vchan(root: Root, call: Call, setups: int) -> None:
     """From dom0's answer on, until the target has taken the call."""
-    vchan = open_vchan()
+    open_vchan()
     if setups < 0:
         raise vchan_failure("fault: max-setups")
     limit = call.faults.get("max-open")
@@ -577,11 +575,11 @@ def with_vchan(root: Root, call: Call, setups: int) -> None:
     time.sleep(call.faults.get("connect-delay", 0))
     if setups > 0:
         os.close(setups)
-    os.close(vchan)
 
 
 def open_vchan() -> int:
-    """What a vchan over sockets is at this end: a unix socket that listens."""
+    """What a vchan over sockets is at this end: a unix socket that listens, for
+    as long as the call lasts."""
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     sock.bind("")
     sock.listen(1)

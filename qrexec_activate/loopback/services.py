@@ -74,6 +74,8 @@ def find(qube: str, service: str, argument: str) -> Service:
     link = os.readlink(path) if os.path.islink(path) else ""
     if link == "/dev/tcp" or link.startswith("/dev/tcp/"):
         host, _, port = link[len("/dev/tcp/") :].partition("/")
+        if port and argument:
+            raise CannotStart(f"{path} has a port, and the call another one")
         return _tcp_service(qube, host, port or argument, config)
     return Service(
         "unix" if stat.S_ISSOCK(os.stat(path).st_mode) else "script",

@@ -66,7 +66,7 @@ def test_a_script_sees_its_argument_its_caller_and_its_own_home(
     pretend.write("name", "desk\n")
     assert (
         pretend.run("work", "test.Env").stdout.decode()
-        == f"|0||test.Env|desk|{places}"
+        == f"|0||test.Env+|desk|{places}"
     )
     assert run.stat().st_mode & 0o777 == 0o700
 
@@ -404,8 +404,8 @@ def test_a_tcp_service_takes_its_port_from_the_argument_or_its_link(
         == f"test.Host+{port} client\0".encode()
     )
     assert (
-        pretend.call("work", "test.Fixed+x").converse()
-        == b"test.Fixed+x client\0"
+        pretend.call("work", "test.Fixed").converse()
+        == b"test.Fixed+ client\0"
     )
 
 
