@@ -81,7 +81,12 @@ class Place:
                 (root / "qubes" / qube / part).mkdir(parents=True)
         client = folder / "qrexec-client-vm"
         write_client(str(client), str(root), sys.executable)
-        second = folder / "qrexec-client-vm-of-another"
+        other = folder / "other"
+        other.mkdir()
+        (other / "name").write_text("other\n")
+        (other / "qubes").symlink_to(root / "qubes")
+        second = folder / "qrexec-client-vm-of-other"
+        write_client(str(second), str(other), sys.executable)
         return cls(
             str(client),
             targets=targets,
