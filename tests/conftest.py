@@ -45,10 +45,9 @@ def pytest_runtest_makereport(
     """Say by name what a stack cannot do."""
     outcome = yield
     report = outcome.get_result()
-    scene = getattr(item, "funcargs", {}).get("scene")
-    if report.skipped and scene and scene.stack and scene.stack.reason:
+    if report.skipped and Stack.lacking:
         path, line, _ = item.location
-        report.longrepr = (path, line or 0, f"Skipped: {scene.stack.reason}")
+        report.longrepr = (path, line or 0, f"Skipped: {Stack.lacking}")
 
 
 @pytest.fixture(params=["hand-over", "splice"])

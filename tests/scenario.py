@@ -214,6 +214,13 @@ async def hash_of_all(stream: trio.SocketStream) -> str:
 # ---------------------------------------------------- services in pretend qubes
 
 
+def write_script(path: Path, text: str) -> None:
+    """Make a service that is a script, also where a link is in its place."""
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 def says(name: str) -> Handler:
     """A service that reads all, and then says which qube it is in."""
 
@@ -254,14 +261,16 @@ class Stack:
     """
 
     SERVICE = "qubes.ConnectTCP+{}"
+    #: Why a test is skipped: pytest-trio drops what pytest.skip says.
+    lacking = ""
     CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.client = folder / "bin" / "qrexec-client-vm"
         self._made: list[Path] = []
-        #: Why the test is skipped: pytest-trio drops what pytest.skip says.
-        self.reason = ""
+        self._folders: dict[Path, set[Path]] = {}
+        Stack.lacking = ""
 
     @classmethod
     def given(cls) -> Stack | None:
@@ -269,8 +278,8 @@ class Stack:
         return cls(Path(folder)) if folder else None
 
     def lacks(self, what: str) -> None:
-        self.reason = f"the stack {self.folder} {what}"
-        pytest.skip(self.reason)
+        Stack.lacking = f"the stack {self.folder} {what}"
+        pytest.skip(Stack.lacking)
 
     def rpc(self, qube: str) -> Path:
         """Where the qube's services lie."""
@@ -307,11 +316,17 @@ class Stack:
             self.lacks(f"lists no event {event}")
         return path
 
-    def script(self, qube: str, name: str) -> Path:
-        """Where a script goes that is gone after the test."""
-        path = self.rpc(qube) / name
-        self._made.append(path)
-        return path
+    def adopt(self, qube: str, folder: Path) -> None:
+        """Let `folder`, a pretend qube of the loopback, be that of the stack,
+        as far as its services go."""
+        services = self.rpc(qube)
+        for own, name in (
+            (services, "rpc"),
+            (services.with_name("rpc-config"), "rpc-config"),
+        ):
+            self._folders[own] = set(own.iterdir())
+            (folder / name).rmdir()
+            (folder / name).symlink_to(own)
 
     def _write(self, path: Path, text: str) -> None:
         path.write_text(text)
@@ -321,6 +336,10 @@ class Stack:
         for path in self._made:
             path.unlink(missing_ok=True)
         self._made.clear()
+        for folder, before in self._folders.items():
+            for path in set(folder.iterdir()) - before:
+                path.unlink()
+        self._folders.clear()
         for name in ("answer", "calls"):
             if (self.folder / name).exists():
                 (self.folder / name).write_text("")
@@ -402,9 +421,7 @@ class Scene:
     ) -> Path:
         """Make a pretend qube with a TCP service, which by default says the
         qube's name."""
-        if self.stack:
-            self.stack.rpc(name)
-        folder = self.machine.add_qube(name)
+        folder = self.add_qube(name)
         await self.serve(name, handler or says(name), port)
         return folder
 
@@ -428,16 +445,13 @@ class Scene:
             )
         self.nursery.start_soon(trio.serve_listeners, forgiving, listeners)
 
-    def script(self, qube: str, name: str) -> Path:
-        """Make a pretend qube without TCP services; returns where the script of
-        its service goes."""
-        path = (
-            self.stack.script(qube, name)
-            if self.stack
-            else self.machine.add_qube(qube) / "rpc" / name
-        )
-        path.touch(0o755)
-        return path
+    def add_qube(self, name: str) -> Path:
+        """Make a pretend qube without a service; returns its folder, with the
+        services in `rpc`."""
+        folder = self.machine.add_qube(name)
+        if self.stack:
+            self.stack.adopt(name, folder)
+        return folder
 
     async def route(
         self, handler: Handler | None = None, qube: str = "work"

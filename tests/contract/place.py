@@ -81,7 +81,12 @@ class Place:
                 (root / "qubes" / qube / part).mkdir(parents=True)
         client = folder / "qrexec-client-vm"
         write_client(str(client), str(root), sys.executable)
-        second = folder / "qrexec-client-vm-of-another"
+        other = folder / "other"
+        other.mkdir()
+        (other / "name").write_text("other\n")
+        (other / "qubes").symlink_to(root / "qubes")
+        second = folder / "qrexec-client-vm-of-other"
+        write_client(str(second), str(other), sys.executable)
         return cls(
             str(client),
             targets=targets,
@@ -166,7 +171,7 @@ class Place:
     def lose(self) -> None:
         """Let the next call be lost between policy's answer and the target."""
         if self._faults is not None:
-            self.fault("lose=1")
+            self.fault("lose-late=1")
         elif self.agent:
             os.kill(self.agent, signal.SIGSTOP)
             self._undo.callback(os.kill, self.agent, signal.SIGCONT)

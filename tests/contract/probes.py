@@ -206,6 +206,7 @@ def ends(
     script: str | None = None,
     way: str = "tcp",
     name: str = PREFIX + "Ends",
+    called: str = "",
     target: str = "",
     link: str = "",
     config: str = "",
@@ -225,7 +226,7 @@ def ends(
         place.link(name, link)
     if config:
         place.config(name, config)
-    call = Call(place, name, way=way, target=target, options=options)
+    call = Call(place, called or name, way=way, target=target, options=options)
     if sends:
         with contextlib.suppress(OSError):
             call.send(sends)

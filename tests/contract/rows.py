@@ -162,6 +162,17 @@ ROWS = (
         {**ENDED, "code": 125, "stderr": ""},
     ),
     Row(
+        "a-port-of-the-service-and-one-of-the-call",
+        "A link to /dev/tcp/HOST/PORT takes no argument.",
+        NEWEST,
+        probes.ends,
+        {**ENDED, "code": 125, "stderr": "", "client saw": "FIN"},
+        {
+            "link": "/dev/tcp/127.0.0.1/1",
+            "called": "contract.Ends+1",
+        },
+    ),
+    Row(
         "a-broken-rpc-config",
         "A service whose rpc-config cannot be read ends with 125 after the data phase began.",
         HAND_OVER,

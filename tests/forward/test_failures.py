@@ -21,6 +21,7 @@ from scenario import (
     sees_reset,
     send,
     until,
+    write_script,
 )
 
 #: Times that are the daemon's own choice are never measured here, but retries
@@ -81,7 +82,7 @@ async def test_a_call_that_never_comes_about_is_a_reset_with_its_reason(
     scene: Scene, relay: str, arrange: str, code: int, words: str
 ) -> None:
     address, service = scene.address(), SERVICE
-    folder = scene.machine.add_qube("work")
+    folder = scene.add_qube("work")
     if arrange == "policy":
         scene.policy("* * client gitweb allow")
     elif arrange == "no service":
@@ -164,7 +165,7 @@ async def test_the_services_own_exit_code_is_told_and_blames_nobody(
 ) -> None:
     folder = await scene.qube("work")
     script = folder / "rpc" / f"qubes.ConnectTCP+{scene.port}"
-    script.write_text("#!/bin/sh\ncat\nexit 126\n")
+    write_script(script, "#!/bin/sh\ncat\nexit 126\n")
     address = scene.address()
     scene.drop_in("work", address)
     await scene.start()

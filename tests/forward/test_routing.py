@@ -19,6 +19,7 @@ from scenario import (
     receive_all,
     says,
     send,
+    write_script,
 )
 
 from qrexec_activate.loopback.machine import Machine
@@ -439,9 +440,10 @@ async def test_escapes_in_an_instance_are_decoded_and_dashes_left_alone(
 ) -> None:
     unit = f"qrexec-connect-unix@{instance}.socket"
     path = str(scene.machine.runtime / "here")
-    script = scene.script("work", "qubes.ConnectUnix")
-    script.write_text(
-        '#!/bin/sh\ncat >/dev/null\nprintf %s "$QREXEC_SERVICE_ARGUMENT"\n'
+    script = scene.add_qube("work") / "rpc" / "qubes.ConnectUnix"
+    write_script(
+        script,
+        '#!/bin/sh\ncat >/dev/null\nprintf %s "$QREXEC_SERVICE_ARGUMENT"\n',
     )
     scene.drop_in("work", path, unit=unit)
     await scene.start(unit)
@@ -463,8 +465,8 @@ async def test_an_argument_that_qrexec_would_alter_is_refused(
         unit: str(scene.machine.runtime / name)
         for name, unit in (("bad", bad), ("good", good))
     }
-    script = scene.script("work", "qubes.ConnectUnix")
-    script.write_text("#!/bin/sh\nexec cat\n")
+    script = scene.add_qube("work") / "rpc" / "qubes.ConnectUnix"
+    write_script(script, "#!/bin/sh\nexec cat\n")
     for unit, path in paths.items():
         scene.drop_in("work", path, unit=unit)
     await scene.start(bad, good)
@@ -497,9 +499,10 @@ async def test_a_users_own_rpc_works_with_units_of_their_own(
     scene: Scene,
 ) -> None:
     machine = scene.machine
-    rpc = scene.script("work", "my.Notes")
-    rpc.write_text(
-        '#!/bin/sh\nprintf "%s:" "$QREXEC_SERVICE_FULL_NAME"\nexec cat\n'
+    rpc = scene.add_qube("work") / "rpc" / "my.Notes"
+    write_script(
+        rpc,
+        '#!/bin/sh\nprintf "%s:" "${0##*/}+$QREXEC_SERVICE_ARGUMENT"\nexec cat\n',
     )
     command = f"{sys.executable} -m qrexec_activate"
     plain, instance = (
@@ -519,7 +522,7 @@ async def test_a_users_own_rpc_works_with_units_of_their_own(
     )
     await scene.systemctl("daemon-reload")
     await scene.systemctl("start", "my-notes.socket", "my-notes@today.socket")
-    assert await ask(plain, b"hello") == "my.Notes:hello"
+    assert await ask(plain, b"hello") == "my.Notes+:hello"
     assert await ask(instance, b"hello") == "my.Notes+today:hello"
     assert "(" in scene.lines("serving", plain)[0]
 

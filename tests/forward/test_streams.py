@@ -27,6 +27,7 @@ from scenario import (
     silent,
     until,
     vanish,
+    write_script,
 )
 
 pytestmark = pytest.mark.usefixtures("relay")
@@ -57,8 +58,8 @@ async def test_a_service_may_half_close_first_and_still_hear_the_client(
     half-closes."""
     folder = await scene.qube("work")
     script = folder / "rpc" / f"qubes.ConnectTCP+{scene.port}"
-    script.write_text(
-        '#!/bin/sh\nprintf "hello"\nexec >&-\ncat >"$HOME/heard"\n'
+    write_script(
+        script, '#!/bin/sh\nprintf "hello"\nexec >&-\ncat >"$0.heard"\n'
     )
     address = scene.address()
     scene.drop_in("work", address)
@@ -68,7 +69,7 @@ async def test_a_service_may_half_close_first_and_still_hear_the_client(
         await trio.sleep(0.3)
         await send(stream, b"the rest")
         await stream.send_eof()
-        heard = folder / "home" / "heard"
+        heard = script.with_name(f"{script.name}.heard")
         await until(
             "the service hears the rest",
             lambda: heard.exists() and heard.read_bytes() == b"the rest",

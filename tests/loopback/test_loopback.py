@@ -404,8 +404,7 @@ def test_a_tcp_service_takes_its_port_from_the_argument_or_its_link(
         == f"test.Host+{port} client\0".encode()
     )
     assert (
-        pretend.call("work", "test.Fixed").converse()
-        == b"test.Fixed+ client\0"
+        pretend.call("work", "test.Fixed").converse() == b"test.Fixed+ client\0"
     )
 
 
