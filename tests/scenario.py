@@ -298,7 +298,8 @@ class Stack:
         self._write(link.parent.parent / "rpc-config" / name, self.CONFIG)
 
     def policy(self, *lines: str) -> None:
-        text = "".join(f"{line}\n" for line in lines)
+        """These lines and no others."""
+        text = "".join(f"{line}\n" for line in (*lines, "* * * * deny"))
         self._write(self.folder / "policy.d" / "10-scenario.policy", text)
 
     def answer(self, word: str) -> None:
