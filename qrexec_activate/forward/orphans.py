@@ -164,7 +164,9 @@ def _examine(pid: int, pidfd: int, members: Sequence[int]) -> Orphan | None:
     service, _, argument = argv[-1].partition("+")
     address = environment.get("QREXEC_ACTIVATE_LISTENER", "")
     sock = None
-    if stat.S_ISSOCK(os.stat(f"/proc/{pid}/fd/0").st_mode):
+    # Not what fd 0 is: one with pipes closes them at their end, and may get the
+    # number again for something of its own.
+    if argv[1] == "--use-stdin-socket":
         sock = socket.socket(fileno=_duplicate(pidfd, 0))
     return Orphan(
         pid,
@@ -192,6 +194,8 @@ def left_to_read(pid: int) -> int:
     except OSError:
         return 0
     try:
-        return unread(pipe)
+        return unread(pipe) if stat.S_ISFIFO(os.fstat(pipe).st_mode) else 0
+    except OSError:
+        return 0
     finally:
         os.close(pipe)

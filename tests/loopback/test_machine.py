@@ -270,7 +270,7 @@ def test_nothing_is_left_behind(
     """Not even the processes of an open connection, which the units leave alone
     when a daemon stops."""
     text = HOLDER.format(
-        tests=str(TREE / "tests"), port=free_ports(1)[0], then=then
+        tests=str(Path(__file__).parent), port=free_ports(1)[0], then=then
     )
     with subprocess.Popen(
         [sys.executable, "-c", text],
