@@ -195,6 +195,9 @@ class Connection:
         and holds the socket itself, or has all that the client will send."""
         if self._child is None or self._leaving:
             return False
+        if self.call.interrupted is Ending.LOST:
+            # It is being ended, and the call is to be made again.
+            return False
         return self._splice is None or (
             self.call.interrupted is Ending.CLIENT_GONE
             and self._splice.all_sent

@@ -166,7 +166,7 @@ def _examine(pid: int, pidfd: int, members: Sequence[int]) -> Orphan | None:
     sock = None
     # Not what fd 0 is: one with pipes closes them at their end, and may get the
     # number again for something of its own.
-    if argv[1] == "--use-stdin-socket":
+    if "--use-stdin-socket" in argv[:-2]:
         sock = socket.socket(fileno=_duplicate(pidfd, 0))
     return Orphan(
         pid,
