@@ -38,7 +38,10 @@ __all__ = ["command", "drop_in_text"]
 
 def drop_in_text(listen: str, target: str) -> str:
     """The whole of a drop-in, as a person would write it."""
-    return f"[Socket]\nListenStream={listen}\nFileDescriptorName={escape_target(target)}\n"
+    return (
+        f"[Socket]\nListenStream={listen}\n"
+        f"FileDescriptorName={escape_target(target)}\n"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,6 +381,5 @@ def _report(plan: Plan, no_start: bool) -> None:
     click.echo(f"{plan.address.expanded} {when} {plan.target}, by {call}")
     click.echo(f"File: {short_path(str(plan.path))}")
     click.echo(f"In dom0, {POLICY_FILE} needs:")
-    click.echo(
-        f"    {' '.join(policy_line(plan.daemon.service, argument, this_qube(), plan.target))}"
-    )
+    line = policy_line(plan.daemon.service, argument, this_qube(), plan.target)
+    click.echo(f"    {' '.join(line)}")

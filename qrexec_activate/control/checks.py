@@ -479,7 +479,8 @@ def _route(context: Context, entry: Entry) -> Step:
         )
         return step(
             Level.ERROR,
-            f"{route}: {entry.unit} has failed{f': {reason}' if reason else ''}",
+            f"{route}: {entry.unit} has failed"
+            f"{f': {reason}' if reason else ''}",
             mend,
         )
     if entry.active != "active":
@@ -653,10 +654,8 @@ def _targets(context: Context) -> Iterator[Step]:
     suspects = False
     known = _known_qubes()
     for target in sorted(used):
-        mend = (
-            f"qrexec-activate edit"
-            f" {next(one.listener for one in context.now.entries if one.target == target)}"
-        )
+        entry = next(e for e in context.now.entries if e.target == target)
+        mend = f"qrexec-activate edit {entry.listener}"
         if known and target not in known and target != "dom0":
             suspects = True
             close = difflib.get_close_matches(target, known, 1)

@@ -16,9 +16,11 @@ __all__ = ["command"]
     "completion",
     epilog="""\b
 Examples:
-    $ qrexec-activate completion bash >~/.local/share/bash-completion/completions/qrexec-activate
+    $ cd ~/.local/share/bash-completion/completions
+    $ qrexec-activate completion bash >qrexec-activate
     $ qrexec-activate completion zsh >~/.zfunc/_qrexec-activate
-    $ qrexec-activate completion fish >~/.config/fish/completions/qrexec-activate.fish
+    $ cd ~/.config/fish/completions
+    $ qrexec-activate completion fish >qrexec-activate.fish
 """,
 )
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))

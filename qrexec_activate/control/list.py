@@ -103,8 +103,8 @@ def print_refusals(entries: list[Entry]) -> None:
     epilog="""\b
 Example:
     $ qrexec-activate list
-    LISTENER        TARGET  SERVICE               ENABLED  STATE      FILE
-    127.0.0.1:1234  gitweb  qubes.ConnectTCP+1234  enabled  listening  ~/.config/…/gitweb.conf
+    LISTENER        TARGET  SERVICE                ENABLED  STATE      FILE
+    127.0.0.1:1234  gitweb  qubes.ConnectTCP+1234  enabled  listening  ~/.con…
 """,
 )
 @click.argument(

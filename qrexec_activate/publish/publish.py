@@ -47,7 +47,8 @@ DEFAULT_IDLE = "5min"
 Examples:
     $ qrexec-activate publish gpg-agent-ssh --unit gpg-agent-ssh.socket
     $ qrexec-activate publish notes --unix /run/user/1000/notes.sock
-    $ qrexec-activate publish wiki --exec "python3 -m http.server 8000" --port 8000 --idle 5min
+    $ qrexec-activate publish wiki --port 8000 --idle 5min \\
+          --exec "python3 -m http.server 8000"
 """,
 )
 @click.argument("name")

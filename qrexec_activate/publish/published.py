@@ -65,8 +65,8 @@ def style(column: int, text: str) -> str:
     epilog="""\b
 Example:
     $ qrexec-activate published
-    NAME           STATE  SOCKET                                 MADE BY
-    gpg-agent-ssh  alive  /run/user/1000/gnupg/S.gpg-agent.ssh  gpg-agent-ssh.socket
+    NAME           STATE  SOCKET                  MADE BY
+    gpg-agent-ssh  alive  …/gnupg/S.gpg-agent.ssh  gpg-agent-ssh.socket
 """,
 )
 @click.option(

@@ -5,10 +5,12 @@ Everything that is known of such a service is in its unit files, also the user,
 the database and the name in Caddy that were made for it: they can be read and
 changed by hand. Nothing else is kept.
 
-                    started by a connection          by the proxy, and stopped when nobody needs it any more
     takes the socket       NAME.socket → program
     … with --idle          NAME.socket → proxy → program's socket → program
-    listens by itself      NAME.socket → proxy → port or path that the program opens
+    listens by itself      NAME.socket → proxy → the program's port or path
+
+Without the proxy, a connection starts the program; with it, the proxy does,
+and stops it when nobody needs it any more.
 
 With a user of its own, the units are the system's: they belong to root, run
 from boot on without a login or a manager of that user's, and systemd can shut
@@ -216,8 +218,10 @@ class Service:
             else self.path
         ):
             needs, more = program, ""
-            look = f"{'TCP' if self.port is not None else 'UNIX-CONNECT'}:{listens_at}"
-            times = f"retry={int(START_TIMEOUT / LOOK_INTERVAL)},interval={LOOK_INTERVAL}"
+            kind = "TCP" if self.port is not None else "UNIX-CONNECT"
+            look = f"{kind}:{listens_at}"
+            tries = int(START_TIMEOUT / LOOK_INTERVAL)
+            times = f"retry={tries},interval={LOOK_INTERVAL}"
             wait = (
                 "# The first connection is passed on at once, so the program"
                 " has to listen by then.\n"
@@ -261,7 +265,8 @@ class Service:
         group = _group() if self.for_system and self.domain else ""
         return (
             f"[Unit]\nDescription={self.name} for other qubes, by {RPC}\n\n"
-            f"[Socket]\nListenStream={FOLDER}/{self.name}\n{self._access(self.user and caller(), group)}\n"
+            f"[Socket]\nListenStream={FOLDER}/{self.name}\n"
+            f"{self._access(self.user and caller(), group)}\n"
             "[Install]\nWantedBy=sockets.target\n"
             + (f"\n[{NOTES}]\n{noted}" if noted else "")
         )
@@ -282,7 +287,10 @@ class Service:
         if not self.user:
             return CONFINED
         place = home(self.user)
-        return f"User={self.user}\nWorkingDirectory={place}\nReadWritePaths={place}\n{CONFINED}{SHUT_IN}"
+        return (
+            f"User={self.user}\nWorkingDirectory={place}\n"
+            f"ReadWritePaths={place}\n{CONFINED}{SHUT_IN}"
+        )
 
 
 def is_service(unit: str) -> bool:

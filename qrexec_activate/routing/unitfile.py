@@ -256,10 +256,13 @@ def declared_listeners(files: Sequence[SourceFile]) -> Declared:
     """Read a unit's fragment and drop-ins, in the order applied, and tell which
     file names which listener.
 
-    - A file's FileDescriptorName is the name of every listener that this file adds.
-    - A file that sets FileDescriptorName and adds no listener (an override) sets it for all that were added before.
-    - A listener that no file names has the name that systemd reports, unless that one belongs to the listeners of
-      another drop-in: its own file did not name that qube, so it gets none.
+    - A file's FileDescriptorName is the name of every listener that this file
+      adds.
+    - A file that sets FileDescriptorName and adds no listener (an override)
+      sets it for all that were added before.
+    - A listener that no file names has the name that systemd reports, unless
+      that one belongs to the listeners of another drop-in: its own file did not
+      name that qube, so it gets none.
     """
     listeners: list[Declaration] = []
     names: list[FdName] = []

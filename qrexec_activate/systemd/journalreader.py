@@ -129,9 +129,10 @@ def records(
             )
             if process.poll():
                 assert process.stderr is not None
+                said = process.stderr.read()
                 raise ActivateError(
-                    f"journalctl:"
-                    f" {' '.join(process.stderr.read().split()) or process.returncode}"
+                    "journalctl:"
+                    f" {' '.join(said.split()) or process.returncode}"
                 )
         finally:
             process.kill()
