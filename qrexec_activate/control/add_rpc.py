@@ -102,8 +102,8 @@ def _text(files: UnitFiles, unit: str, name: str, rpc: str) -> str:
         )
     text = text.replace(_PATTERN_PREFIX, name).replace(_PATTERN_RPC, rpc)
     return text.replace(
-        "Local addresses for unix socket %i of other qubes",
-        f"Local addresses for {rpc}+%i",
+        "Local addresses for a unix socket of other qubes: %i",
+        f"Local addresses for {rpc}: %i",
     )
 
 

@@ -85,10 +85,6 @@ class Entry:
         return call_name(self.service, self.argument)
 
     @property
-    def instance(self) -> str:
-        return parse_unit_name(self.unit).instance or ""
-
-    @property
     def state(self) -> str:
         """In one word or two, how it is: `listening`, `not started`, `restart
         needed`, `failed`…"""
@@ -100,16 +96,16 @@ class Entry:
 
     def matches(self, word: str) -> bool:
         """Whether a person who writes this word may mean this route."""
+        name = parse_unit_name(self.unit)
         names = {
             self.listener,
             self.unit,
             self.unit.removesuffix(".socket"),
+            *filter(None, (name.instance, name.argument, name.label)),
             self.call,
             self.target,
             self.file,
         }
-        if self.instance:
-            names.add(self.instance)
         if self.file.endswith(".conf"):
             names.add(PurePath(self.file).stem)
         return word in names
@@ -311,13 +307,20 @@ def _unread(files: UnitFiles, socket: SocketUnit) -> tuple[str, ...]:
 
 def _order(entry: Entry) -> tuple[Any, ...]:
     name = parse_unit_name(entry.unit)
-    instance = name.instance or ""
+    argument = name.argument
     number = (
-        int(instance)
-        if instance.isascii() and instance.isdigit() and len(instance) < 10
+        int(argument)
+        if argument.isascii() and argument.isdigit() and len(argument) < 10
         else -1
     )
-    return (name.prefix, number, instance, entry.file, entry.listener)
+    return (
+        name.prefix,
+        number,
+        argument,
+        name.label,
+        entry.file,
+        entry.listener,
+    )
 
 
 # --------------------------------------------------- from a unit to its entries
@@ -346,9 +349,9 @@ def _argument(unit: str, daemon: Daemon) -> str:
     if daemon.argument is not None:
         return daemon.argument
     try:
-        return decode_escapes(parse_unit_name(unit).instance or "")
+        return decode_escapes(parse_unit_name(unit).argument)
     except BadName:
-        return parse_unit_name(unit).instance or ""
+        return parse_unit_name(unit).argument
 
 
 def _entries(unit: Unit, result: Survey) -> list[Entry]:

@@ -218,8 +218,8 @@ def command(
         )
     if unit is not None and argument is not None:
         raise UsageProblem(
-            "--unit and --argument exclude each other: a unit's instance name"
-            " is the argument"
+            "--unit and --argument exclude each other: a unit's instance name,"
+            " up to the first colon, is the argument"
         )
     if not allow_uid and "QREXEC_ACTIVATE_ALLOW_UID" in os.environ:
         # click takes an empty variable for none, and none lets everybody in.

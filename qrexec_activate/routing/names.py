@@ -60,7 +60,7 @@ _RPC_TEXT = re.compile(r"[A-Za-z0-9_.+-]*", re.ASCII)
 _SERVICE = re.compile(r"[A-Za-z0-9_.-]+", re.ASCII)
 _UNIT_TEXT = re.compile(r"[A-Za-z0-9:_.\\@-]+", re.ASCII)
 _ESCAPE = re.compile(rb"\\x([0-9a-fA-F]{2})")
-_NOT_IN_INSTANCE = re.compile(rb"[^A-Za-z0-9:_.-]", re.DOTALL)
+_NOT_IN_INSTANCE = re.compile(rb"[^A-Za-z0-9_.-]", re.DOTALL)
 _NOT_IN_TARGET = re.compile(rb"[^A-Za-z0-9@_.-]", re.DOTALL)
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 
@@ -97,10 +97,17 @@ def _escape(text: str, special: re.Pattern[bytes]) -> str:
     return special.sub(lambda match: b"\\x%02x" % ord(match[0]), raw).decode()
 
 
-def escape_instance(argument: str) -> str:
-    """Write an RPC argument as a unit's instance, so that decode_escapes()
-    gives it back; raises BadName."""
-    return _escape(argument, _NOT_IN_INSTANCE)
+def escape_instance(argument: str, label: str = "") -> str:
+    r"""Write an RPC argument, and a label after a `:`, as a unit's instance.
+
+    parse_unit_name() and decode_escapes() give both back: a `:` within one of
+    them is written `\x3a`. Raises BadName.
+    """
+    colon = ":" if label else ""
+    return (
+        f"{_escape(argument, _NOT_IN_INSTANCE)}{colon}"
+        f"{_escape(label, _NOT_IN_INSTANCE)}"
+    )
 
 
 def escape_target(target: str) -> str:
@@ -248,7 +255,12 @@ def call_name(service: str, argument: str) -> str:
 @dataclass(frozen=True, slots=True)
 class UnitName:
     """A unit's name taken apart: `qrexec-connect-tcp@1234.socket`; `instance`
-    is None where there is no `@`."""
+    is None where there is no `@`.
+
+    What follows the first `:` of an instance is a label: it tells units of one
+    argument apart, and means nothing to qrexec, which allows no `:` in an
+    argument.
+    """
 
     prefix: str
     instance: str | None
@@ -261,6 +273,16 @@ class UnitName:
     @property
     def is_template(self) -> bool:
         return self.instance == ""
+
+    @property
+    def argument(self) -> str:
+        """The RPC's argument, with its escapes; empty where there is none."""
+        return (self.instance or "").partition(":")[0]
+
+    @property
+    def label(self) -> str:
+        """The label, with its escapes; empty where there is none."""
+        return (self.instance or "").partition(":")[2]
 
 
 def parse_unit_name(name: str) -> UnitName:

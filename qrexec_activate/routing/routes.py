@@ -136,11 +136,14 @@ class _Loaded:
             self.specifiers = unit_specifiers(
                 self.unit.name, manager_specifiers
             )
-            self.argument = decode_escapes(self.specifiers["i"])
+            self.argument = decode_escapes(
+                parse_unit_name(self.unit.name).argument
+            )
             check_argument(check_service(self.service), self.argument)
         except BadName as error:
             return (
                 f"{error}; the argument is what stands between @ and .socket,"
+                f" or @ and the first colon,"
                 f" so use a unit of another name"
             )
         expected = self._expected_name()

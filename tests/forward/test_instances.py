@@ -7,11 +7,25 @@ from contextlib import AsyncExitStack
 
 import pytest
 import trio
-from scenario import Scene, ask, connect, echo, echoes, free_port, refuses, says
+from scenario import (
+    Scene,
+    ask,
+    connect,
+    echo,
+    echoes,
+    free_port,
+    is_reset,
+    refuses,
+    says,
+)
 
 
 def instance(port: int) -> str:
     return f"qrexec-connect-tcp@{port}.socket"
+
+
+def label(scene: Scene, label: str) -> str:
+    return f"qrexec-connect-tcp@{scene.port}:{label}.socket"
 
 
 async def another(scene: Scene) -> tuple[str, tuple[str, int]]:
@@ -48,6 +62,45 @@ async def test_stopping_an_instance_closes_its_port_and_no_other(
     assert await ask(second) == f"work {second[1]}"
     await scene.systemctl("disable", "--now", unit)
     assert refuses(second)
+
+
+async def test_a_labelled_unit_is_a_route_that_stops_alone(
+    scene: Scene,
+) -> None:
+    """Three units of one port: two with labels, beside one of the plain
+    kind."""
+    plain = await scene.route()
+    labelled = {}
+    for qube in ("gitweb", "mail"):
+        await scene.qube(qube)
+        labelled[qube] = scene.address()
+        scene.drop_in(qube, labelled[qube], unit=label(scene, qube))
+    await scene.start(*(label(scene, qube) for qube in labelled))
+    for qube, address in [("work", plain), *labelled.items()]:
+        assert await ask(address) == qube
+    async with await connect(labelled["gitweb"]) as stream:
+        await scene.systemctl("stop", label(scene, "mail"))
+        assert refuses(labelled["mail"])
+        await stream.send_eof()
+        assert await stream.receive_some() == b"gitweb"
+    for qube, address in [("work", plain), ("gitweb", labelled["gitweb"])]:
+        assert await ask(address) == qube
+    await scene.systemctl("start", label(scene, "mail"))
+    assert await ask(labelled["mail"]) == "mail"
+
+
+async def test_a_labelled_unit_without_a_target_leaves_its_neighbours_alone(
+    scene: Scene,
+) -> None:
+    """systemd then passes the unit's own name, whose colon is that by which it
+    joins names."""
+    plain = await scene.route()
+    nameless = scene.address()
+    unit = label(scene, "a:b")
+    scene.drop_in("nameless", nameless, target="", unit=unit)
+    await scene.start(unit)
+    assert await is_reset(nameless)
+    assert await ask(plain) == "work"
 
 
 async def test_a_stopped_instance_can_be_started_again(scene: Scene) -> None:

@@ -60,6 +60,28 @@ def test_what_is_escaped_comes_back(text: str) -> None:
     assert decode_escapes(escape_target(text)) == text
 
 
+@given(REAL_TEXT, REAL_TEXT)
+@example("1234", "work")
+@example("a:b", "c:d")
+@example("", "work")
+def test_an_argument_and_its_label_come_back_from_an_instance(
+    argument: str, label: str
+) -> None:
+    name = UnitName("my-rpc", escape_instance(argument, label), "socket")
+    assert decode_escapes(name.argument) == argument
+    assert decode_escapes(name.label) == label
+
+
+def test_a_unit_without_an_instance_has_neither_argument_nor_label() -> None:
+    name = parse_unit_name("my-rpc.socket")
+    assert (name.argument, name.label) == ("", "")
+
+
+def test_what_follows_the_first_colon_is_the_label() -> None:
+    name = parse_unit_name("qrexec-connect-tcp@1234:work:2.socket")
+    assert (name.argument, name.label) == ("1234", "work:2")
+
+
 @given(REAL_TEXT)
 def test_an_escaped_argument_is_what_systemd_allows_in_a_unit_name(
     text: str,

@@ -177,6 +177,74 @@ def test_an_escaped_instance_is_decoded_and_its_dashes_are_kept() -> None:
     assert claim.call == "my.Rpc+a+b-c"
 
 
+@given(
+    st.from_regex(r"[A-Za-z0-9_.-]{0,40}", fullmatch=True),
+    st.from_regex(r"[A-Za-z0-9:_.\\@-]{0,40}", fullmatch=True),
+)
+@example("1234", "work")
+@example("1234", "")
+@example("", "work")
+@example("1234", r"a:b\xzz@c")
+@example(r"a\x3ab", "work")
+def test_a_label_tells_units_apart_and_is_no_part_of_the_call(
+    instance: str, label: str
+) -> None:
+    file = drop_in("d", "ListenStream=@x", "FileDescriptorName=work")
+    both = [
+        decide(unit(file, listen=["@x"], fd_name="work", name=name), "my.Rpc")[
+            0
+        ]
+        for name in (
+            f"my-rpc@{instance}.socket",
+            f"my-rpc@{instance}:{label}.socket",
+        )
+    ]
+    if isinstance(both[0], Refusal):
+        assert isinstance(both[1], Refusal)
+    else:
+        assert both[1] == replace(
+            both[0], unit=f"my-rpc@{instance}:{label}.socket"
+        )
+
+
+def test_an_argument_ends_at_the_first_colon_before_it_is_decoded() -> None:
+    file = drop_in("d", "ListenStream=@x", "FileDescriptorName=work")
+    (claim,) = decide(
+        unit(
+            file,
+            listen=["@x"],
+            fd_name="work",
+            name=r"my-rpc@a\x3ab:work.socket",
+        ),
+        "my.Rpc",
+    )
+    assert "'a:b' holds ':'" in reason(claim)
+
+
+def test_two_labels_of_one_port_reach_two_qubes() -> None:
+    both = [
+        unit(
+            drop_in(qube, f"ListenStream={at}", f"FileDescriptorName={qube}"),
+            listen=[at],
+            fd_name=qube,
+            name=f"qrexec-connect-tcp@1234:{label}.socket",
+        )
+        for at, qube, label in (
+            ("127.0.0.1:1234", "gitweb", "a"),
+            ("127.0.0.2:1234", "work", "b"),
+        )
+    ]
+    passed = [
+        PassedSocket(3, "work", "Stream", "127.0.0.2:1234"),
+        PassedSocket(4, "gitweb", "Stream", "127.0.0.1:1234"),
+    ]
+    decided = by_unit("qubes.ConnectTCP", both, passed, USER)
+    assert [target(claim) for claim in decided] == ["work", "gitweb"]
+    assert {claim.call for claim in decided if isinstance(claim, Route)} == {
+        "qubes.ConnectTCP+1234"
+    }
+
+
 def test_a_bare_port_is_found_again_where_the_kernel_has_no_ipv6() -> None:
     file = drop_in("d", "ListenStream=1234", "FileDescriptorName=work")
     assert (
@@ -375,7 +443,7 @@ def test_a_port_that_is_none_is_refused_by_unit_and_file() -> None:
         "qrexec-connect-tcp@http.socket (opened by /d/gitweb.conf:2): 'http'"
         " is no port: write a number from 1 to 65535"
         " without leading zeros; the argument is what stands between @ and"
-        " .socket, so use a unit of another name"
+        " .socket, or @ and the first colon, so use a unit of another name"
     )
     (claim,) = decide(
         unit(GITWEB, listen=BOTH[:1], fd_name="gitweb", name="nonsense")
