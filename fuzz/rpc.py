@@ -4,7 +4,7 @@ meant reaches a command line.
 A service finds no program but tracers (tracer.c), which write down how they
 were called. After each run, the record must be exactly the one command line
 that a validator of its own, in Python, computes from the argument, or none at
-all.
+all; and after it the one line of the journal that says what came of the call.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ SERVICES = ("qubes.ConnectTCPBind", "qubes.ConnectUnix")
 SOCKETS = ("ssh-agent", "a", "-V", "+x", "_.", "A.b-c_d+e", "x" * 60)
 _PORT = re.compile(rb"[1-9][0-9]{0,4}")
 _NAME = re.compile(rb"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,104}")
+_CALLER = re.compile(rb"[A-Za-z0-9_.@:+-]+")
+#: What is logged of a call: printable, of one line, and no longer than the
+#: longest path of a socket.
+_OUTCOME = re.compile(rb"(?:refused|failed|connected)[ -~]{0,300}")
 
 WORDS = [
     *(
@@ -152,7 +156,16 @@ def _nearly_right(service: str, rng: random.Random) -> bytes:
 def expected(service: str, argument: bytes, folder: str) -> list[bytes] | None:
     """The command line of socat that is right for an argument; None: there must
     be none."""
-    options = [b"socat", b"-b", b"65536", b"-t", b"604800", b"-lp"]
+    options = [
+        b"socat",
+        b"-d",
+        b"-d",
+        b"-b",
+        b"65536",
+        b"-t",
+        b"604800",
+        b"-lp",
+    ]
     if service == "qubes.ConnectUnix":
         if not _NAME.fullmatch(argument) or argument.decode() not in SOCKETS:
             return None
@@ -162,7 +175,7 @@ def expected(service: str, argument: bytes, folder: str) -> list[bytes] | None:
         return [
             *options,
             label,
-            b"STDIO,shut-close",
+            b"STDIO,shut-down",
             b"UNIX-CONNECT:./" + argument,
         ]
     port, dash, address = argument.partition(b"-")
@@ -194,7 +207,7 @@ def expected(service: str, argument: bytes, folder: str) -> list[bytes] | None:
         *(
             *options,
             b"qubes.ConnectTCPBind to " + target + b" from " + source,
-            b"STDIO,shut-close",
+            b"STDIO,shut-down",
         ),
         kind + b":" + target + b",bind=" + source + b",sndbuf=212992,nodelay",
     ]
@@ -240,30 +253,33 @@ def laboratory() -> Iterator[tuple[Path, Path]]:
 
 
 def check(service: str, argument: bytes, programs: Path, runtime: Path) -> str:
-    """Run a service once; returns what happened: `ran` or `refused`.
-    AssertionError if anything else did."""
+    """Run a service once, on sockets, as qrexec does, and called by a qube
+    whose name is as odd as the argument; returns what happened: `ran` or
+    `refused`. AssertionError if anything else did."""
     reader, writer = os.pipe()
+    ours, theirs = socket.socketpair()
     try:
         environment = {
             b"PATH": os.fsencode(programs),
             b"XDG_RUNTIME_DIR": os.fsencode(runtime),
             b"QREXEC_SERVICE_ARGUMENT": argument,
+            b"QREXEC_REMOTE_DOMAIN": argument,
             b"HOME": b"/",
         }
         script = RPC / service
-        null = os.posix_spawn(
+        process = os.posix_spawn(
             script,
             # Without an argument there is no word for it, as with qrexec.
             [os.fsencode(script), *([argument] if argument else [])],
             environment,
             file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
+                (os.POSIX_SPAWN_DUP2, theirs.fileno(), 1),
                 (os.POSIX_SPAWN_OPEN, 2, "/dev/null", os.O_WRONLY, 0),
                 (os.POSIX_SPAWN_DUP2, writer, 9),
             ],
         )
-        code = os.waitstatus_to_exitcode(os.waitpid(null, 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         recorded = (
             os.read(reader, 1 << 16)
             if select.select([reader], [], [], 0)[0]
@@ -272,16 +288,32 @@ def check(service: str, argument: bytes, programs: Path, runtime: Path) -> str:
     finally:
         os.close(reader)
         os.close(writer)
+        ours.close()
+        theirs.close()
+    ran = f"{service}+{argument!r} ran {recorded!r}"
+    *relays, logged = command_lines(recorded) or [[]]
+    caller = argument if _CALLER.fullmatch(argument) else b"unknown caller"
+    # After `--` nothing is an option, and its word begins with the caller.
+    options = [b"logger", b"-t", service.encode(), b"-p", b"daemon.info", b"--"]
+    assert logged[:-1] == options, ran
+    said = logged[-1].removeprefix(caller + b": ")
+    assert said != logged[-1], ran
+    assert _OUTCOME.fullmatch(said), ran
     wanted = expected(service, argument, str(runtime / service))
-    if wanted is None:
-        assert recorded == b"", f"{service}+{argument!r} ran {recorded!r}"
-        assert code in (1, 2), f"{service}+{argument!r} ended with {code}"
-        return "refused"
-    assert recorded == struct.pack("i", len(wanted)) + b"".join(
-        word + b"\0" for word in wanted
-    ), f"{service}+{argument!r} ran {recorded!r}"
-    assert code == 0
-    return "ran"
+    assert relays == ([] if wanted is None else [wanted]), ran
+    assert said.startswith(b"connected") == (wanted is not None), ran
+    assert code in ((1, 2) if wanted is None else (0,)), ran
+    return "refused" if wanted is None else "ran"
+
+
+def command_lines(recorded: bytes) -> list[list[bytes]]:
+    """What the tracers wrote down, in order."""
+    lines = []
+    while recorded:
+        (count,) = struct.unpack_from("i", recorded)
+        *words, recorded = recorded[4:].split(b"\0", count)
+        lines.append(words)
+    return lines
 
 
 def fuzz(cases: int, seed: int) -> int:

@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,6 +19,9 @@ sys.path.insert(0, str(FUZZ))
 from targets import CORPUS, TARGETS  # noqa: E402
 
 import rpc  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: Of each target, and of each RPC service; `make fuzz` runs a million, and
 #: 100,000.
@@ -69,35 +73,69 @@ def test_a_target_that_finds_something_keeps_it(
     assert "AssertionError" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
-    shutil.which("cc") is None, reason="the tracer has to be compiled"
-)
+@pytest.fixture(scope="module")
+def laboratory() -> Iterator[tuple[Path, Path]]:
+    if shutil.which("cc") is None:
+        pytest.skip("the tracer has to be compiled")
+    with rpc.laboratory() as made:
+        yield made
+
+
 @pytest.mark.parametrize("service", rpc.SERVICES)
-def test_no_argument_reaches_a_command_line_unvalidated(service: str) -> None:
+def test_no_argument_reaches_a_command_line_unvalidated(
+    laboratory: tuple[Path, Path], service: str
+) -> None:
     rng = rpc.random.Random(service)
-    with rpc.laboratory() as (programs, runtime):
-        happened = {
-            rpc.check(
-                service, rpc.random_argument(service, rng), programs, runtime
-            )
-            for _ in range(RPC_CASES)
-        }
+    happened = {
+        rpc.check(service, rpc.random_argument(service, rng), *laboratory)
+        for _ in range(RPC_CASES)
+    }
     assert happened == {"ran", "refused"}
 
 
-@pytest.mark.skipif(
-    shutil.which("cc") is None, reason="the tracer has to be compiled"
+LOG = "logger -t qubes.ConnectUnix -p daemon.info --"
+
+
+@pytest.mark.parametrize(
+    ("line", "argument"),
+    [
+        ('socat - "UNIX-CONNECT:$1"', "../../etc"),
+        ('logger "$1"', "-f/etc/passwd"),
+        (f'{LOG} "$1"', "-f/etc/passwd"),
+        (f'{LOG} "unknown caller: refused: $1"', "a\nb"),
+        (f'{LOG} "unknown caller: refused: $1"', "/" * 500),
+        (f'{LOG} "unknown caller: connected to $1"', "a b"),
+        (f'{LOG} "unknown caller: refused"; ls', "a b"),
+        (f'ls; {LOG} "unknown caller: refused"', "a b"),
+        (":", "a b"),
+    ],
 )
 def test_the_tracer_sees_what_is_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    laboratory: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    argument: str,
 ) -> None:
-    """A service that trusts its argument is found out."""
+    """A service that trusts its argument is found out, and so is one that runs
+    what it need not, or logs what it should not."""
     careless = tmp_path / "qubes.ConnectUnix"
-    careless.write_text('#!/bin/sh\nexec socat - "UNIX-CONNECT:$1"\n')
+    careless.write_text(f"#!/bin/sh\n{line}\nexit 2\n")
     careless.chmod(0o755)
     monkeypatch.setattr(rpc, "RPC", tmp_path)
-    with (
-        rpc.laboratory() as (programs, runtime),
-        pytest.raises(AssertionError, match="ran b"),
-    ):
-        rpc.check("qubes.ConnectUnix", b"../../etc", programs, runtime)
+    with pytest.raises(AssertionError, match="ran b"):
+        rpc.check("qubes.ConnectUnix", argument.encode(), *laboratory)
+
+
+def test_a_refusal_that_is_logged_as_it_should_be_is_fine(
+    laboratory: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    careful = tmp_path / "qubes.ConnectUnix"
+    careful.write_text(
+        f'#!/bin/sh\n{LOG} "unknown caller: refused: no"\nexit 2\n'
+    )
+    careful.chmod(0o755)
+    monkeypatch.setattr(rpc, "RPC", tmp_path)
+    assert rpc.check("qubes.ConnectUnix", b"a b", *laboratory) == "refused"
