@@ -6,6 +6,7 @@ here to be listed. Nobody gets to see a traceback, unless they ask with --debug.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import click
 
 from .control.options import Invocation, debug_option
+from .control.terminal import guard_streams, say, silence
 from .errors import ActivateError, BadName, UsageProblem
 
 __all__ = ["main"]
@@ -148,17 +150,20 @@ def main() -> None:
     if hears:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        guard_streams()
         cli(prog_name="qrexec-activate", obj=invocation)
     except Exception as error:
-        if invocation.debug:
-            import traceback
+        with contextlib.suppress(Exception):
+            if invocation.debug:
+                import traceback
 
-            traceback.print_exc()
-        click.echo(f"qrexec-activate: {_in_words(error)}", err=True)
+                traceback.print_exc()
+            say(f"qrexec-activate: {_in_words(error)}", err=True)
         raise SystemExit(
             2 if isinstance(error, (UsageProblem, BadName)) else 1
         ) from None
     finally:
+        silence()
         if hears:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -11,7 +11,8 @@ import pytest
 import qrexec_activate
 
 PACKAGE = Path(qrexec_activate.__file__).parent
-#: A room imports from itself, from those listed here, and the errors.
+#: A room imports from itself, from those listed here, and these.
+FOR_ALL = {"errors", "printable"}
 MAY_IMPORT = {
     "routing": set(),
     "systemd": {"routing"},
@@ -50,7 +51,7 @@ def test_a_room_imports_only_from_those_below_it(room: str) -> None:
     for path in paths:
         for name in imported(path):
             other = name.split("/")[0]
-            allowed = {room, "errors"} | MAY_IMPORT[room]
+            allowed = {room} | FOR_ALL | MAY_IMPORT[room]
             assert other in allowed, f"{path} imports {name}"
             if room == "control" and other == "forward":
                 module = name.split("/")[1]

@@ -21,7 +21,7 @@ from .table import (
     DOUBTFUL,
     GOOD,
     print_json,
-    printable,
+    say,
     styled,
     with_short_paths,
 )
@@ -106,9 +106,9 @@ def command(
 def _show(step: Step, quiet: bool) -> None:
     if quiet and step.level is Level.OK:
         return
-    click.echo(
-        f"{styled(f'{step.level.word:<8}', STYLES[step.level])}{step.area}:"
-        f" {with_short_paths(printable(step.text))}"
+    say(
+        styled(f"{step.level.word:<8}", STYLES[step.level]),
+        f"{step.area}: {with_short_paths(step.text)}",
     )
     if step.mend:
         click.echo(f"{'':<8}$ {step.mend}")

@@ -1,5 +1,5 @@
-"""Which sockets this machine listens on, and which process holds one, as /proc
-tells.
+"""Which sockets this machine listens on, and which process holds one, as the
+kernel tells.
 
 Nothing here connects to anything: a look must not start a service.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..routing.unitfile import AddressKey, address_key
+from .sockdiag import listening_unix
 
 __all__ = [
     "Holder",
@@ -26,8 +27,6 @@ __all__ = [
 ]
 
 _TCP_LISTEN = "0A"
-#: The flag of a listening unix socket in /proc/net/unix (__SO_ACCEPTCON).
-_UNIX_LISTENS = 0x10000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +46,19 @@ class Listening:
     of an address → inode."""
 
     inodes: dict[AddressKey, int]
+    #: Whether the kernel tells of unix sockets, too.
+    unix_is_known: bool = True
 
     def holds(self, address: str) -> bool | None:
-        """Whether somebody listens on exactly this address; None where /proc
-        does not tell."""
+        """Whether somebody listens on exactly this address; None where the
+        kernel does not tell."""
         key = address_key(address)
         if key is None or key[0] == "vsock" or (key[0] == "ip" and key[2] == 0):
             return None
         if key in self.inodes:
             return True
+        if key[0] != "ip" and not self.unix_is_known:
+            return None
         # A bare port is IPv4 any where the kernel has no IPv6.
         return (
             key[:2] == ("ip", "::") and ("ip", "0.0.0.0", key[2]) in self.inodes
@@ -125,15 +128,22 @@ def listening() -> Listening:
             if fields[3] == _TCP_LISTEN:
                 host, port = _address(fields[1])
                 inodes["ip", host, port] = int(fields[9])
-    for line in _lines("unix"):
-        *front, last = line.rstrip("\n").split(None, 7)
-        if (
-            len(front) == 7
-            and int(front[3], 16) & _UNIX_LISTENS
-            and (key := address_key(last))
-        ):
-            inodes[key] = int(front[6])
-    return Listening(inodes)
+    unix = listening_unix()
+    for bound, inode in unix or ():
+        if key := _unix_key(bound):
+            inodes[key] = inode
+    return Listening(inodes, unix is not None)
+
+
+def _unix_key(name: bytes) -> AddressKey | None:
+    """What address_key() makes of the kernel's name for a unix socket."""
+    if name[:1] == b"\0":
+        # A person writes such a name with an @ in front, and so does systemd.
+        return address_key(os.fsdecode(b"@" + name[1:]))
+    # One that is relative to the folder of whoever made it may look like any
+    # other address.
+    path = os.fsdecode(name.partition(b"\0")[0])
+    return address_key(path) if path.startswith("/") else None
 
 
 def holders(inodes: Iterable[int]) -> dict[int, Holder]:

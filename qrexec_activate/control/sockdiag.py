@@ -1,8 +1,9 @@
-"""All TCP connections of this machine, with the bytes that went each way, as
-the kernel tells them to anyone.
+"""All TCP connections of this machine, with the bytes that went each way, and
+its listening unix sockets, as the kernel tells them to anyone.
 
-One dump by sock_diag (linux/inet_diag.h, what `ss -ti` uses) for each address
-family; needs no privileges.
+One dump by sock_diag (linux/inet_diag.h and unix_diag.h, what `ss` uses) for
+each address family; needs no privileges. /proc/net/unix is not read: the name
+of an abstract socket may hold line breaks, so anybody can forge its lines.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["TcpConnection", "tcp_connections"]
+__all__ = ["TcpConnection", "listening_unix", "tcp_connections"]
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -27,6 +28,13 @@ _INET_DIAG_REQUEST = struct.Struct("=BBBxI48x")
 #: struct inet_diag_msg: family, state; ports and addresses in network order;
 #: inode.
 _INET_DIAG_MESSAGE = struct.Struct("=BB2x2s2s16s16s12x4x4x4x4xI")
+#: struct unix_diag_req: family, protocol, states, inode, what to show, cookie.
+_UNIX_DIAG_REQUEST = struct.Struct("=BBxxIIIII")
+#: struct unix_diag_msg: family, type, state, inode, cookie.
+_UNIX_DIAG_MESSAGE = struct.Struct("=BBBxI8x")
+_UNIX_DIAG_NAME, _UDIAG_SHOW_NAME = 0, 1
+_ANY_COOKIE = 0xFFFFFFFF
+_LISTEN = 10
 _ATTRIBUTE = struct.Struct("=HH")
 _INET_DIAG_INFO = 2
 #: tcpi_bytes_received, tcpi_bytes_sent and tcpi_bytes_retrans in struct
@@ -63,33 +71,75 @@ def tcp_connections() -> list[TcpConnection]:
     return found
 
 
+def listening_unix() -> list[tuple[bytes, int]] | None:
+    """Return name and inode of every unix socket that listens, as the kernel
+    has it: an abstract name begins with a NUL. None if nobody tells."""
+    request = _UNIX_DIAG_REQUEST.pack(
+        socket.AF_UNIX,
+        0,
+        1 << _LISTEN,
+        0,
+        _UDIAG_SHOW_NAME,
+        _ANY_COOKIE,
+        _ANY_COOKIE,
+    )
+    try:
+        found = []
+        for message in _messages(request):
+            *_, inode = _UNIX_DIAG_MESSAGE.unpack_from(message)
+            for kind, value in _attributes(message, _UNIX_DIAG_MESSAGE.size):
+                if kind == _UNIX_DIAG_NAME:
+                    found.append((value, inode))
+        return found
+    except (OSError, struct.error):
+        return None
+
+
 def _dump(family: socket.AddressFamily) -> Iterator[TcpConnection]:
+    states = sum(1 << state for state in _STATES)
+    request = _INET_DIAG_REQUEST.pack(
+        family, socket.IPPROTO_TCP, 1 << (_INET_DIAG_INFO - 1), states
+    )
+    return map(_connection, _messages(request))
+
+
+def _messages(request: bytes) -> Iterator[bytes]:
+    """Yield what the kernel answers; raises OSError where it does not know how
+    to."""
     with socket.socket(
         socket.AF_NETLINK,
         socket.SOCK_RAW | socket.SOCK_CLOEXEC,
         _NETLINK_SOCK_DIAG,
     ) as netlink:
         netlink.settimeout(_REPLY_TIMEOUT)
-        states = sum(1 << state for state in _STATES)
-        body = _INET_DIAG_REQUEST.pack(
-            family, socket.IPPROTO_TCP, 1 << (_INET_DIAG_INFO - 1), states
-        )
         header = _HEADER.pack(
-            _HEADER.size + len(body),
+            _HEADER.size + len(request),
             _SOCK_DIAG_BY_FAMILY,
             _REQUEST | _DUMP,
             1,
             0,
         )
-        netlink.sendto(header + body, (0, 0))
+        netlink.sendto(header + request, (0, 0))
         while True:
-            data = netlink.recv(1 << 17)
-            while data:
+            # Whoever guesses the port of a netlink socket can write to it.
+            data, (sender, _) = netlink.recvfrom(1 << 17)
+            while data and sender == 0:
                 length, kind, *_ = _HEADER.unpack_from(data)
-                if kind in (_NLMSG_ERROR, _NLMSG_DONE) or length < _HEADER.size:
+                if kind == _NLMSG_DONE:
                     return
-                yield _connection(data[_HEADER.size : length])
+                if kind == _NLMSG_ERROR or length < _HEADER.size:
+                    raise OSError("sock_diag gives no answer")
+                yield data[_HEADER.size : length]
                 data = data[(length + 3) & ~3 :]
+
+
+def _attributes(message: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+    while at + _ATTRIBUTE.size <= len(message):
+        length, kind = _ATTRIBUTE.unpack_from(message, at)
+        if length < _ATTRIBUTE.size:
+            break
+        yield kind, message[at + _ATTRIBUTE.size : at + length]
+        at += (length + 3) & ~3
 
 
 def _connection(message: bytes) -> TcpConnection:
@@ -97,21 +147,11 @@ def _connection(message: bytes) -> TcpConnection:
         _INET_DIAG_MESSAGE.unpack_from(message)
     )
     received = sent = None
-    at = _INET_DIAG_MESSAGE.size
-    while at + _ATTRIBUTE.size <= len(message):
-        length, kind = _ATTRIBUTE.unpack_from(message, at)
-        if length < _ATTRIBUTE.size:
-            break
-        if (
-            kind == _INET_DIAG_INFO
-            and length - _ATTRIBUTE.size >= _TCP_INFO.size
-        ):
-            received, all_sent, sent_again = _TCP_INFO.unpack_from(
-                message, at + _ATTRIBUTE.size
-            )
+    for kind, value in _attributes(message, _INET_DIAG_MESSAGE.size):
+        if kind == _INET_DIAG_INFO and len(value) >= _TCP_INFO.size:
+            received, all_sent, sent_again = _TCP_INFO.unpack_from(value)
             received -= state in _FIN_RECEIVED
             sent = all_sent - sent_again
-        at += (length + 3) & ~3
     return TcpConnection(
         _endpoint(family, source, sport),
         _endpoint(family, destination, dport),

@@ -3,13 +3,15 @@ columns in a pipe, JSON on request."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+
+from ..printable import printable
+from .terminal import print_json, raw_stdout, say, styled, wants_colour
 
 __all__ = [
     "BAD",
@@ -18,6 +20,9 @@ __all__ = [
     "QUIET",
     "print_json",
     "print_rows",
+    "printable",
+    "raw_stdout",
+    "say",
     "short_path",
     "styled",
     "wants_colour",
@@ -30,31 +35,6 @@ GOOD, DOUBTFUL, BAD, QUIET = "green", "yellow", "red", "bright_black"
 #: rich takes about 1 ms a row to lay out a table; past so many rows nobody
 #: looks at it as a table.
 LONGEST_TABLE = 400
-
-
-def wants_colour() -> bool:
-    """Whether stdout is a terminal and nobody has said no
-    (https://no-color.org)."""
-    return (
-        sys.stdout.isatty()
-        and not os.environ.get("NO_COLOR")
-        and os.environ.get("TERM") != "dumb"
-    )
-
-
-def styled(text: str, style: str) -> str:
-    """Colour a text where colour is wanted."""
-    return click.style(text, fg=style) if wants_colour() and style else text
-
-
-def printable(text: str) -> str:
-    """One line without control characters: names of processes and files are
-    other people's text."""
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-    )
 
 
 def short_path(path: str) -> str:
@@ -73,10 +53,6 @@ def with_short_paths(text: str) -> str:
     return text.replace(f"{home}/", "~/") if home not in ("", "/") else text
 
 
-def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 def print_rows(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -88,7 +64,9 @@ def print_rows(
     if sys.stdout.isatty() and len(clean) <= LONGEST_TABLE:
         from rich.console import Console
 
-        Console(highlight=False).print(rich_table(header, clean, style))
+        Console(file=raw_stdout(), highlight=False).print(
+            rich_table(header, clean, style)
+        )
     else:
         click.echo("\n".join(plain_lines(header, clean)))
 

@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ..errors import ActivateError, BadName, UsageProblem
+from ..printable import printable
 from ..routing.claim import Claim, PassedSocket
 from ..systemd.passed import passed_sockets
 from .background import Background
@@ -161,5 +162,5 @@ def main() -> None:
         else:
             _serve()
     except ActivateError as error:
-        print(f"qrexec-activate: {error}", file=sys.stderr)
+        print(f"qrexec-activate: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (UsageProblem, BadName)) else 1)

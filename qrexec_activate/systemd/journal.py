@@ -13,6 +13,8 @@ import enum
 import os
 import sys
 
+from ..printable import printable
+
 __all__ = ["Log", "Priority"]
 
 IDENTIFIER = "qrexec-activate"
@@ -26,15 +28,6 @@ class Priority(enum.IntEnum):
     NOTICE = 5
     INFO = 6
     DEBUG = 7
-
-
-def _printable(text: str) -> str:
-    """One line without control characters, whatever a peer called itself."""
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-    )
 
 
 def _stderr_is_journal() -> bool:
@@ -59,7 +52,7 @@ class Log:
     ) -> None:
         """Write one record. Fields are upper-case journal names; those that are
         None are left out."""
-        message = _printable(message)
+        message = printable(message)
         if self.to_journal:
             self._send(priority, message, fields)
         elif priority < Priority.DEBUG:
@@ -81,7 +74,7 @@ class Log:
             f"SYSLOG_IDENTIFIER={IDENTIFIER}",
         ]
         record += [
-            f"{key}={_printable(str(value))}"
+            f"{key}={printable(str(value))}"
             for key, value in fields.items()
             if value is not None
         ]

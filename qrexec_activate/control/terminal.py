@@ -1,0 +1,165 @@
+"""Where the commands' words leave this program: stdout and stderr.
+
+Whatever is written there becomes printable on its way, so that no text from
+elsewhere can move the cursor, hide or forge anything; only what is made here
+from printable text, colours and tables, goes past that.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import sys
+from typing import Any, TextIO
+
+import click
+
+from ..errors import ActivateError
+from ..printable import printable
+
+__all__ = [
+    "Styled",
+    "guard_streams",
+    "print_json",
+    "raw_stdout",
+    "say",
+    "silence",
+    "styled",
+    "wants_colour",
+]
+
+
+class Styled(str):
+    """Printable text, and around it escapes of our own."""
+
+    __slots__ = ()
+
+
+class _Guarded(io.TextIOWrapper):
+    """Makes printable what is written, and names itself where it fails."""
+
+    def write(self, text: str) -> int:
+        return self.write_raw(printable(text, keep="\n\t"))
+
+    def write_raw(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise self._problem(error) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise self._problem(error) from error
+
+    def _problem(self, error: OSError) -> Exception:
+        # A reader that has had enough is what click knows how to end on.
+        if error.errno == errno.EPIPE:
+            return error
+        return ActivateError(f"cannot write to its output: {error.strerror}")
+
+
+class _Raw:
+    """A guarded stream, for what has been made printable before."""
+
+    def __init__(self, stream: _Guarded) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._stream.write_raw(text)
+
+
+def guard_streams() -> None:
+    """Let nothing out that is not printable, in whatever locale; and open what
+    the caller has closed, so that no other file takes its place."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115
+    sys.stdout = _guarded(sys.stdout, 1)
+    sys.stderr = _guarded(sys.stderr, 2)
+
+
+def _guarded(stream: TextIO | None, fd: int) -> TextIO:
+    if stream is None:
+        stream = open(fd, "w", closefd=False)  # noqa: SIM115
+    encoding = codecs.lookup(stream.encoding).name
+    return _Guarded(
+        # Of which the old stream must not dispose.
+        open(fd, "wb", closefd=False),
+        # As Python itself does where the locale knows ASCII only.
+        encoding="utf-8" if encoding == "ascii" else encoding,
+        errors="backslashreplace",
+        line_buffering=bool(stream.line_buffering),
+    )
+
+
+def silence() -> None:
+    """Let Python end without another word about output that nobody takes."""
+    for fd, stream in enumerate((sys.stdout, sys.stderr), 1):
+        try:
+            stream.flush()
+        except Exception:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, fd)
+            os.close(null)
+
+
+def raw_stdout() -> TextIO:
+    """stdout for a library that draws what was made printable before."""
+    stream = sys.stdout
+    return _Raw(stream) if isinstance(stream, _Guarded) else stream  # type: ignore[return-value]
+
+
+def wants_colour() -> bool:
+    """Whether stdout is a terminal and nobody has said no
+    (https://no-color.org)."""
+    return (
+        sys.stdout.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM") != "dumb"
+    )
+
+
+def styled(text: str, style: str) -> Styled:
+    """Colour a text where colour is wanted, for say()."""
+    text = printable(text)
+    return Styled(
+        click.style(text, fg=style) if wants_colour() and style else text
+    )
+
+
+def say(*parts: str, err: bool = False) -> None:
+    """Print one line, of texts and of what styled() has made."""
+    line = "".join(
+        part if isinstance(part, Styled) else printable(part) for part in parts
+    )
+    stream = sys.stderr if err else sys.stdout
+    if isinstance(stream, _Guarded):
+        stream.write_raw(f"{line}\n")
+    else:
+        stream.write(f"{line}\n")
+    stream.flush()
+
+
+def print_json(value: Any) -> None:
+    import json
+    import re
+
+    utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    text = json.dumps(value, indent=2, ensure_ascii=not utf8)
+
+    def escaped(match: re.Match[str]) -> str:
+        found = match[0]
+        return found if found.isprintable() else json.dumps(found)[1:-1]
+
+    # json escapes what is below a blank; a terminal obeys more than that.
+    click.echo(re.sub(r"[^\n -~]", escaped, text))
