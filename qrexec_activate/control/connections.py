@@ -13,9 +13,11 @@ import stat
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 
 import psutil
 
+from ..forward.outcome import DISCONNECT
 from ..routing.unitfile import address_key
 from .netproc import Holder, holders, process_name
 from .sockdiag import TcpConnection, tcp_connections
@@ -26,7 +28,7 @@ __all__ = ["Connection", "end", "open_connections"]
 #: A set-up that takes longer is most likely waiting for a person, who has been
 #: asked in dom0.
 PROMPT_AGE = 2.0
-#: From SIGTERM to SIGKILL, in seconds.
+#: From the first signal to SIGKILL, in seconds.
 GRACE = 2.0
 
 _UNIX_PEER = re.compile(r"pid (\d+) uid (\d+)", re.ASCII)
@@ -84,6 +86,7 @@ class _Found:
     process: psutil.Process
     environment: dict[str, str]
     words: list[str]
+    parent: int
     #: What psutil takes for the time of its start, which may be a second off;
     #: tells two processes of one pid apart.
     created: float
@@ -93,14 +96,11 @@ class _Found:
 def open_connections(survey: Survey) -> list[Connection]:
     """Return the open connections of this manager's daemons, the oldest
     first."""
-    by_id: dict[str, _Found] = {}
-    for one in _processes(survey):
-        # What qrexec-client-vm may have started itself has inherited its
-        # environment, and is younger.
-        known = by_id.setdefault(_env(one, "CONNECTION"), one)
-        if one.created < known.created:
-            by_id[_env(one, "CONNECTION")] = one
-    found = list(by_id.values())
+    found = list(_processes(survey))
+    # What qrexec-client-vm may have started itself has inherited its
+    # environment. Nothing that only calls itself the same hides another.
+    pids = {one.process.pid for one in found}
+    found = [one for one in found if one.parent not in pids]
     tcp = (
         tcp_connections()
         if any(address_key(_env(one, "PEER")) for one in found)
@@ -140,6 +140,7 @@ def _processes(survey: Survey) -> Iterable[_Found]:
                     process,
                     environment,
                     words,
+                    process.ppid(),
                     process.create_time(),
                     _age(process.pid),
                 )
@@ -158,18 +159,21 @@ def _age(pid: int) -> float:
 
 
 def _is_of(survey: Survey, pid: int) -> bool:
-    """Whether a process belongs to a service of the manager that was asked, and
-    not to another one."""
+    """Whether a process belongs to a daemon of the manager that was asked: to
+    its unit's control group, which nobody else can join."""
     with open(
         f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape"
     ) as lines:
         groups = [line.rstrip("\n").split(":", 2)[2] for line in lines]
-    if survey.user:
-        return not survey.control_group or any(
-            f"{group}/".startswith(f"{survey.control_group}/")
-            for group in groups
-        )
-    return not any("/user@" in group for group in groups)
+    if survey.user and not survey.control_group:
+        return True
+    if not survey.user and any("/user@" in group for group in groups):
+        return False
+    return any(
+        group.startswith(f"{survey.control_group.rstrip('/')}/")
+        and PurePath(group).name in survey.daemons
+        for group in groups
+    )
 
 
 def _env(one: _Found, name: str) -> str:
@@ -262,7 +266,7 @@ def end(connections: Iterable[Connection]) -> list[Connection]:
             # Its number may belong to another process by now, which began at
             # another time.
             if process.create_time() == connection.created:
-                process.terminate()
+                process.send_signal(DISCONNECT)
                 processes.append((process, connection))
     _, stubborn = psutil.wait_procs(
         [process for process, _ in processes], timeout=GRACE

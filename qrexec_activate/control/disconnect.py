@@ -8,6 +8,7 @@ from ..errors import ActivateError, UsageProblem
 from .connections import end, open_connections
 from .options import complete_routes, system_option
 from .survey import survey
+from .terminal import say
 
 __all__ = ["command"]
 
@@ -53,7 +54,7 @@ def command(words: tuple[str, ...], system: bool) -> None:
     left = end(chosen)
     for connection in chosen:
         if connection not in left:
-            click.echo(f"Ended {connection}")
+            say(f"Ended {connection}")
     if left:
         raise ActivateError(
             f"{left[0]} goes on: pid {left[0].pid} does not end; see what it"

@@ -4,16 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import Any
 
 import click
 
-from ..errors import ManagerError
+from ..errors import ManagerError, UsageProblem
 from ..systemd.journalreader import Record, records
-from ..systemd.manager import open_manager
 from .options import complete_routes, system_option
-from .table import BAD, DOUBTFUL, QUIET, printable, styled
+from .select import means
+from .survey import Survey, survey
+from .table import BAD, DOUBTFUL, QUIET
+from .terminal import print_json, say, styled
 
-__all__ = ["command"]
+__all__ = ["command", "record_as_json"]
+
+
+def record_as_json(record: Record) -> dict[str, Any]:
+    """The shape that docs/json.md promises."""
+
+    def text(name: str) -> str | None:
+        return record.fields.get(name)
+
+    def number(name: str) -> int | None:
+        with contextlib.suppress(KeyError, ValueError):
+            return int(record.fields[name])
+        return None
+
+    def seconds(name: str) -> float | None:
+        count = number(name)
+        return None if count is None else count / 1e6
+
+    return {
+        "when": round(record.when, 3),
+        "daemon": record.unit or None,
+        "id": text("CONNECTION_ID"),
+        "listener": text("LISTENER"),
+        "target": text("QREXEC_TARGET"),
+        "call": text("QREXEC_SERVICE"),
+        "unit": text("UNIT"),
+        "peer": text("PEER"),
+        "outcome": text("OUTCOME"),
+        "established": text("ESTABLISHED") == "1"
+        if record.connection
+        else None,
+        "exit_code": number("EXIT_CODE"),
+        "tries": number("TRIES"),
+        "setup": seconds("SETUP_USEC"),
+        "duration": seconds("DURATION_USEC"),
+        "bytes_to_qube": number("BYTES_TO_QUBE"),
+        "bytes_from_qube": number("BYTES_FROM_QUBE"),
+        "failed": record.is_warning,
+        "message": record.message,
+    }
 
 
 @click.command(
@@ -46,9 +88,18 @@ Examples:
     help="The oldest to show, as journalctl takes it: 10:30, yesterday, -1h.",
 )
 @click.option(
+    "--until", metavar="TIME", help="The newest to show, written likewise."
+)
+@click.option(
     "--everything",
     is_flag=True,
     help="Also what the daemons say when they start, serve and stop.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print JSON, an object a line, as docs/json.md describes.",
 )
 @system_option
 def command(
@@ -56,50 +107,86 @@ def command(
     follow: bool,
     lines: int,
     since: str | None,
+    until: str | None,
     everything: bool,
+    as_json: bool,
     system: bool,
 ) -> None:
     """Show the journal of all routes or of some: one line per connection that
     has ended, and all warnings.
 
-    ROUTE is an address, a unit, a target or a call, also of a route that is no
-    more; ID is that of a connection.
+    ROUTE is an address, a unit, a target, a call, an argument or a file, also
+    of a route that is no more; ID is that of a connection.
     """
+    if follow and until:
+        raise UsageProblem("--follow and --until exclude each other")
+    now = _survey(user=not system)
+    meant = {word: _meant(word, now) for word in routes}
+
+    def is_by(record: Record, word: str) -> bool:
+        return (
+            record.matches(word)
+            or (record.fields.get("UNIT"), record.fields.get("LISTENER"))
+            in meant[word]
+        )
 
     def is_wanted(record: Record) -> bool:
-        if routes and not any(record.matches(word) for word in routes):
+        if routes and not any(is_by(record, word) for word in routes):
             return False
         return everything or bool(record.connection) or record.is_warning
 
+    show = _show_json if as_json else _show
     newest = None
-    group = _control_group(user=not system)
-    with records(
-        user=not system, control_group=group, since=since, latest_first=True
-    ) as found:
+    whose: dict[str, Any] = {
+        "user": not system,
+        "control_group": now.control_group if now else "",
+        "daemons": now.daemons if now else None,
+    }
+    # Words that nothing is known by, so far.
+    unknown = [word for word in routes if not meant[word]]
+    with records(**whose, since=since, until=until, latest_first=True) as found:
         shown: list[Record] = []
         for record in found:
             newest = newest or record.cursor
-            if len(shown) >= lines:
-                break
-            if is_wanted(record):
+            unknown = [word for word in unknown if not is_by(record, word)]
+            if len(shown) < lines and is_wanted(record):
                 shown.append(record)
+            if len(shown) >= lines and not unknown:
+                break
+    if unknown:
+        raise UsageProblem(
+            f"{unknown[0]!r} is no route, and nothing in the log is of it;"
+            f" qrexec-activate list shows all routes"
+        )
     for record in reversed(shown):
-        _show(record)
+        show(record)
+    if not shown and lines and not follow:
+        say("The journal has nothing of that", err=True)
     if follow:
-        with records(
-            user=not system, control_group=group, follow=True, after=newest
-        ) as found:
+        with records(**whose, follow=True, after=newest) as found:
             for record in filter(is_wanted, found):
-                _show(record)
+                show(record)
 
 
-def _control_group(*, user: bool) -> str:
-    """That of the manager; empty where it does not answer, which is when one
-    wants the log all the more."""
-    with contextlib.suppress(ManagerError), open_manager(user=user) as manager:
-        (group,) = manager.manager_properties("ControlGroup")
-        return str(group or "")
-    return ""
+def _survey(*, user: bool) -> Survey | None:
+    """None where systemd does not answer, which is when one wants the log all
+    the more."""
+    with contextlib.suppress(ManagerError):
+        return survey(user=user)
+    return None
+
+
+def _meant(word: str, now: Survey | None) -> set[tuple[str, str]]:
+    """Unit and listener of each route that a word means."""
+    return {
+        (entry.unit, entry.listener)
+        for entry in (now.entries if now else ())
+        if means(word, entry)
+    }
+
+
+def _show_json(record: Record) -> None:
+    print_json(record_as_json(record), indent=None)
 
 
 def _show(record: Record) -> None:
@@ -107,6 +194,4 @@ def _show(record: Record) -> None:
     style = (
         BAD if record.priority < 4 else DOUBTFUL if record.is_warning else ""
     )
-    click.echo(
-        f"{styled(when, QUIET)} {styled(printable(record.message), style)}"
-    )
+    say(styled(when, QUIET), " ", styled(record.message, style))

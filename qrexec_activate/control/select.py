@@ -8,7 +8,7 @@ from ..errors import UsageProblem
 from ..routing.unitfile import address_key
 from .survey import Entry
 
-__all__ = ["select"]
+__all__ = ["means", "select"]
 
 
 def select(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
@@ -18,7 +18,7 @@ def select(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
         return list(entries)
     chosen: dict[Entry, None] = {}
     for word in words:
-        found = [entry for entry in entries if _means(word, entry)]
+        found = [entry for entry in entries if means(word, entry)]
         if not found:
             raise UsageProblem(
                 f"there is no route {word!r}: name one by its address, unit,"
@@ -29,7 +29,8 @@ def select(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
     return [entry for entry in entries if entry in chosen]
 
 
-def _means(word: str, entry: Entry) -> bool:
+def means(word: str, entry: Entry) -> bool:
+    """Whether a person who writes this word may mean this route."""
     if entry.matches(word):
         return True
     key = address_key(word)

@@ -31,6 +31,7 @@ from .table import (
     print_json,
     print_rows,
     printable,
+    raw_stdout,
     rich_table,
     short_path,
 )
@@ -177,7 +178,10 @@ def _last_records(now: Survey) -> dict[tuple[str, str], Record]:
     with (
         contextlib.suppress(ActivateError),
         records(
-            user=now.user, control_group=now.control_group, latest_first=True
+            user=now.user,
+            control_group=now.control_group,
+            daemons=now.daemons,
+            latest_first=True,
         ) as found,
     ):
         for count, record in enumerate(found):
@@ -392,7 +396,7 @@ def _watch(routes: Sequence[str], user: bool, interval: float) -> None:
             parts.append(Text("No connection is open."))
         return Group(*parts, *(Text(line) for line in _daemon_lines(status)))
 
-    console = Console(highlight=False)
+    console = Console(file=raw_stdout(), highlight=False)
     with (
         contextlib.suppress(KeyboardInterrupt),
         Live(picture(), console=console, auto_refresh=False) as live,

@@ -106,7 +106,7 @@ def rich_table(
     for row in rows:
         table.add_row(
             *(
-                Text(cell, style=style(column, cell))
+                Text(printable(cell), style=style(column, cell))
                 for column, cell in enumerate(row)
             )
         )

@@ -150,12 +150,12 @@ def say(*parts: str, err: bool = False) -> None:
     stream.flush()
 
 
-def print_json(value: Any) -> None:
+def print_json(value: Any, indent: int | None = 2) -> None:
     import json
     import re
 
     utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
-    text = json.dumps(value, indent=2, ensure_ascii=not utf8)
+    text = json.dumps(value, indent=indent, ensure_ascii=not utf8)
 
     def escaped(match: re.Match[str]) -> str:
         found = match[0]

@@ -11,7 +11,18 @@ import enum
 import signal
 from dataclasses import dataclass
 
-__all__ = ["Ending", "Outcome", "format_bytes", "format_seconds"]
+__all__ = [
+    "DISCONNECT",
+    "Ending",
+    "Outcome",
+    "format_bytes",
+    "format_seconds",
+]
+
+#: How a person has a connection ended, by `qrexec-activate disconnect`: nothing
+#: else sends this signal to a qrexec-client-vm, which dies of it.
+DISCONNECT = signal.SIGHUP
+_DISCONNECTED = "ended by a person, with qrexec-activate disconnect"
 
 
 class Ending(enum.Enum):
@@ -98,6 +109,8 @@ class Outcome:
     def failed(self) -> bool:
         """Whether the client did not get what it came for, as far as can be
         told from here."""
+        if self.by_a_person:
+            return False
         if self.ending is Ending.CLIENT_EXITED:
             return (
                 not self.established
@@ -107,6 +120,13 @@ class Outcome:
                 or self.without_a_byte
             )
         return self.ending is not Ending.CLIENT_GONE
+
+    @property
+    def by_a_person(self) -> bool:
+        return (
+            self.ending is Ending.CLIENT_EXITED
+            and self.exit_code == -DISCONNECT
+        )
 
     @property
     def without_a_byte(self) -> bool:
@@ -138,6 +158,8 @@ class Outcome:
     def _what(self) -> str:
         if self.detail:
             return f"{self.ending.value}: {self.detail}"
+        if self.by_a_person:
+            return _DISCONNECTED
         if self.ending is not Ending.CLIENT_EXITED:
             return str(self.ending.value)
         code = self.exit_code

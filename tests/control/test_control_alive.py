@@ -4,6 +4,7 @@ what became of it, with a real journal."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -83,7 +84,7 @@ def connection(desk: Desk, said: bytes = b"hello") -> Iterator[socket.socket]:
 
 def logged(desk: Desk, *words: str, lines: int = 1) -> str:
     def look() -> str:
-        printed = desk.run("logs", *words)
+        printed = desk.try_("logs", *words).stdout
         return printed if printed.count("\n") >= lines else ""
 
     return str(until(f"{lines} records of {words}", look))
@@ -216,6 +217,52 @@ def test_a_route_is_disconnected_and_takes_new_connections(desk: Desk) -> None:
         pass
 
 
+def test_the_log_says_that_a_person_ended_it_and_no_failure_is_counted(
+    desk: Desk,
+) -> None:
+    def failed() -> str:
+        daemons = desk.json("status")["daemons"]
+        (status,) = [one["status"] for one in daemons if one["pid"]]
+        return str(status)
+
+    with connection(desk) as sock:
+        (found,) = desk.json("status", "work")["connections"]
+        assert " 0 failed" in failed()
+        desk.run("disconnect", "work")
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+    said = logged(desk, found["id"])
+    assert "ended by a person, with qrexec-activate disconnect" in said
+    until("it is counted", lambda: "1 ended well" in failed())
+    assert " 0 failed" in failed()
+
+
+def test_no_decoy_hides_a_connection(desk: Desk) -> None:
+    with connection(desk):
+        (found,) = desk.json("status")["connections"]
+    # The oldest of a name is the decoy: it is there before the connection.
+    number = int(found["id"].rpartition("-")[2]) + 1
+    name = f"{found['id'].rpartition('-')[0]}-{number}"
+    route = {"LISTENER": f"127.0.0.1:{desk.port}", "UNIT": desk.tcp}
+    decoy = {
+        **desk.machine.environment,
+        "QREXEC_ACTIVATE_CONNECTION": name,
+        **{f"QREXEC_ACTIVATE_{key}": value for key, value in route.items()},
+    }
+    words = ["tail", "-f", "/dev/null"]
+    with subprocess.Popen(words, env=decoy) as process:
+        try:
+            with connection(desk) as sock:
+                (found,) = desk.json("status")["connections"]
+                assert (found["id"], found["target"]) == (name, "work")
+                assert desk.run("disconnect", "work").count("Ended") == 1
+                with contextlib.suppress(ConnectionResetError):
+                    assert sock.recv(1) == b""
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
 def test_one_that_waits_for_an_answer_is_shown_as_waiting(desk: Desk) -> None:
     (desk.machine.loopback / "policy").write_text(
         "* * client work ask default_target=work\n"
@@ -286,10 +333,87 @@ def test_the_log_has_one_line_for_each_connection(desk: Desk) -> None:
             rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \S+: {route}: ended", line
         )
     assert desk.run("logs", "-n", "1", desk.tcp) == f"{lines[2]}\n"
-    assert desk.run("logs", "nobody") == ""
+    # However a person names it.
+    (route,) = desk.json("list")
+    for word in (str(desk.port), route["file"], route["listener"], "work"):
+        assert desk.run("logs", word).splitlines()[-1] == lines[2], word
     assert "serving 127.0.0.1" in desk.run(
         "logs", "--everything", "--since", "-10min"
     )
+
+
+def test_what_the_log_cannot_show_is_an_error(desk: Desk) -> None:
+    with connection(desk):
+        pass
+    logged(desk, desk.tcp)
+    assert "'nobody' is no route" in desk.fails("logs", "nobody", code=2)
+    assert "'nobody' is no route" in desk.fails(
+        "logs", "-n1", "work", "nobody", code=2
+    )
+    assert "banana" in desk.fails("logs", "--since", "banana", code=1)
+    assert "banana" in desk.fails("logs", "--until", "banana", code=1)
+    early = desk.try_("logs", "work", "--until", "2001-01-01")
+    assert (early.returncode, early.stdout) == (0, "")
+    assert early.stderr == "The journal has nothing of that\n"
+
+
+def test_a_journal_that_is_closed_to_the_user_is_an_error(
+    desk: Desk, tmp_path: Path
+) -> None:
+    journalctl = tmp_path / "journalctl"
+    # As systemd 252 says it, with exit code 0.
+    journalctl.write_text(
+        "#!/bin/sh\necho 'Hint: You are currently not seeing messages from"
+        " other users and the system.' >&2\n"
+    )
+    journalctl.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert "the system's journal is closed to you" in desk.fails(
+        "logs", "--system", environment=path
+    )
+    assert desk.run("logs", environment=path) == ""
+
+
+def test_the_log_as_json_is_an_object_a_line(desk: Desk) -> None:
+    for _ in range(2):
+        with connection(desk):
+            pass
+    logged(desk, desk.tcp, lines=2)
+    printed = desk.run("logs", desk.tcp, "--json").splitlines()
+    first, second = map(json.loads, printed)
+    assert first["when"] <= second["when"]
+    assert first["id"] != second["id"]
+    assert (first["target"], first["outcome"], first["failed"]) == (
+        "work",
+        "client-exited",
+        False,
+    )
+    assert (first["bytes_to_qube"], first["bytes_from_qube"]) == (5, 5)
+
+
+def test_what_a_qube_has_its_end_say_is_no_record(
+    desk: Desk, tmp_path: Path
+) -> None:
+    client = tmp_path / "qrexec-client-vm"
+    client.write_text(
+        f"#!/bin/sh\n"
+        f"echo '<4>forged: 127.0.0.1:1 on 127.0.0.1:{desk.port} → work' >&2\n"
+        f'exec {desk.machine.client} "$@"\n'
+    )
+    client.chmod(0o755)
+    desk.scene.options(CLIENT=str(client))
+    desk.machine.systemctl("daemon-reload")
+    with connection(desk):
+        pass
+    logged(desk, desk.tcp)
+    said = subprocess.run(
+        ["journalctl", "--output=cat", f"_UID={os.getuid()}", "-n", "200"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "forged" in said
+    assert "forged" not in desk.run("logs", "--everything")
 
 
 def test_the_log_is_followed(desk: Desk) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrexec_activate.forward.outcome import (
+    DISCONNECT,
     Ending,
     Outcome,
     format_bytes,
@@ -178,3 +179,15 @@ def test_every_outcome_has_one_line_of_words(
     ).words()
     assert words
     assert len(words.splitlines()) == 1
+
+
+@pytest.mark.parametrize("established", [True, False])
+def test_an_end_by_a_person_is_no_failure(established: bool) -> None:
+    outcome = ended(-DISCONNECT, established=established)
+    outcome.cut = established
+    assert not outcome.failed
+    assert outcome.words().startswith(
+        "ended by a person, with qrexec-activate disconnect, lasted"
+    )
+    outcome.exit_code = -signal.SIGTERM
+    assert outcome.failed
