@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import trio
-from scenario import connect, is_reset_error, sees_reset, vanish
+from scenario import is_reset_error, sees_reset, vanish
 from trio.testing import MockClock
 
 from qrexec_activate.forward import connection as connection_module
@@ -174,11 +174,13 @@ class Stage:
         self.daemon = Daemon("qubes.ConnectTCP", settings, self.records)
         self.daemon.client = self.client
         self.addresses = []
+        self._listening: list[socket.socket] = []
         sockets, routes = [], []
         for target in targets:
             listener = socket.create_server(("127.0.0.1", 0), backlog=300)
             address = listener.getsockname()
             self.addresses.append(address)
+            self._listening.append(listener.dup())
             written = f"{address[0]}:{address[1]}"
             sockets.append(
                 PassedSocket(listener.detach(), target, "Stream", written)
@@ -187,7 +189,13 @@ class Stage:
         self.daemon.add_listeners(sockets, routes)
 
     async def connect(self, listener: int = 0) -> trio.SocketStream:
-        return await connect(self.addresses[listener])
+        """Connect, in no time by the daemon's clock, and before the daemon has
+        its next turn."""
+        sock = socket.create_connection(self.addresses[listener], 60)
+        # A busy kernel may take its time between the two.
+        assert select.select([self._listening[listener]], [], [], 60)[0]
+        sock.setblocking(False)
+        return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
     async def nth(self, count: int) -> Started:
         """The qrexec-client-vm that was started as the count-th, counting from
@@ -214,6 +222,8 @@ class Stage:
                 await self.over.wait()
         for started in self.client.started:
             started.reap()
+        for listener in self._listening:
+            listener.close()
         print(*self.records.lines, sep="\n")
 
 
