@@ -27,8 +27,10 @@ RETRY_DELAY = 0.1
 PROMPT_AGE = 2.0
 #: Of a call that may have been put to a person, so many tries are made in all.
 PROMPTS = 2
-#: A call whose policy was answered, but not its target, is lost after so long.
-#: A target answers in 60 ms (between running qubes on Qubes 4.3).
+#: A call whose policy was answered, but not its target, is lost after so long,
+#: and at each further try after twice as long. A running target answers in
+#: 60 ms (Qubes 4.3); but where a service waits for the user's session, it does
+#: so before (qubes.ConnectUnix, in a qube that has just started).
 VCHAN_PATIENCE = 10.0
 #: A call without any sign of an answer is lost if it is so old, and if so many
 #: of its route that began later were answered so quickly that nobody can have
@@ -129,7 +131,8 @@ class Call:
         if now - self.began_at >= setup_timeout:
             return Ending.TIMED_OUT
         if self.answered_at is not None:
-            lost = now - self.answered_at >= VCHAN_PATIENCE
+            patience = VCHAN_PATIENCE * 2 ** max(self.tries - 1, 0)
+            lost = now - self.answered_at >= patience
         else:
             lost = overtaken and now - self.began_at >= OVERTAKEN_AGE
         return Ending.LOST if lost else None

@@ -60,7 +60,11 @@ _NEVER_ESTABLISHED = {
 }
 #: What it most likely means where the target had taken the call, and not a byte
 #: came back.
-_WITHOUT_A_BYTE = {125: _CANNOT_START, 127: _NO_SERVICE}
+_WITHOUT_A_BYTE = {
+    125: _CANNOT_START,
+    127: _NO_SERVICE,
+    255: "the target qube closed the call before it had said anything",
+}
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -130,15 +134,18 @@ class Outcome:
 
     @property
     def without_a_byte(self) -> bool:
-        """Whether qrexec says that no service ran, and nothing came back.
+        """Whether qrexec says that no service ran, or that the target went
+        away, and nothing came back.
 
-        The target had taken the call before it found that out, so that the
-        client may have seen the end of an empty stream.
+        The target had taken the call before, so that the client may have seen
+        the end of an empty stream.
         """
-        return (
-            self.established
-            and self.exit_code in _WITHOUT_A_BYTE
-            and not self.bytes_from_qube
+        if not self.established or self.exit_code not in _WITHOUT_A_BYTE:
+            return False
+        # Where bytes are not counted, a target that goes away has most likely
+        # said something before.
+        return self.bytes_from_qube == 0 or (
+            self.bytes_from_qube is None and self.exit_code != 255
         )
 
     def words(self) -> str:

@@ -164,6 +164,21 @@ def test_a_call_that_dom0_has_answered_and_the_target_has_not_is_lost() -> None:
     assert call.due(100 + VCHAN_PATIENCE, 300, False) is Ending.LOST
 
 
+def test_each_further_try_is_given_twice_the_time() -> None:
+    """The target may be waiting for a session to start."""
+    call = begun()
+    waited = 0.0
+    for doubled in (1, 2, 4, 8):
+        call.is_answered(0)
+        assert call.due(VCHAN_PATIENCE * doubled - 0.1, 300, False) is None
+        assert call.due(VCHAN_PATIENCE * doubled, 300, False) is Ending.LOST
+        waited += VCHAN_PATIENCE * doubled
+        assert call.after_try(0.1, Ending.LOST, None, False) is not None
+        call.begins(0)
+    # qrexec itself waits for 120 s.
+    assert waited > 120
+
+
 def test_a_call_that_was_overtaken_is_lost_once_it_is_old() -> None:
     call = begun()
     assert call.due(OVERTAKEN_AGE - 0.1, 300, True) is None

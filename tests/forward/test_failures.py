@@ -20,6 +20,7 @@ from scenario import (
     says,
     sees_reset,
     send,
+    silent,
     until,
     write_script,
 )
@@ -146,6 +147,22 @@ async def test_a_call_that_breaks_off_midway_says_so(scene: Scene) -> None:
     (line,) = await scene.logged("ended with exit code 255")
     assert "the target qube closed the call early" in line
     await scene.nobody_stays()
+
+
+async def test_a_call_that_breaks_off_before_a_byte_is_no_empty_answer(
+    scene: Scene, relay: str
+) -> None:
+    address = await scene.route(silent)
+    scene.faults("end-early=1 end-early-after=1")
+    async with await connect(address) as stream:
+        # By hand-over, qrexec-client-vm itself has ended a stream that it
+        # holds: then only the log can tell.
+        assert await sees_reset(stream, b"hello") is (relay == "splice")
+    await scene.logged(
+        "failed with exit code 255: the target qube closed the call before it"
+        " had said anything",
+        "may have seen an empty answer",
+    )
 
 
 @pytest.mark.usefixtures("relay")

@@ -108,6 +108,30 @@ def test_a_call_that_was_never_set_up_says_what_the_code_means(
     assert words in outcome.words()
 
 
+@pytest.mark.parametrize(
+    ("code", "count", "without"),
+    [
+        (125, 0, True),
+        (125, None, True),
+        (127, 1, False),
+        (255, 0, True),
+        (255, None, False),
+        (255, 1, False),
+        (0, 0, False),
+        (1, 0, False),
+    ],
+)
+def test_an_empty_answer_of_a_call_that_failed_is_said_to_be_none(
+    code: int, count: int | None, without: bool
+) -> None:
+    outcome = ended(code)
+    outcome.bytes_from_qube = count
+    assert outcome.without_a_byte is without
+    assert ("an empty answer" in outcome.words()) is without
+    outcome.established = False
+    assert not outcome.without_a_byte
+
+
 def test_a_client_that_was_killed_before_the_call_was_set_up_says_by_what() -> (
     None
 ):
