@@ -204,6 +204,42 @@ async def test_all_daemons_of_a_qube_share_its_limit(scene: Scene) -> None:
     assert 50 < most <= 60 + 8
 
 
+async def test_more_than_its_own_agent_takes_wait_instead_of_ending_it(
+    scene: Scene,
+) -> None:
+    """qrexec's agent has 256 slots for all calls of a qube, and ends sooner or
+    later if there are more."""
+    names = ("work", "gitweb", "vault")
+    addresses = {name: scene.address() for name in names}
+    for name, address in addresses.items():
+        await scene.qube(name, echo)
+        scene.drop_in(name, address)
+    await scene.start()
+    answered = 0
+    full = trio.Event()
+
+    async def customer(address: tuple[str, int]) -> None:
+        nonlocal answered
+        async with await connect(address) as stream:
+            await send(stream, b"ping")
+            with trio.fail_after(180):
+                assert await stream.receive_some() == b"ping"
+            answered += 1
+            await full.wait()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(100):
+            for address in addresses.values():
+                nursery.start_soon(customer, address)
+        # None ends before there are as many as there may be.
+        await scene.logged("connections are open", "more wait until")
+        full.set()
+    assert answered == 300
+    assert not scene.calls("no-slot")
+    assert len(scene.calls("established")) == 300
+    assert not scene.lines("failed")
+
+
 async def test_clients_that_have_gone_cause_no_calls(scene: Scene) -> None:
     address = await scene.route()
     scene.policy("* * client * ask default_target=work")

@@ -39,16 +39,30 @@ class Started:
     """A process in the place of qrexec-client-vm, and the socket or pipe that
     it was given."""
 
-    def __init__(self, pid: int, orders: int, stdin: int, route: Route) -> None:
+    def __init__(
+        self,
+        pid: int,
+        orders: int,
+        stdin: int,
+        stdout: int | None,
+        route: Route,
+    ) -> None:
         self.pid = pid
         self.at = trio.current_time()
         self.route = route
         self._orders = orders
-        self._stdin = stdin
+        self._stdin = os.dup(stdin)
+        self._stdout = -1 if stdout is None else os.dup(stdout)
 
     def establish(self) -> None:
         """What qrexec-client-vm does first in its data phase."""
         os.set_blocking(self._stdin, False)
+
+    def reads(self, count: int) -> bytes:
+        return os.read(self._stdin, count)
+
+    def writes(self, data: bytes) -> None:
+        os.write(self._stdout, data)
 
     def exits(self, code: int) -> None:
         """End with an exit code; on return it has ended, in no time at all by
@@ -83,10 +97,10 @@ class Started:
             os.waitpid(self.pid, 0)
 
     def close(self) -> None:
-        for fd in (self._orders, self._stdin):
+        for fd in (self._orders, self._stdin, self._stdout):
             if fd >= 0:
                 os.close(fd)
-        self._orders = self._stdin = -1
+        self._orders = self._stdin = self._stdout = -1
 
 
 #: Exits with the code that it is told; ends, too, when the test does.
@@ -130,7 +144,7 @@ class Puppets(Client):
             # It has said that it is deaf.
             os.read(up, 1)
         os.close(up)
-        self.started.append(Started(pid, writer, os.dup(stdin), route))
+        self.started.append(Started(pid, writer, stdin, stdout, route))
         self.another.unpark_all()
         return pid
 
@@ -262,6 +276,43 @@ async def test_failed_set_ups_are_tried_again_after_growing_random_delays(
         middle = RETRY_DELAY * 2**number
         assert 0.5 * middle <= delay <= 1.5 * middle + 0.5
     await stage.recorded("after 6 tries")
+
+
+@pytest.mark.parametrize("sign", ["it has read", "it has written", "none"])
+async def test_what_may_have_run_is_never_tried_again(
+    stage: Stage, autojump_clock: MockClock, sign: str
+) -> None:
+    """A qrexec-client-vm on pipes that is killed as it closes them: nothing but
+    the bytes tells."""
+    stage.client.takes_socket = False
+    async with await stage.connect() as stream:
+        await stream.send_all(b"word")
+        first = await stage.nth(1)
+        await trio.testing.wait_all_tasks_blocked()
+        if sign == "it has read":
+            assert first.reads(2) == b"wo"
+        elif sign == "it has written":
+            first.writes(b"answer")
+        first.exits(1)
+        await trio.sleep(60)
+        again = len(stage.client.started) == 2
+        assert again is (sign == "none")
+        if again:
+            (await stage.nth(2)).exits(0)
+            await stage.recorded("ended, after 2 tries")
+        else:
+            await stage.recorded("ended with the service's exit code 1")
+
+
+async def test_an_exit_code_of_the_service_shows_that_it_has_run(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.client.takes_socket = False
+    async with await stage.connect() as stream:
+        (await stage.nth(1)).exits(5)
+        with trio.fail_after(3600):
+            assert await stream.receive_some() == b""
+    await stage.recorded("ended with the service's exit code 5")
 
 
 async def test_an_answer_that_takes_ten_seconds_is_waited_for(
@@ -559,6 +610,40 @@ async def test_a_call_that_dom0_has_answered_is_lost_without_rivals(
         assert second.at - first.at <= 15
         assert len(stage.client.started) == 2
     await stream.aclose()
+
+
+async def test_a_lost_call_of_an_earlier_daemon_is_made_again(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    """As soon as one of its own."""
+    ours, theirs = socket.socketpair()
+    pids: list[int] = []
+
+    def find(known: set[int]) -> Iterator[Orphan]:
+        lost = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {})
+        pids.append(lost)
+        route = Route("127.0.0.1:80", "work", "qubes.ConnectTCP", "80")
+        pidfd = os.pidfd_open(lost)
+        yield Orphan(lost, pidfd, ours, route, "1-1", "pid 1", 5.0)
+
+    monkeypatch.setattr(daemon_module, "find_orphans", find)
+    monkeypatch.setattr(Child, "is_answered", lambda self: True)
+    stage = Stage(Settings())
+    monkeypatch.setattr(signal, "pidfd_send_signal", stage.client.signal)
+    began = now()
+    nursery.start_soon(stage.run)
+    again = await stage.nth(1)
+    assert again.at - began <= 15
+    reap(*pids)
+    again.establish()
+    await trio.sleep(1)
+    again.exits(0)
+    await stage.recorded("ended, after 2 tries")
+    assert theirs.recv(1) == b""
+    theirs.close()
+    await stage.stop()
 
 
 async def test_who_hangs_up_while_a_call_is_lost_causes_no_other(

@@ -383,52 +383,87 @@ async def test_a_daemon_short_of_descriptors_serves_all_in_its_own_time(
 
 # ------------------------------------------------------------ short calls, often
 
+#: What the service does, the question, the answer, and the exit code.
 SHORT = {
-    "answers and closes": ("cat; echo done", b"word", b"worddone\n", 0),
-    "speaks first and closes": ("echo hello", b"", b"hello\n", 0),
-    "exits with 0": ("exit 0", b"word", b"", 0),
-    "exits with 1": ("exit 1", b"word", b"", 1),
-    "exits with 5": ("exit 5", b"", b"", 5),
-    "fails with 1 after reading": ("head -c 4; exit 1", b"word", b"word", 1),
+    "answers": ("cat; echo done", b"word", b"worddone\n", 0),
+    "speaks-first": ("echo hello", b"", b"hello\n", 0),
+    "exits-0": ("exit 0", b"word", b"", 0),
+    "exits-1": ("exit 1", b"word", b"", 1),
+    "exits-5": ("exit 5", b"", b"", 5),
+    "reads-and-exits-1": ("head -c 4; exit 1", b"word", b"word", 1),
 }
+TIMES = 200
 
 
-@pytest.mark.parametrize("version", ["4.2.18", "4.4.2"])
-@pytest.mark.parametrize("how", SHORT)
+def add_short(scene: Scene, name: str, script: str) -> tuple[str, int]:
+    """A qube whose service does this, and counts how often it has run."""
+    folder = scene.machine.add_qube(name)
+    service = folder / "rpc" / "qubes.ConnectTCP"
+    write_script(service, f"#!/bin/sh\necho >>{folder}/runs\n{script}\n")
+    address = scene.address()
+    scene.drop_in(name, address)
+    return address
+
+
+def runs(scene: Scene, name: str) -> int:
+    return len((scene.machine.loopback / "qubes" / name / "runs").read_text())
+
+
 async def test_short_calls_by_pipes_have_their_answer_and_run_once(
-    scene: Scene, how: str, version: str
+    scene: Scene,
 ) -> None:
     """The signs of the data phase are gone when it has ended."""
-    script, question, answer, code = SHORT[how]
-    scene.options(RELAY="splice")
-    (scene.machine.loopback / "version").write_text(version)
-    folder = scene.machine.add_qube("work")
-    service = folder / "rpc" / "qubes.ConnectTCP"
-    service.write_text(f"#!/bin/sh\necho >>{folder}/runs\n{script}\n")
-    service.chmod(0o755)
-    address = scene.address()
-    scene.drop_in("work", address)
+    be_old(scene)
+    addresses = {
+        name: add_short(scene, name, script)
+        for name, (script, *_) in SHORT.items()
+    }
     await scene.start()
-    served = 0
 
-    async def customer(count: int) -> None:
-        nonlocal served
-        for _ in range(count):
-            async with await connect(address) as stream:
+    async def customer(name: str) -> None:
+        _, question, answer, _ = SHORT[name]
+        for _ in range(TIMES // 2):
+            async with await connect(addresses[name]) as stream:
                 with contextlib.suppress(trio.BrokenResourceError):
                     await send(stream, question)
                     await stream.send_eof()
                 assert await receive_all(stream) == answer
-                served += 1
 
     async with trio.open_nursery() as nursery:
-        for _ in range(4):
-            nursery.start_soon(customer, 10)
-    assert served == 40
-    assert len((folder / "runs").read_text()) == 40
-    assert len(scene.calls()) == 40
-    words = f"exit code {code}" if code else "ended, "
-    await scene.logged(words, times=40)
+        for name in 2 * tuple(SHORT):
+            nursery.start_soon(customer, name)
+    await scene.logged("lasted", times=len(SHORT) * TIMES)
+    assert not scene.lines("tries")
+    for name, (_, _, _, code) in SHORT.items():
+        assert runs(scene, name) == TIMES
+        words = f"exit code {code}," if code else "ended, "
+        assert len(scene.lines(f"→ {name} ", words)) == TIMES
+
+
+async def test_short_calls_after_a_prompt_run_once(scene: Scene) -> None:
+    be_old(scene)
+    scene.options(MAX_SETUPS="100")
+    address = add_short(scene, "work", "cat; exit 1")
+    # A person who takes that long; each answers one prompt.
+    scene.policy("* * client * ask")
+    scene.faults("delay=2.2")
+    scene.answer("allow")
+    await scene.start()
+
+    async def customer() -> None:
+        async with await connect(address) as stream:
+            await send(stream, b"word")
+            await stream.send_eof()
+            with trio.fail_after(LONG):
+                assert await stream.receive_some() == b"word"
+            assert await receive_all(stream) == b""
+
+    for _ in range(TIMES // 100):
+        async with trio.open_nursery() as nursery:
+            for _ in range(100):
+                nursery.start_soon(customer)
+    assert runs(scene, "work") == TIMES
+    assert len(scene.calls("prompt")) == TIMES
 
 
 async def test_a_service_that_fails_after_a_prompt_runs_once(
