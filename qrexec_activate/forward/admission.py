@@ -12,7 +12,7 @@ import enum
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Admission", "Verdict"]
 
@@ -39,6 +39,9 @@ MANY_OPEN = 32
 FIRST_PROBE, LAST_PROBE = 1.0, 40.0
 #: A qube that refuses is taken for full so long.
 FULL_PATIENCE = 60.0
+#: How often to count the calls of others in this qube: far from the limit, near
+#: to it, and while somebody waits for them to end.
+CENSUS_INTERVAL, CENSUS_INTERVAL_NEAR, CENSUS_WAITING = 0.05, 0.001, 0.25
 
 
 class Verdict(enum.Enum):
@@ -56,14 +59,14 @@ class _Ceiling:
 
     at: int
     since: float
-    probe_at: float
+    probe_at: float = field(init=False)
     delay: float = FIRST_PROBE
 
+    def __post_init__(self) -> None:
+        self.probe_at = self.since + self.delay
 
-@dataclass(slots=True)
-class _SetUp:
-    target: str
-    began_at: float
+    def holds(self, count: int, now: float) -> bool:
+        return count >= self.at and now < self.probe_at
 
 
 class Admission:
@@ -79,16 +82,24 @@ class Admission:
         self.max_setups = max_setups
         self.max_connections = max_connections
         self.max_total = max_total
-        #: Connections of others in this qube; whoever looks sets it.
+        #: Connections of others in this qube, and when they were counted.
         self.others = 0
+        self._counted_at = -math.inf
         self._open: dict[Hashable, str] = {}
         self._per_target: Counter[str] = Counter()
         self._established: set[Hashable] = set()
-        self._places: dict[Hashable, _SetUp] = {}
-        self._young: Counter[str] = Counter()
+        #: When each that has a place began: the oldest is the first, also among
+        #: those to one qube.
+        self._places: dict[Hashable, float] = {}
+        self._by_target: dict[str, dict[Hashable, float]] = {}
         self._waiting: dict[Hashable, str] = {}
-        self._ceilings: dict[str | None, _Ceiling] = {}
-        self._failures = 0
+        #: By qube: so many were open to it when it refused another ...
+        self._full: dict[str, _Ceiling] = {}
+        #: ... or open in all when it could not be reached for another. Each
+        #: qube finds that out for itself: one that fails keeps nobody waiting
+        #: for another.
+        self._no_room: dict[str, _Ceiling] = {}
+        self._failures: Counter[str] = Counter()
 
     # --------------------------------------------------------------- questions
 
@@ -97,34 +108,26 @@ class Admission:
         more = 0 if opened else 1
         if len(self._open) + self.others + more > self.max_total:
             return Verdict.ALL_FULL
-        if self._per_target[target] + more > self.max_connections:
+        to_target = self._per_target[target]
+        if to_target + more > self.max_connections:
             return Verdict.TARGET_FULL
-        if self._at_ceiling(None, len(self._established), now):
+        all_held = len(self._places)
+        ceiling = self._no_room.get(target)
+        if ceiling and ceiling.holds(len(self._established) + all_held, now):
             return Verdict.ALL_FULL
-        to_target = self._per_target[target] - (1 if opened else 0)
-        if self._at_ceiling(target, to_target, now):
+        ceiling = self._full.get(target)
+        if ceiling and ceiling.holds(to_target - 1 + more, now):
             return Verdict.TARGET_FULL
-        held, all_held = self._young[target], len(self._places)
-        if held == 0:
+        held = self._by_target.get(target)
+        if not held:
             may = all_held < self.max_setups * FIRST_PLACES
-        elif self._is_slow(target, now):
-            may = all_held < self.max_setups and held < SLOW_PLACES
         else:
-            may = all_held < self.max_setups
+            may = all_held < self.max_setups and (
+                len(held) < SLOW_PLACES
+                or len(self._by_target) == 1
+                or now - next(iter(held.values())) < SLOW_AGE
+            )
         return Verdict.YES if may else Verdict.NO_PLACE
-
-    def _at_ceiling(self, key: str | None, count: int, now: float) -> bool:
-        ceiling = self._ceilings.get(key)
-        if ceiling is None or count < ceiling.at:
-            return False
-        return now < ceiling.probe_at
-
-    def _is_slow(self, target: str, now: float) -> bool:
-        """Whether a call to it has been without an answer for long."""
-        return len(self._young) > 1 and any(
-            setup.target == target and now - setup.began_at >= SLOW_AGE
-            for setup in self._places.values()
-        )
 
     def open_to(self, target: str) -> int:
         return self._per_target[target]
@@ -144,11 +147,36 @@ class Admission:
         return len(self._open) - len(self._places) - len(self._established)
 
     def next_look(self, now: float) -> float:
-        """When something may change by itself: a place is old, a probe due."""
-        times = [setup.began_at + PLACE_AGE for setup in self._places.values()]
+        """When something may change by itself: a place is old, a probe due, or
+        others have made room."""
+        times = []
+        if self._places:
+            times.append(next(iter(self._places.values())) + PLACE_AGE)
         if self._waiting:
-            times += [one.probe_at for one in self._ceilings.values()]
+            times += [one.probe_at for one in self._no_room.values()]
+            times += [one.probe_at for one in self._full.values()]
+            if self.waits_for_others:
+                times.append(self._counted_at + CENSUS_WAITING)
         return min((time for time in times if time > now), default=math.inf)
+
+    # -------------------------------------------------------------- the others
+
+    def count_is_due(self, now: float) -> bool:
+        near = 2 * (len(self._open) + self.others) >= self.max_total
+        interval = CENSUS_INTERVAL_NEAR if near else CENSUS_INTERVAL
+        return now - self._counted_at >= interval
+
+    def counted(self, others: int, now: float) -> None:
+        self.others = others
+        self._counted_at = now
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether somebody waits who might go if others had fewer open."""
+        return (
+            bool(self._waiting and self.others)
+            and len(self._open) + self.others >= self.max_total
+        )
 
     # ------------------------------------------------------------------ events
 
@@ -162,10 +190,10 @@ class Admission:
         """It is being set up, and takes a place."""
         target = self._open[call]
         assert call not in self._places
-        self._places[call] = _SetUp(target, now)
-        self._young[target] += 1
-        for key in (None, target):
-            ceiling = self._ceilings.get(key)
+        self._places[call] = now
+        self._by_target.setdefault(target, {})[call] = now
+        for ceilings in (self._no_room, self._full):
+            ceiling = ceilings.get(target)
             if ceiling is not None and now >= ceiling.probe_at:
                 # This one is the probe; the next has to wait for longer.
                 ceiling.delay = min(2 * ceiling.delay, LAST_PROBE)
@@ -173,65 +201,61 @@ class Admission:
 
     def gives_place_back(self, call: Hashable) -> bool:
         """It is established, has ended, or is too old to hold a place."""
-        setup = self._places.pop(call, None)
-        if setup is None:
+        if self._places.pop(call, None) is None:
             return False
-        self._young[setup.target] -= 1
-        if not self._young[setup.target]:
-            del self._young[setup.target]
+        target = self._open[call]
+        held = self._by_target[target]
+        del held[call]
+        if not held:
+            del self._by_target[target]
         return True
 
     def old(self, now: float) -> list[Hashable]:
         """Return the calls that have held a place for too long."""
         return [
             call
-            for call, setup in self._places.items()
-            if now - setup.began_at >= PLACE_AGE
+            for call, began_at in self._places.items()
+            if now - began_at >= PLACE_AGE
         ]
 
     def established(self, call: Hashable) -> None:
         self.gives_place_back(call)
         self._established.add(call)
-        self._failures = 0
-        for key, count in (
-            (None, len(self._established)),
-            (self._open[call], self._per_target[self._open[call]]),
+        target = self._open[call]
+        self._failures.pop(target, None)
+        for ceilings, count in (
+            (self._no_room, len(self._established)),
+            (self._full, self._per_target[target]),
         ):
-            ceiling = self._ceilings.get(key)
+            ceiling = ceilings.get(target)
             if ceiling is not None and count > ceiling.at:
-                del self._ceilings[key]
+                del ceilings[target]
 
     def failed(self, call: Hashable, now: float) -> bool:
         """It could not be set up; returns whether there is no room for it."""
         self.gives_place_back(call)
-        self._failures += 1
+        target = self._open[call]
+        self._failures[target] += 1
         at = len(self._established)
-        if self._failures < FAILURES_IN_A_ROW or not at:
-            return None in self._ceilings
-        self._lower(None, at, now)
-        return True
+        if self._failures[target] >= FAILURES_IN_A_ROW and at:
+            ceiling = self._no_room.setdefault(target, _Ceiling(at, now))
+            ceiling.at = min(ceiling.at, at)
+        return target in self._no_room
 
     def refused(self, call: Hashable, now: float) -> bool:
         """It was refused at once; returns whether its qube may just be full."""
         self.gives_place_back(call)
         target = self._open[call]
-        ceiling = self._ceilings.get(target)
+        ceiling = self._full.get(target)
         if ceiling is None:
             if self._per_target[target] - 1 < MANY_OPEN:
                 return False
-            self._lower(target, self._per_target[target] - 1, now)
+            self._full[target] = _Ceiling(self._per_target[target] - 1, now)
             return True
         if now - ceiling.since >= FULL_PATIENCE:
-            del self._ceilings[target]
+            del self._full[target]
             return False
         return True
-
-    def _lower(self, key: str | None, at: int, now: float) -> None:
-        ceiling = self._ceilings.get(key)
-        if ceiling is None:
-            self._ceilings[key] = _Ceiling(at, now, now + FIRST_PROBE)
-        else:
-            ceiling.at = min(ceiling.at, at)
 
     def closes(self, call: Hashable) -> None:
         """Its connection is over, and makes room."""
@@ -242,9 +266,9 @@ class Admission:
         self._per_target[target] -= 1
         if not self._per_target[target]:
             del self._per_target[target]
-            self._ceilings.pop(target, None)
+            self._full.pop(target, None)
         if not self._established:
-            self._ceilings.pop(None, None)
+            self._no_room.clear()
 
     # ----------------------------------------------------------------- waiting
 
@@ -261,10 +285,14 @@ class Admission:
         A call of which `begins` is told before the next is asked for takes its
         place; so whoever comes after sees what is left.
         """
+        none_for: set[tuple[str, bool]] = set()
         for who, target in list(self._waiting.items()):
-            if who not in self._waiting:
+            opened = who in self._open
+            # Who comes later does not find more.
+            if who not in self._waiting or (target, opened) in none_for:
                 continue
-            verdict = self.verdict(target, now, opened=who in self._open)
-            if verdict is Verdict.YES:
+            if self.verdict(target, now, opened=opened) is Verdict.YES:
                 del self._waiting[who]
                 yield who
+            else:
+                none_for.add((target, opened))

@@ -20,7 +20,6 @@ import signal
 import socket
 import struct
 import sys
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +30,6 @@ from ..systemd.journal import Log, Priority
 from ..systemd.notify import Notifier, watchdog_interval
 from ..systemd.passed import format_address
 from .admission import Admission, Verdict
-from .call import PROMPT_AGE, Pace
 from .census import Census
 from .child import STARVED, Client, StartProblem, Starved
 from .connection import HANG_UP_GRACE, HANG_UP_LOOK, Connection, reset
@@ -44,15 +42,11 @@ from .orphans import (
 from .outcome import Ending, Outcome, format_seconds
 from .peers import Gate, GateProblem, borrowed, exposure
 from .settings import CARETAKER, Settings
+from .setups import LOOK_INTERVAL, Setups
 from .watch import Watch
 
 __all__ = ["Daemon"]
 
-#: How often set-ups are looked at that have not been answered at once; in
-#: seconds.
-LOOK_INTERVAL = 0.02
-#: How old a set-up is when it is first looked up in /proc, and how often.
-ANSWER_LOOK = 1.0
 #: A stop waits so long for set-ups that may yet need another try. Less than
 #: TimeoutStopSec= in the units.
 STOP_PATIENCE = 4.0
@@ -74,9 +68,6 @@ REFUSAL_LOG_INTERVAL = 30.0
 KEPT_OUT_LOG_INTERVAL = 1.0
 #: ... and of a limit at which connections wait.
 LIMIT_LOG_INTERVAL = 60.0
-#: How often to count the calls of others in this qube; far from the limit, and
-#: near to it.
-CENSUS_INTERVAL, CENSUS_INTERVAL_NEAR = 0.05, 0.001
 #: What one turn of the accept loop looks at.
 BATCH = 64
 
@@ -135,13 +126,12 @@ class Daemon:
         self._watch = Watch()
         self._notifier = Notifier()
         self._census = Census()
-        self._counted_at = -math.inf
         self._client_gone: dict[Connection, float] = {}
         self._some_client_gone = trio.Event()
-        self._setups: dict[Connection, None] = {}
+        self._setups: Setups[Connection] = Setups(
+            self.admission, settings.setup_timeout
+        )
         self._setups_changed = trio.Event()
-        self._paces: defaultdict[tuple[str, str], Pace] = defaultdict(Pace)
-        self._looked_at = -math.inf
         self._first_round = trio.Event()
         self._some_ended = trio.Event()
         self._status_changed = trio.Event()
@@ -305,13 +295,8 @@ class Daemon:
         while (now := trio.current_time()) < deadline:
             waiting = self._kept_by_daemon()
             if now < patience:
-                # One that waits for a person's answer would not be done in time
-                # anyway; it goes on by itself.
                 waiting += [
-                    one
-                    for one in self._setups
-                    if one.outlives_daemon
-                    and now - one.call.began_at < PROMPT_AGE
+                    one for one in self._setups.soon(now) if one.outlives_daemon
                 ]
             if not waiting:
                 break
@@ -415,18 +400,16 @@ class Daemon:
         return True
 
     def _verdict(self, target: str, now: float) -> Verdict:
-        near = self.admission.open + self.admission.others
-        interval = (
-            CENSUS_INTERVAL_NEAR
-            if 2 * near >= self.settings.max_total
-            else CENSUS_INTERVAL
-        )
-        if now - self._counted_at >= interval:
-            self._counted_at = now
-            ours = {one.pid or 0 for one in self.connections}
-            with contextlib.suppress(OSError):
-                self.admission.others = self._census.others(ours)
+        self._count_others(now)
         return self.admission.verdict(target, now, opened=False)
+
+    def _count_others(self, now: float) -> None:
+        if self.admission.count_is_due(now):
+            ours = {one.pid or 0 for one in self.connections}
+            others = self.admission.others
+            with contextlib.suppress(OSError):
+                others = self._census.others(ours)
+            self.admission.counted(others, now)
 
     def _opens(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -558,6 +541,8 @@ class Daemon:
     def _next_turns(self) -> None:
         """Let those go on who wait for room, as far as there is some."""
         now = trio.current_time()
+        if self.admission.waits_for_others:
+            self._count_others(now)
         for who in self.admission.turns(now):
             if isinstance(who, Connection):
                 self.admission.begins(who, now)
@@ -606,7 +591,10 @@ class Daemon:
             full = self.admission.failed(connection, now)
             if full:
                 self._say_once(
-                    "", f"qrexec sets up no more calls; more wait{_grants()}"
+                    target,
+                    f"qrexec sets up no more calls to {target}; more"
+                    f" wait{_grants()}",
+                    QREXEC_TARGET=target,
                 )
         self._next_turns()
         return full
@@ -792,21 +780,18 @@ class Daemon:
     # ----------------------------------------------------------------- set-ups
 
     def setup_begins(self, connection: Connection) -> None:
-        self._setups[connection] = None
+        route = connection.route
+        self._setups.begins(
+            connection, connection.call, route.target, route.call
+        )
         if not self._looks_often:
             self._setups_changed.set()
 
     def setup_ends(self, connection: Connection) -> None:
-        if connection not in self._setups:
+        established = self._setups.ends(connection)
+        if established is None:
             return
-        del self._setups[connection]
-        call = connection.call
-        if call.established_at is None:
-            self.admission.gives_place_back(connection)
-        else:
-            self.admission.established(connection)
-            key = (connection.route.target, connection.route.call)
-            self._paces[key].is_established(call.began_at, call.established_at)
+        if established:
             self._status_changed.set()
             if connection.client_left:
                 self.client_gone(connection)
@@ -816,7 +801,7 @@ class Daemon:
         """See when calls are established, or will not be. The kernel tells, but
         only who asks."""
         while True:
-            interval = self._look_interval()
+            interval = self._setups.next_look(trio.current_time())
             self._looks_often = interval < LOOK_INTERVAL
             if not self._looks_often:
                 self._setups_changed = trio.Event()
@@ -828,37 +813,15 @@ class Daemon:
             self._look_at_setups()
             self._next_turns()
 
-    def _look_interval(self) -> float:
-        now = trio.current_time()
-        due = max(self.admission.next_look(now) - now, 0.001)
-        if not self._setups:
-            return due
-        if self.admission.is_wanted:
-            return 0.001
-        age = now - next(reversed(self._setups)).call.began_at
-        if age < 0.1:
-            return 0.002
-        often = LOOK_INTERVAL if age < PROMPT_AGE else 10 * LOOK_INTERVAL
-        return min(often, due)
-
     def _look_at_setups(self) -> None:
         now = trio.current_time()
-        look_up = now - self._looked_at >= ANSWER_LOOK
-        if look_up:
-            self._looked_at = now
-        for connection in list(self._setups):
+        for connection, asks_dom0 in self._setups.look(now):
             if connection.look_if_established():
                 self.setup_ends(connection)
                 continue
-            call = connection.call
-            if look_up and now - call.began_at >= ANSWER_LOOK:
+            if asks_dom0:
                 connection.look_if_answered()
-            # Where every call starts a qube of its own, none overtakes another.
-            route = connection.route
-            overtaken = not route.target.startswith("@dispvm") and self._paces[
-                (route.target, route.call)
-            ].overtook(call.began_at)
-            ending = call.due(now, self.settings.setup_timeout, overtaken)
+            ending = self._setups.due(connection, now)
             if ending is not None:
                 connection.interrupt(ending)
                 self._tend(connection)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 from qrexec_activate.forward.admission import (
+    CENSUS_INTERVAL,
+    CENSUS_INTERVAL_NEAR,
+    CENSUS_WAITING,
     FAILURES_IN_A_ROW,
     FIRST_PLACES,
     FIRST_PROBE,
@@ -113,6 +116,33 @@ def test_all_qubes_and_all_others_together_are_limited() -> None:
     assert door.verdict("another") is Verdict.YES
 
 
+def test_who_waits_for_others_has_them_counted_again() -> None:
+    admission = Admission(8, 120, 5)
+    assert admission.count_is_due(10)
+    admission.counted(5, 10)
+    assert not admission.waits_for_others
+    admission.waits("listener", "work")
+    assert admission.waits_for_others
+    assert admission.next_look(10) == 10 + CENSUS_WAITING
+    assert not admission.count_is_due(10)
+    assert admission.count_is_due(10 + CENSUS_WAITING)
+    assert list(admission.turns(10)) == []
+    admission.counted(4, 10 + CENSUS_WAITING)
+    assert not admission.waits_for_others
+    assert admission.next_look(11) == math.inf
+    assert list(admission.turns(11)) == ["listener"]
+
+
+def test_others_are_counted_more_often_near_the_limit() -> None:
+    admission = Admission(8, 120, 10)
+    admission.counted(4, 0)
+    assert not admission.count_is_due(CENSUS_INTERVAL - 0.01)
+    assert admission.count_is_due(CENSUS_INTERVAL)
+    admission.counted(5, 0)
+    assert not admission.count_is_due(CENSUS_INTERVAL_NEAR / 2)
+    assert admission.count_is_due(CENSUS_INTERVAL_NEAR)
+
+
 def fail(door: Door, target: str = "work", now: float = 0.0) -> bool:
     """A new call that cannot be set up, and is over."""
     call = door.begin(target, now)
@@ -126,9 +156,22 @@ def test_failures_while_calls_are_open_mean_that_there_is_no_room() -> None:
     opened = [door.establish() for _ in range(3)]
     results = [fail(door) for _ in range(FAILURES_IN_A_ROW)]
     assert results == [False] * (FAILURES_IN_A_ROW - 1) + [True]
-    assert door.verdict("any") is Verdict.ALL_FULL
+    assert door.verdict() is Verdict.ALL_FULL
     door.admission.closes(opened[0])
-    assert door.verdict("any") is Verdict.YES
+    door.begin()
+    # That one has the room that there was.
+    assert door.verdict() is Verdict.ALL_FULL
+
+
+def test_a_qube_that_fails_keeps_nobody_waiting_for_another() -> None:
+    door = Door()
+    door.establish("work")
+    while not fail(door, "broken"):
+        pass
+    assert door.verdict("broken") is Verdict.ALL_FULL
+    assert door.verdict("work") is Verdict.YES
+    door.establish("work")
+    assert door.verdict("broken") is Verdict.ALL_FULL
 
 
 def test_a_success_in_between_shows_that_there_is_room() -> None:

@@ -722,6 +722,29 @@ async def test_more_calls_than_there_is_room_for_wait_and_are_all_served(
         nursery.cancel_scope.cancel()
 
 
+class Others:
+    """The calls of others in this qube, as many as the test says."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def others(self, ours: object) -> int:
+        return self.count
+
+
+async def test_who_waits_for_the_calls_of_others_goes_when_they_end(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    others = Others(stage.daemon.settings.max_total)
+    stage.daemon._census = others  # type: ignore[assignment]
+    async with await stage.connect():
+        await stage.recorded("of others in this qube")
+        await trio.sleep(60)
+        assert not stage.client.started
+        others.count -= 1
+        (await stage.nth(1)).establish()
+
+
 def reap(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
