@@ -176,7 +176,6 @@ async def test_all_daemons_of_a_qube_share_its_limit(scene: Scene) -> None:
     script.write_text("#!/bin/sh\nexec cat\n")
     script.chmod(0o755)
     await scene.start(scene.unit, instance)
-    most = 0
     async with AsyncExitStack() as stack:
         streams = [
             await stack.enter_async_context(await connect(where))
@@ -184,6 +183,8 @@ async def test_all_daemons_of_a_qube_share_its_limit(scene: Scene) -> None:
             for where in (address, path)
         ]
         await scene.logged("of others in this qube; more wait until one ends")
+        # Nobody is served yet, and so none of them has ended.
+        most = len(scene.clients())
         for stream in streams:
             await send(stream, b"ping")
         # In the order in which they come to be served.
