@@ -144,7 +144,9 @@ def walk(*, user: bool) -> tuple[list[Step], Survey | None]:
 def _clients(context: Context) -> Iterator[Step]:
     """Every qrexec-client-vm that a daemon would start."""
     clients = {
-        _client_of(context, daemon) for daemon in context.now.daemons.values()
+        _client_of(context, daemon)
+        for daemon in context.now.daemons.values()
+        if not daemon.dead
     } or {DEFAULT_CLIENT}
     for client in sorted(clients):
         yield from _client(client)
@@ -304,6 +306,9 @@ def _daemons(context: Context) -> Iterator[Step]:
         [one.unit for one in daemons], "Service", ["KillMode", "Result"]
     )
     for daemon, row in zip(daemons, rows, strict=True):
+        if daemon.dead:
+            yield _dead_daemon(context, daemon)
+            continue
         program = daemon.argv[0]
         if not shutil.which(program):
             yield Step(
@@ -338,6 +343,14 @@ def _daemons(context: Context) -> Iterator[Step]:
             Level.OK,
             f"{daemon.unit} calls {daemon.service}, and is {daemon.active}",
         )
+
+
+def _dead_daemon(context: Context, daemon: Daemon) -> Step:
+    if daemon.load == "masked":
+        mend = context.systemctl.written("unmask", daemon.unit)
+    else:
+        mend = ""
+    return Step("units", Level.ERROR, daemon.dead, mend)
 
 
 def _edit_unit(context: Context, unit: str) -> str:

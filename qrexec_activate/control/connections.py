@@ -18,7 +18,7 @@ from pathlib import PurePath
 import psutil
 
 from ..forward.outcome import DISCONNECT
-from ..routing.unitfile import address_key
+from ..routing.unitfile import address_key, plain_address
 from .netproc import Holder, holders, process_name
 from .sockdiag import TcpConnection, tcp_connections
 from .survey import Survey
@@ -228,7 +228,7 @@ def _connection(
         age=one.age,
         state=state,
         relay="hand-over" if handed_over else "splice",
-        listener=_env(one, "LISTENER"),
+        listener=plain_address(_env(one, "LISTENER")),
         target=one.words[-2],
         call=one.words[-1],
         unit=_env(one, "UNIT"),

@@ -55,14 +55,13 @@ def entry_as_json(entry: Entry) -> dict[str, Any]:
 
 
 def row(entry: Entry) -> list[str]:
-    state = "refused" if entry.refused else entry.state
     where = short_path(entry.file) if entry.file else entry.unit
     return [
         short_path(entry.listener),
         entry.target or "-",
         entry.call,
         entry.enabled,
-        state,
+        entry.state,
         where,
     ]
 
@@ -73,6 +72,7 @@ def style(column: int, text: str) -> str:
             "refused": BAD,
             "failed": BAD,
             "masked": BAD,
+            "not loadable": BAD,
             "listening": GOOD,
             "enabled": GOOD,
             "not started": DOUBTFUL,

@@ -9,7 +9,10 @@ count in the same way.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
@@ -20,14 +23,26 @@ from ..routing.names import call_name, decode_escapes, parse_unit_name
 from ..routing.routes import SocketUnit, by_name, claims, unit_specifiers
 from ..routing.unitfile import (
     LISTEN_KINDS,
+    AddressKey,
+    Declaration,
     SourceFile,
     address_key,
     assignments,
     declared_listeners,
     expand_specifiers,
+    plain_address,
+    shown_address,
+    written_key,
 )
-from ..systemd.manager import Manager, open_manager
+from ..systemd.manager import LoadedUnit, Manager, open_manager
 from ..systemd.unitdirs import UnitFiles, scan
+from .daemons import (
+    Daemon,
+    declared_daemon,
+    find_daemon,
+    is_mask,
+    read_file,
+)
 from .netproc import Listening, listening
 
 __all__ = [
@@ -37,34 +52,20 @@ __all__ = [
     "Unit",
     "find_daemon",
     "foresee",
+    "read_file",
     "survey",
     "take_survey",
     "written_claims",
 ]
-
-#: Options of `serve` that stand alone; all others are followed by their value.
-_FLAGS = {"--help", "-h", "--debug"}
-
-
-@dataclass(frozen=True, slots=True)
-class Daemon:
-    """A service that runs `qrexec-activate serve RPC`, and how it is now."""
-
-    unit: str
-    service: str
-    #: The argument of all its calls, where it was given by --argument; None:
-    #: each unit's instance is the argument.
-    argument: str | None
-    active: str = "inactive"
-    sub: str = "dead"
-    argv: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A listener: where its connections go, or why they go nowhere."""
 
+    #: The address, as a person would write it.
     listener: str
+    #: The qube that its file names, also where that counts for nothing.
     target: str | None
     service: str
     argument: str
@@ -79,6 +80,8 @@ class Entry:
     #: Why its connections are reset, or never come; empty if they reach the
     #: target.
     refused: str = ""
+    #: systemd's LoadState of the socket unit.
+    load: str = "loaded"
 
     @property
     def call(self) -> str:
@@ -87,7 +90,13 @@ class Entry:
     @property
     def state(self) -> str:
         """In one word or two, how it is: `listening`, `not started`, `restart
-        needed`, `failed`…"""
+        needed`, `failed`, `refused`, `masked`…"""
+        if self.enabled == "masked":
+            return "masked"
+        if self.load != "loaded":
+            return "not loadable"
+        if self.refused:
+            return "refused"
         if self.active == "failed":
             return "failed"
         if self.active in ("inactive", "deactivating"):
@@ -128,6 +137,22 @@ class Unit:
     def name(self) -> str:
         return self.socket.name
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the disk may hold listeners that systemd has not."""
+        files = self.socket.files
+        return (
+            self.load != "loaded"
+            or bool(self.unread)
+            or any(file.text is None for file in files)
+            or sum(
+                one.key in LISTEN_KINDS
+                for file in files
+                for one in assignments(file.text or "")
+            )
+            > len(self.socket.listen)
+        )
+
 
 @dataclass(slots=True)
 class Survey:
@@ -143,46 +168,9 @@ class Survey:
     listening: Listening = field(default_factory=lambda: Listening({}))
     control_group: str = ""
 
-
-def find_daemon(
-    unit: str, exec_start: Sequence[Sequence[Any]]
-) -> Daemon | None:
-    """Read from a service's ExecStart which RPC it serves; None if it runs
-    another program.
-
-    `exec_start` is the D-Bus property: (path, argv, …) for each command line.
-    """
-    for _, argv, *_ in exec_start:
-        words = list(argv)
-        if "serve" not in words:
-            continue
-        at = words.index("serve")
-        # As a program, as `python3 -m qrexec_activate`, or by a path of one's
-        # own.
-        if any(
-            PurePath(word).name in ("qrexec-activate", "qrexec_activate")
-            for word in words[:at]
-        ):
-            service, argument = _serve_options(words[at + 1 :])
-            if service:
-                return Daemon(unit, service, argument, argv=tuple(words))
-    return None
-
-
-def _serve_options(words: list[str]) -> tuple[str, str | None]:
-    """Find the RPC and --argument among the words after `serve`."""
-    service, argument = "", None
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("-"):
-            service = service or word
-            continue
-        option, equals, value = word.partition("=")
-        if not equals and option not in _FLAGS:
-            value = next(rest, "")
-        if option == "--argument":
-            argument = value
-    return service, argument
+    @property
+    def systemctl(self) -> str:
+        return "systemctl --user" if self.user else "systemctl"
 
 
 def survey(*, user: bool) -> Survey:
@@ -212,9 +200,15 @@ def take_survey(manager: Manager) -> Survey:
     load_states = dict(
         _load_states(manager, [name for name in names if name not in states])
     )
-    for socket in manager.socket_units(names):
-        name = socket.name
+    known_to_systemd = {
+        socket.name: socket for socket in manager.socket_units(names)
+    }
+    for name in names:
+        socket = known_to_systemd.get(name) or SocketUnit(name, (), (), name)
         known = states.get(name)
+        drop_ins = result.files.drop_ins(name)
+        socket = _as_written(socket, drop_ins)
+        read = {file.path for file in socket.files}
         result.units[name] = Unit(
             socket,
             result.daemons[sockets[name]],
@@ -222,7 +216,7 @@ def take_survey(manager: Manager) -> Survey:
             known.active if known else "inactive",
             known.sub if known else "dead",
             _enabled(result.files, name),
-            _unread(result.files, socket),
+            tuple(path for path in drop_ins if path not in read),
         )
     for unit in result.units.values():
         result.entries += _entries(unit, result)
@@ -231,7 +225,7 @@ def take_survey(manager: Manager) -> Survey:
 
 
 def _our_sockets(
-    manager: Manager, result: Survey, loaded: Mapping[str, Any]
+    manager: Manager, result: Survey, loaded: Mapping[str, LoadedUnit]
 ) -> dict[str, str]:
     """Find the socket units that start a daemon, by name, with the name of the
     daemon's unit."""
@@ -253,12 +247,7 @@ def _our_sockets(
     rows = manager.unit_properties(services, "Service", ["ExecStart"])
     for name, row in zip(services, rows, strict=True):
         if daemon := find_daemon(name, row["ExecStart"] or ()):
-            state = loaded.get(name)
-            result.daemons[name] = (
-                replace(daemon, active=state.active, sub=state.sub)
-                if state
-                else daemon
-            )
+            result.daemons[name] = _as_it_is(daemon, loaded)
     sockets = {
         name: service
         for name, service in triggered.items()
@@ -275,7 +264,58 @@ def _our_sockets(
             for name in row["TriggeredBy"] or ()
             if name.endswith(".socket")
         }
+    return sockets | _lost_sockets(manager, result, loaded, set(sockets))
+
+
+def _as_it_is(daemon: Daemon, loaded: Mapping[str, LoadedUnit]) -> Daemon:
+    state = loaded.get(daemon.unit)
+    return (
+        replace(daemon, active=state.active, sub=state.sub) if state else daemon
+    )
+
+
+def _lost_sockets(
+    manager: Manager,
+    result: Survey,
+    loaded: Mapping[str, LoadedUnit],
+    found: set[str],
+) -> dict[str, str]:
+    """Find the socket units whose files mean to start a daemon of ours, though
+    as systemd has them loaded they do not."""
+    sockets = {}
+    dead: dict[str, Daemon] = {}
+    for name in sorted(result.files.units("socket") - found):
+        with suppress(BadName):
+            if daemon := declared_daemon(name, result.files):
+                sockets[name] = daemon.unit
+                dead.setdefault(daemon.unit, daemon)
+    units = sorted(dead.keys() - result.daemons.keys())
+    rows = manager.unit_properties(units, "Unit", ["LoadState"])
+    for unit, row in zip(units, rows, strict=True):
+        load = row["LoadState"] or "not-found"
+        result.daemons[unit] = replace(
+            _as_it_is(dead[unit], loaded),
+            load=load,
+            dead=_why_dead(unit, load, result.systemctl),
+        )
     return sockets
+
+
+def _why_dead(unit: str, load: str, systemctl: str) -> str:
+    """Why a service that should serve cannot."""
+    if load == "masked":
+        return f"{unit} is masked; {systemctl} unmask {unit}"
+    if load == "not-found":
+        return f"{unit} is not installed: install the package qrexec-activate"
+    if load != "loaded":
+        return (
+            f"systemd cannot load {unit} (LoadState={load}); {systemctl}"
+            f" status {unit} says why"
+        )
+    return (
+        f"{unit} does not run qrexec-activate serve; {systemctl} cat {unit}"
+        f" shows which file makes it run something else"
+    )
 
 
 def _load_states(
@@ -298,10 +338,28 @@ def _enabled(files: UnitFiles, name: str) -> str:
     return files.enabled.get(name, "disabled")
 
 
-def _unread(files: UnitFiles, socket: SocketUnit) -> tuple[str, ...]:
-    read = {file.path for file in socket.files}
-    return tuple(
-        path for path in files.drop_ins(socket.name) if path not in read
+def _as_written(socket: SocketUnit, drop_ins: Sequence[str]) -> SocketUnit:
+    """Name the files as they were found on the way that systemd searches: it
+    resolves the links of folders, as those into a folder of dotfiles are."""
+    strange = [
+        file
+        for file in socket.files[1:]
+        if file.path not in drop_ins and not file.path.endswith(".socket")
+    ]
+    if not strange:
+        return socket
+    written = {os.path.realpath(path): path for path in drop_ins}
+    return replace(
+        socket,
+        files=tuple(
+            replace(
+                file,
+                path=written.get(os.path.realpath(file.path), file.path),
+            )
+            if file in strange
+            else file
+            for file in socket.files
+        ),
     )
 
 
@@ -331,18 +389,22 @@ def loaded_claims(
 ) -> list[Claim]:
     """Decide on each listener that systemd has loaded, as the daemon will."""
     if daemon.argument is None:
-        return claims(daemon.service, socket, specifiers)
-    try:
-        passed = [
-            PassedSocket(-1, socket.fd_name, kind, address)
-            for kind, address in socket.listen
-        ]
-        return by_name(daemon.service, daemon.argument, passed)
-    except BadName as error:
-        return [
-            Refusal(address, f"{daemon.unit}: {error}", socket.name)
-            for _, address in socket.listen
-        ]
+        found = claims(daemon.service, socket, specifiers)
+    else:
+        try:
+            passed = [
+                PassedSocket(-1, socket.fd_name, kind, address)
+                for kind, address in socket.listen
+            ]
+            found = by_name(daemon.service, daemon.argument, passed)
+        except BadName as error:
+            found = [
+                Refusal(address, f"{daemon.unit}: {error}", socket.name)
+                for _, address in socket.listen
+            ]
+    return [
+        replace(claim, address=plain_address(claim.address)) for claim in found
+    ]
 
 
 def _argument(unit: str, daemon: Daemon) -> str:
@@ -355,80 +417,179 @@ def _argument(unit: str, daemon: Daemon) -> str:
 
 
 def _entries(unit: Unit, result: Survey) -> list[Entry]:
-    def entry(
-        listener: str,
-        target: str | None,
-        file: str,
-        refused: str = "",
-        listens: bool | None = None,
-    ) -> Entry:
-        return Entry(
+    decided = (
+        loaded_claims(unit.daemon, unit.socket, result.specifiers)
+        if unit.load == "loaded"
+        else []
+    )
+    refused = any(isinstance(claim, Refusal) for claim in decided)
+    on_disk = _on_disk(unit, result) if refused or unit.in_doubt else _Disk()
+    entries: dict[Entry, None] = {}
+    for claim in decided:
+        listens = result.listening.holds(claim.address)
+        reason, target, file = unit.daemon.dead, "", claim.file
+        if isinstance(claim, Refusal):
+            reason = reason or claim.reason
+            target = on_disk.targets.get(claim.address, "")
+            file = file or on_disk.files.get(claim.address, "")
+        else:
+            target = claim.target
+            file = file or _only_file(unit)
+            if listens and unit.active == "active" and _is_gone(claim.address):
+                reason = reason or (
+                    f"the file of the socket was removed, so nobody can"
+                    f" connect; {result.systemctl} restart {unit.name}"
+                )
+        # A file may open the same address twice; that is one line to a person.
+        entry = _entry(unit, claim.address, target, file, listens, reason)
+        entries[entry] = None
+    loaded = Counter(address_key(claim.address) for claim in decided)
+    for listener, path, reason in _missing(unit, on_disk, loaded, result):
+        target = on_disk.targets.get(listener, "")
+        entry = _entry(unit, listener, target, path, False, reason)
+        entries[entry] = None
+    return list(entries)
+
+
+def _entry(
+    unit: Unit,
+    listener: str,
+    target: str,
+    file: str,
+    listens: bool | None,
+    refused: str,
+) -> Entry:
+    return Entry(
+        listener,
+        target or None,
+        unit.daemon.service,
+        _argument(unit.name, unit.daemon),
+        unit.name,
+        unit.daemon.unit,
+        file,
+        unit.enabled,
+        unit.active,
+        listens,
+        refused,
+        unit.load,
+    )
+
+
+def _is_gone(address: str) -> bool:
+    """Whether a path that somebody listens on leads nowhere any more."""
+    if not address.startswith("/"):
+        return False
+    try:
+        return not stat.S_ISSOCK(os.stat(address).st_mode)
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+
+
+@dataclass(slots=True)
+class _Disk:
+    """What the disk says of a unit now: each listener as declared and expanded,
+    and the target of each that would be served."""
+
+    listeners: list[tuple[str, Declaration]] = field(default_factory=list)
+    targets: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {address: one.path for address, one in self.listeners}
+
+
+def _on_disk(unit: Unit, result: Survey) -> _Disk:
+    files = source_files(unit.name, result.files)
+    values = unit_specifiers(unit.name, result.specifiers)
+    return _Disk(
+        [
+            (expand_specifiers(one.address, values) or one.address, one)
+            for one in declared_listeners(files).listeners
+        ],
+        {
+            claim.address: claim.target
+            for claim in foresee(
+                unit.daemon, unit.name, files, result.specifiers
+            )
+            if isinstance(claim, Route)
+        },
+    )
+
+
+def _missing(
+    unit: Unit,
+    on_disk: _Disk,
+    loaded: Counter[AddressKey | None],
+    result: Survey,
+) -> Iterator[tuple[str, str, str]]:
+    """Find listeners that the disk declares and systemd has not loaded:
+    (address, path, why)."""
+    left = loaded.copy()
+    doubtful = []
+    for listener, declaration in on_disk.listeners:
+        key = address_key(listener)
+        if key is not None and left[key]:
+            left[key] -= 1
+        else:
+            doubtful.append((key, listener, declaration))
+    # What systemd shows and nobody has claimed accounts for as many whose
+    # address cannot be compared.
+    strays = left.total()
+    for key, listener, declaration in doubtful:
+        if key is None and strays:
+            strays -= 1
+            continue
+        yield (
             listener,
-            target,
-            unit.daemon.service,
-            _argument(unit.name, unit.daemon),
-            unit.name,
-            unit.daemon.unit,
-            file,
-            unit.enabled,
-            unit.active,
-            listens,
-            refused,
+            declaration.path,
+            _why_missing(unit, listener, declaration, result.systemctl),
         )
 
-    entries = []
-    seen: dict[str, int] = {}
-    for claim in loaded_claims(unit.daemon, unit.socket, result.specifiers):
-        listens = result.listening.holds(claim.address)
-        if isinstance(claim, Route):
-            entries.append(
-                entry(
-                    claim.address,
-                    claim.target,
-                    claim.file or _only_file(unit),
-                    "",
-                    listens,
-                )
+
+def _why_missing(
+    unit: Unit, listener: str, declaration: Declaration, systemctl: str
+) -> str:
+    path = declaration.path
+    reload = f"{systemctl} daemon-reload, then {systemctl} restart {unit.name}"
+    if unit.load == "masked":
+        return f"{unit.name} is masked; {systemctl} unmask {unit.name}"
+    if unit.daemon.load == unit.load == "not-found":
+        return unit.daemon.dead
+    not_taken = (
+        f"{declaration.where}: systemd did not take this address; mend it,"
+        f" then {systemctl} daemon-reload"
+    )
+    if unit.load != "loaded":
+        if where := _accepts(unit, path):
+            return (
+                f"{where} sets Accept=yes, and one daemon serves all"
+                f" connections: take it out, then {systemctl} daemon-reload"
             )
-        else:
-            reason = claim.reason
-            # A file may open the same address twice; that is one line to a
-            # person.
-            if (
-                claim.address in seen
-                and entries[seen[claim.address]].refused == reason
-            ):
-                continue
-            seen[claim.address] = len(entries)
-            entries.append(
-                entry(claim.address, None, claim.file, reason, listens)
-            )
-    systemctl = "systemctl" if not result.user else "systemctl --user"
-    for listener, path, where in _not_taken(unit, result.specifiers):
-        entries.append(
-            entry(
-                listener,
-                None,
-                path,
-                f"{where}: systemd did not take this address; mend it, then"
-                f" {systemctl} daemon-reload",
-                False,
-            )
+        if written_key(listener) is None:
+            return not_taken
+        return (
+            f"systemd cannot load {unit.name} (LoadState={unit.load});"
+            f" {systemctl} status {unit.name} says why"
         )
-    for path in unit.unread:
-        for listener in _listeners_in(path, unit.name, result.specifiers):
-            entries.append(
-                entry(
-                    listener,
-                    None,
-                    path,
-                    f"{path}: systemd has not read this file yet; {systemctl}"
-                    f" daemon-reload,"
-                    f" then {systemctl} restart {unit.name}",
-                    False,
-                )
-            )
-    return entries
+    if path in unit.unread:
+        return f"{path}: systemd has not read this file yet; {reload}"
+    if any(f.path == path and f.text is None for f in unit.socket.files):
+        return f"{path} was changed after systemd read it; {reload}"
+    return not_taken
+
+
+def _accepts(unit: Unit, path: str) -> str:
+    """Where a file asks systemd for a process per connection; empty if none
+    does."""
+    for file in (*unit.socket.files, read_file(path)):
+        for one in assignments(file.text or ""):
+            if (one.section, one.key) == ("Socket", "Accept") and (
+                one.value.lower() in ("1", "yes", "y", "true", "t", "on")
+            ):
+                return f"{file.path}:{one.line}"
+    return ""
 
 
 def _only_file(unit: Unit) -> str:
@@ -439,65 +600,6 @@ def _only_file(unit: Unit) -> str:
         for declaration in declared_listeners(unit.socket.files).listeners
     }
     return files.pop() if len(files) == 1 else ""
-
-
-def _not_taken(
-    unit: Unit, specifiers: Mapping[str, str]
-) -> Iterable[tuple[str, str, str]]:
-    """Find listeners that a file declares and systemd has not loaded: (address,
-    path, file and line)."""
-    lines = sum(
-        one.key in LISTEN_KINDS
-        for file in unit.socket.files
-        for one in assignments(file.text or "")
-    )
-    if lines <= len(unit.socket.listen):
-        return
-    declared = declared_listeners(unit.socket.files)
-    values = unit_specifiers(unit.name, specifiers)
-    loaded = [address_key(address) for _, address in unit.socket.listen]
-    doubtful = []
-    for declaration in declared.listeners:
-        written = expand_specifiers(declaration.address, values)
-        key = address_key(written) if written is not None else None
-        if key is not None and key in loaded:
-            loaded.remove(key)
-        else:
-            doubtful.append(
-                (
-                    written or declaration.address,
-                    declaration.path,
-                    declaration.where,
-                )
-            )
-    # What systemd shows and nobody has claimed accounts for as many whose
-    # address cannot be compared.
-    yield from doubtful[len(loaded) :]
-
-
-def _listeners_in(
-    path: str, unit: str, specifiers: Mapping[str, str]
-) -> list[str]:
-    """The stream listeners that one file declares, read from the disk now."""
-    file = read_file(path)
-    values = unit_specifiers(unit, specifiers)
-    found = [
-        one.address
-        for one in declared_listeners([file]).listeners
-        if one.kind == "Stream"
-    ]
-    return [expand_specifiers(address, values) or address for address in found]
-
-
-def read_file(path: str) -> SourceFile:
-    """Read a unit file as it is on the disk now."""
-    try:
-        with open(
-            path, encoding="utf-8", errors="surrogateescape", newline=""
-        ) as file:
-            return SourceFile(path, file.read())
-    except OSError as error:
-        return SourceFile(path, None, f"cannot be read ({error.strerror})")
 
 
 # -------------------------------- what would be, were files other than they are
@@ -518,7 +620,12 @@ def foresee(
     declared = declared_listeners(files)
     values = unit_specifiers(unit, specifiers)
     listen = tuple(
-        (one.kind, expand_specifiers(one.address, values) or one.address)
+        (
+            one.kind,
+            shown_address(
+                expand_specifiers(one.address, values) or one.address
+            ),
+        )
         for one in declared.listeners
     )
     name = unit
@@ -545,6 +652,15 @@ def source_files(unit: str, files: UnitFiles) -> list[SourceFile]:
     in which systemd would apply them."""
     name = parse_unit_name(unit)
     template = f"{name.prefix}@.{name.suffix}" if name.instance else unit
-    fragment = files.fragments.get(unit) or files.fragments.get(template)
+    # What is masked has a template below the mask.
+    fragment = next(
+        (
+            path
+            for owner in (unit, template)
+            for path in files.all_fragments.get(owner, ())
+            if not is_mask(path)
+        ),
+        None,
+    )
     paths = [fragment] if fragment else []
     return [read_file(path) for path in (*paths, *files.drop_ins(unit))]

@@ -18,6 +18,7 @@ __all__ = [
     "MAX_ARGUMENT",
     "UnitName",
     "c_escape",
+    "c_unescape",
     "call_name",
     "check_argument",
     "check_service",
@@ -322,3 +323,22 @@ def c_escape(raw: bytes) -> str:
         else f"\\{byte:03o}"
         for byte in raw
     )
+
+
+_C_ESCAPED = re.compile(r"\\([abfnrtv\\\"']|[0-7]{3})")
+_C_PLAIN = {letter: byte for byte, letter in _C_ESCAPES.items()}
+
+
+def c_unescape(text: str) -> str:
+    r"""Undo c_escape(); what would be no UTF-8 text stays as it is."""
+    if "\\" not in text:
+        return text
+
+    def replace(match: re.Match[str]) -> str:
+        found = match[1]
+        return chr(_C_PLAIN[found] if found in _C_PLAIN else int(found, 8))
+
+    try:
+        return _C_ESCAPED.sub(replace, text).encode("latin-1").decode()
+    except UnicodeError:
+        return text

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from .names import c_escape
+from .names import c_escape, c_unescape
 
 __all__ = [
     "LISTEN_KINDS",
@@ -31,6 +31,8 @@ __all__ = [
     "expand_specifiers",
     "is_fd_name",
     "only_adds",
+    "plain_address",
+    "shown_address",
     "written_key",
 ]
 
@@ -350,15 +352,28 @@ def written_key(text: str) -> AddressKey | None:
     known here, such as a hexadecimal port.
     """
     if text.startswith(("/", "@")):
-        raw = text.encode(errors="surrogatepass")
+        length = len(text.encode(errors="surrogatepass"))
         return (
-            address_key(c_escape(raw))
-            if 1 < len(raw) <= _LONGEST_PATH
+            address_key(shown_address(text))
+            if 1 < length <= _LONGEST_PATH
             else None
         )
     key = address_key(text)
     # systemd takes port 0 for vsock only.
     return None if key is not None and key[0] == "ip" and key[2] == 0 else key
+
+
+def shown_address(written: str) -> str:
+    """Write a ListenStream= as systemd shows it, as far as that differs in
+    more than its form: a unix socket's name is escaped."""
+    if not written.startswith(("/", "@")):
+        return written
+    return c_escape(written.encode(errors="surrogatepass"))
+
+
+def plain_address(shown: str) -> str:
+    """Write an address that systemd shows as a person would."""
+    return c_unescape(shown) if shown.startswith(("/", "@")) else shown
 
 
 def address_key(text: str) -> AddressKey | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ActivateError
+from ..routing.unitfile import plain_address
 from .journal import IDENTIFIER
 
 __all__ = ["Record", "records"]
@@ -186,6 +187,8 @@ def _parse(line: str) -> Record | None:
             for name in FIELDS
             if raw.get(name) is not None
         }
+        if listener := fields.get("LISTENER"):
+            fields["LISTENER"] = plain_address(listener)
         return Record(
             int(raw["__REALTIME_TIMESTAMP"]) / 1e6,
             fields.get("MESSAGE", ""),

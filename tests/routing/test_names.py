@@ -15,6 +15,8 @@ from qrexec_activate.routing.names import (
     MAX_ARGUMENT,
     UNIT_TYPES,
     UnitName,
+    c_escape,
+    c_unescape,
     call_name,
     check_argument,
     check_service,
@@ -382,3 +384,8 @@ def test_a_unit_name_that_is_too_long_for_systemd_is_refused() -> None:
     assert parse_unit_name("x" * 248 + ".socket")
     with pytest.raises(BadName, match="longer than 255"):
         parse_unit_name("x" * 249 + ".socket")
+
+
+@given(REAL_TEXT)
+def test_an_address_is_written_back_as_a_person_wrote_it(text: str) -> None:
+    assert c_unescape(c_escape(text.encode())) == text
