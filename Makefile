@@ -9,6 +9,7 @@
 # make deb, make rpm                    the packages, in dist/
 # make check-installed                  install the debs in Debian 12 and 13, boot these, and try everything
 # make install-client, install-service  without a package manager; with DESTDIR= for one
+# make uninstall                        what these two have installed
 
 .PHONY: demo check clean bench fuzz soak deb rpm check-installed
 
@@ -57,7 +58,7 @@ check-installed:
 	@tools/packages-setup
 	@CHECK_INSTALLED=yes .venv/bin/python -m pytest tests/installed tests/test_packaging.py tests/test_man.py
 
-.PHONY: man completions install-client install-client-python install-client-data install-service
+.PHONY: man completions install-client install-client-python install-client-data install-service uninstall
 
 man:
 	$(PYTHON) -B tools/man build/man
@@ -70,17 +71,16 @@ install-client: install-client-python install-client-data
 # The units run /usr/bin/qrexec-activate; Debian's pip would put it into /usr/local.
 install-client-python:
 	DEB_PYTHON_INSTALL_LAYOUT=deb $(PYTHON) -m pip install --no-deps --no-build-isolation --prefix=/usr --root=$(or $(DESTDIR),/) .
+	sed -i '1s|.*|#!$(PYTHON) -s|' $(DESTDIR)/usr/bin/qrexec-activate
 
 install-client-data: man completions
-	install -d $(unit_dir)/user $(unit_dir)/system $(unit_dir)/user-preset $(unit_dir)/system-preset
+	install -d $(unit_dir)/user $(unit_dir)/system
 	$(INSTALL_DATA) units/*.service units/*.socket units/*.target $(unit_dir)/user
 	$(INSTALL_DATA) units/*.service units/*.socket units/*.target $(unit_dir)/system
 	set -e; for folder in units-system/*.d; do \
 	    install -d $(unit_dir)/system/$${folder##*/}; \
 	    $(INSTALL_DATA) $$folder/*.conf $(unit_dir)/system/$${folder##*/}; \
 	done
-	$(INSTALL_DATA) packaging/qrexec-activate.preset $(unit_dir)/user-preset/70-qrexec-activate.preset
-	$(INSTALL_DATA) packaging/qrexec-activate.preset $(unit_dir)/system-preset/70-qrexec-activate.preset
 	install -D -m 644 packaging/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/qrexec-activate.conf
 	install -D -m 755 packaging/managers $(DESTDIR)/usr/libexec/qrexec-activate/managers
 	install -D -m 644 build/completions/bash $(DESTDIR)/usr/share/bash-completion/completions/qrexec-activate
@@ -98,7 +98,27 @@ install-client-data: man completions
 # Debian's zsh looks in vendor-completions, Fedora's in site-functions.
 ZSH_FOLDER ?= $(if $(wildcard /etc/debian_version),vendor-completions,site-functions)
 
-install-service: man
+# No Python: a qube that only serves needs none.
+install-service:
 	install -D -m 755 -t $(DESTDIR)/etc/qubes-rpc rpc/qubes.*
 	install -D -m 644 -t $(DESTDIR)/etc/qubes/rpc-config rpc/rpc-config/qubes.*
-	install -D -m 644 -t $(man_dir)/man8 build/man/qubes.*.8
+	set -e; for page in man/qubes.*.8; do \
+	    install -D -m 644 $$page $(man_dir)/man8/$${page##*/}; \
+	    sed -i "s/@VERSION@/$$(cat version)/" $(man_dir)/man8/$${page##*/}; \
+	done
+
+# What these two have put there, and nothing else: what a person wrote stays, also in /etc.
+uninstall:
+	rm -f $(DESTDIR)/usr/bin/qrexec-activate
+	rm -rf $(DESTDIR)/usr/lib/python3*/*-packages/qrexec_activate $(DESTDIR)/usr/lib/python3*/*-packages/qrexec_activate-*.dist-info
+	rm -rf $(DESTDIR)/usr/libexec/qrexec-activate $(doc_dir)
+	rm -f $(DESTDIR)/usr/lib/sysusers.d/qrexec-activate.conf
+	rm -f $(DESTDIR)/usr/share/bash-completion/completions/qrexec-activate
+	rm -f $(DESTDIR)/usr/share/zsh/*/_qrexec-activate
+	rm -f $(DESTDIR)/usr/share/fish/vendor_completions.d/qrexec-activate.fish
+	set -e; for name in units/*; do rm -f $(unit_dir)/user/$${name##*/} $(unit_dir)/system/$${name##*/}; done
+	set -e; for name in units-system/*/*.conf; do rm -f $(unit_dir)/system/$${name#units-system/}; done
+	rmdir --ignore-fail-on-non-empty $(unit_dir)/system/qrexec-connect-.service.d 2>/dev/null || true
+	set -e; for name in man/*; do rm -f $(man_dir)/man*/$${name##*/}; done
+	rm -f $(man_dir)/man1/qrexec-activate-*.1
+	set -e; for name in rpc/qubes.*; do rm -f $(DESTDIR)/etc/qubes-rpc/$${name##*/} $(DESTDIR)/etc/qubes/rpc-config/$${name##*/}; done

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -81,3 +83,43 @@ def test_shellcheck_finds_nothing_in_what_runs_at_an_upgrade() -> None:
     scripts = [ROOT / "packaging/managers", *(ROOT / "debian").glob("*.p*")]
     assert len(scripts) == 4
     subprocess.run(["shellcheck", *scripts], check=True)
+
+
+def test_uninstall_leaves_nothing_of_what_was_installed(tmp_path: Path) -> None:
+    mine = tmp_path / "etc/qubes-rpc/my.Rpc"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("")
+
+    def make(*targets: str) -> None:
+        # The pure Python part is pip's, and needs a network.
+        argv = [
+            "make",
+            *targets,
+            f"DESTDIR={tmp_path}",
+            f"PYTHON={sys.executable}",
+        ]
+        subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+
+    make("install-client-data", "install-service")
+    page = tmp_path / "usr/share/man/man8/qubes.ConnectUnix.8"
+    assert VERSION in page.read_text().splitlines()[0]
+    assert (
+        tmp_path / "usr/lib/systemd/user/qrexec-connect-tcp@.socket"
+    ).exists()
+    assert os.access(tmp_path / "etc/qubes-rpc/qubes.ConnectTCPBind", os.X_OK)
+    make("uninstall")
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == [mine]
+
+
+def test_the_service_side_is_installed_without_python(tmp_path: Path) -> None:
+    nothing = f"PYTHON={tmp_path}/no-python"
+    argv = ["make", "install-service", f"DESTDIR={tmp_path}", nothing]
+    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "etc/qubes-rpc/qubes.ConnectUnix").exists()
+
+
+def test_no_preset_disables_what_an_administrator_has_enabled() -> None:
+    spec = (ROOT / "rpm_spec/qrexec-activate.spec.in").read_text()
+    assert not re.search("^%systemd(_user)?_post ", spec, re.MULTILINE)
+    assert not re.search("^[^#]*preset", spec, re.MULTILINE)
+    assert not list(ROOT.glob("packaging/*.preset"))

@@ -362,10 +362,108 @@ def test_an_upgrade_waits_for_connections_that_go_through_pipes(
         said = debian.run(
             "sh", "-ec", "apt-get install --yes --reinstall /root/*upgrade*.deb"
         )
-        assert "qrexec-connect-tcp.service (/run/user/1000)" in said
+        assert "qrexec-connect-tcp.service (user 1000)" in said
         time.sleep(6)  # TimeoutStopSec= and more
         assert talk.echo("still there") == "still there"
         assert daemon(debian) == before
+
+
+#: A user who wants into root's shell: the places where that user's systemd is
+#: spoken to are taken, accept, and never answer; and whatever runs as that user
+#: on a terminal is written down.
+HOSTILE = """
+import os, socket, time
+runtime = f"/run/user/{os.getuid()}"
+taken = []
+for path in (f"{runtime}/bus", f"{runtime}/systemd/private"):
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    taken.append(socket.socket(socket.AF_UNIX))
+    taken[-1].bind(path)
+    taken[-1].listen(64)
+open("/home/other/ready", "w").close()
+while True:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.stat(f"/proc/{pid}").st_uid != os.getuid():
+                continue
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(")")[2].split()[4] != "0":
+                    open("/home/other/prey", "w").close()
+        except OSError:
+            pass
+    time.sleep(0.05)
+"""
+
+
+def test_a_users_manager_neither_holds_an_upgrade_nor_reaches_its_terminal(
+    debian: Container,
+) -> None:
+    debian.write("/home/other/hostile.py", HOSTILE, user="other")
+    debian.run(
+        *("systemd-run", "--quiet", "--uid=other", "--unit=hostile"),
+        *("python3", "/home/other/hostile.py"),
+    )
+    wait = "until test -e /home/other/ready; do sleep 0.1; done"
+    debian.run("sh", "-ec", wait)
+    # On a terminal, as a person does it.
+    upgrade = "apt-get install --yes --reinstall /root/*upgrade*.deb"
+    debian.run(
+        "script", "--quiet", "--return", "--command", upgrade, "/dev/null"
+    )
+    debian.run("systemctl", "is-active", "hostile.service")
+    assert debian.run("ls", "/home/other/prey", check=False).startswith("ls: ")
+    debian.run("systemctl", "stop", "hostile.service")
+    debian.run("systemctl", "restart", "user@1001.service")
+
+
+def test_an_administrator_may_forbid_to_touch_services(
+    debian: Container,
+) -> None:
+    managers = "/usr/libexec/qrexec-activate/managers"
+    before = debian.ask("127.0.0.1", "80"), old_daemons(debian)[-1]
+    debian.write("/usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n")
+    debian.run("chmod", "+x", "/usr/sbin/policy-rc.d")
+    debian.run(managers, "renew")
+    assert old_daemons(debian)[-1] == before[1]
+    debian.run(managers, "stop")
+    assert (debian.ask("127.0.0.1", "80"), old_daemons(debian)[-1]) == before
+    debian.run("rm", "/usr/sbin/policy-rc.d")
+    debian.run(managers, "renew")
+    assert debian.ask("127.0.0.1", "80") == before[0]
+    assert old_daemons(debian)[-1] != before[1]
+
+
+#: What a user's manager may answer, if it is one's own.
+LIAR = """#!/bin/sh
+case "$*" in
+    *list-units*) echo "user@1000.service loaded active running" ;;
+    *ExecStart*)
+        printf 'Id=\\033[31mred.service\\nExecStart={ argv[]=/usr/bin/qrexec-activate serve x ;\\n\\n'
+        printf 'Id=--host=there.service\\nExecStart={ argv[]=/usr/bin/qrexec-activate serve x ;\\n\\n'
+        printf 'Id=good.service\\nExecStart={ argv[]=/usr/bin/qrexec-activate serve x ;\\n\\n'
+        ;;
+    *MainPID*) echo "1; reboot" ;;
+    *) echo "$*" >>/root/asked ;;
+esac
+"""
+
+
+def test_what_a_users_manager_says_is_not_believed(debian: Container) -> None:
+    debian.write("/root/liar/systemctl", LIAR)
+    debian.run("chmod", "+x", "/root/liar/systemctl")
+    said = debian.run(
+        *("env", "PATH=/root/liar:/usr/sbin:/usr/bin:/sbin:/bin"),
+        *("/usr/libexec/qrexec-activate/managers", "renew"),
+    )
+    assert said == ""
+    asked = debian.run("cat", "/root/asked")
+    assert "stop -- good.service" in asked
+    assert "red" not in asked
+    assert "there" not in asked
+    debian.run("rm", "-r", "/root/liar", "/root/asked")
 
 
 def test_removal_leaves_no_unit_and_breaks_no_login(debian: Container) -> None:
@@ -440,6 +538,8 @@ def test_purging_leaves_the_users_own_files_alone(debian: Container) -> None:
         "/usr/bin/qrexec-client-vm",
     ]
     assert debian.run("sh", "-ec", homes) == mine
+    wants = ("find", "/etc/systemd", "-name", "sockets.target.wants", "-empty")
+    assert debian.run(*wants) == ""
 
 
 def test_installing_again_finds_the_routes_back(debian: Container) -> None:
