@@ -445,6 +445,7 @@ case "$*" in
         printf 'Id=--host=there.service\\nExecStart={ argv[]=/usr/bin/qrexec-activate serve x ;\\n\\n'
         printf 'Id=good.service\\nExecStart={ argv[]=/usr/bin/qrexec-activate serve x ;\\n\\n'
         ;;
+    *MainPID*good*) echo 4194305 ;;
     *MainPID*) echo "1; reboot" ;;
     *) echo "$*" >>/root/asked ;;
 esac
