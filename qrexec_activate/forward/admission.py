@@ -85,6 +85,9 @@ class Admission:
         #: Connections of others in this qube, and when they were counted.
         self.others = 0
         self._counted_at = -math.inf
+        #: Whether this qube may lack room for a call; whoever looks sets it.
+        #: Where it does not, failures have another reason.
+        self.scarce = True
         self._open: dict[Hashable, str] = {}
         self._per_target: Counter[str] = Counter()
         self._established: set[Hashable] = set()
@@ -235,6 +238,9 @@ class Admission:
         """It could not be set up; returns whether there is no room for it."""
         self.gives_place_back(call)
         target = self._open[call]
+        if not self.scarce:
+            self._no_room.clear()
+            return False
         self._failures[target] += 1
         at = len(self._established)
         if self._failures[target] >= FAILURES_IN_A_ROW and at:

@@ -29,6 +29,7 @@ from ..routing.claim import Claim, PassedSocket, Refusal, Route
 from ..systemd.journal import Log, Priority
 from ..systemd.notify import Notifier, watchdog_interval
 from ..systemd.passed import format_address
+from . import xen
 from .admission import Admission, Verdict
 from .census import Census
 from .child import STARVED, Client, StartProblem, Starved
@@ -80,9 +81,6 @@ _NO_LISTENER = {
     errno.ENOTSOCK,
     errno.EOPNOTSUPP,
 }
-#: Xen's limit for the memory that a qube shares with others.
-_GRANT_LIMIT = "/sys/module/xen_gntalloc/parameters/limit"
-_GRANTS = "/dev/xen/gntalloc"
 
 
 @dataclass(slots=True, eq=False)
@@ -588,12 +586,15 @@ class Daemon:
                     QREXEC_TARGET=target,
                 )
         else:
+            self.admission.scarce = xen.grants_are_scarce(
+                self.settings.max_total
+            )
             full = self.admission.failed(connection, now)
             if full:
                 self._say_once(
                     target,
                     f"qrexec sets up no more calls to {target}; more"
-                    f" wait{_grants()}",
+                    f" wait{xen.limit()}",
                     QREXEC_TARGET=target,
                 )
         self._next_turns()
@@ -638,7 +639,7 @@ class Daemon:
             self.tally.served += 1
         hint = ""
         if outcome.failed and not outcome.established:
-            hint = _xen_problem() if outcome.exit_code == 1 else ""
+            hint = xen.denial() if outcome.exit_code == 1 else ""
         self.log(
             Priority.WARNING if outcome.failed else Priority.INFO,
             f"{connection}: {outcome.words()}{hint}",
@@ -887,29 +888,6 @@ def _leave_caretaker() -> None:
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-def _grants() -> str:
-    """Name Xen's limit for what a qube shares, where there is one."""
-    try:
-        with open(_GRANT_LIMIT, encoding="ascii") as file:
-            limit = file.read().strip()
-    except OSError:
-        return ""
-    return (
-        f". Each open call takes some 33 grants, and {_GRANT_LIMIT} allows"
-        f" {limit}: Qubes' GUI agent writes 1073741824 there"
-    )
-
-
-def _xen_problem() -> str:
-    """Say if this user cannot open what a call needs of Xen."""
-    if not os.path.exists(_GRANTS) or os.access(_GRANTS, os.R_OK | os.W_OK):
-        return ""
-    return (
-        f"; {_GRANTS} cannot be opened by this user: put the user into the"
-        " group qubes, and start the service again"
-    )
 
 
 def _peer(sock: socket.socket, address: object) -> str:

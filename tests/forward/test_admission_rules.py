@@ -188,6 +188,18 @@ def test_failures_with_nothing_open_have_another_reason() -> None:
     assert door.verdict() is Verdict.YES
 
 
+def test_where_nothing_is_scarce_failures_have_another_reason() -> None:
+    door = Door()
+    door.establish()
+    while not fail(door):
+        pass
+    # As Qubes' GUI agent sees to it, once it has started.
+    door.admission.scarce = False
+    assert not fail(door, now=FIRST_PROBE)
+    assert not any(fail(door) for _ in range(10))
+    assert door.verdict() is Verdict.YES
+
+
 def test_a_ceiling_is_tried_from_time_to_time_and_then_less_often() -> None:
     door = Door()
     door.establish()
