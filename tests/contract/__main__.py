@@ -6,9 +6,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from subprocess import SubprocessError
 
 from .place import CannotTry, Place
-from .rows import ROWS
+from .rows import ALL, ROWS
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,6 +88,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PID",
         help="the target's agent, which is stopped for a moment to lose a call",
     )
+    add(
+        "--version",
+        default=ALL[-1],
+        metavar="X.Y.Z",
+        help="the qrexec that it belongs to: only rows that were seen with it are tried (default: %(default)s)",
+    )
     add("--row", action="append", metavar="NAME", help="try this row alone")
     arguments = parser.parse_args(argv)
     if arguments.stack:
@@ -112,6 +119,8 @@ def main() -> int:
     for row in ROWS:
         if arguments.row and row.name not in arguments.row:
             continue
+        if not row.holds_for(arguments.version):
+            continue
         place = Place(
             arguments.client,
             targets=arguments.target or ("work",),
@@ -133,7 +142,7 @@ def main() -> int:
             word = "BROKEN" if lines else "kept"
         except CannotTry as reason:
             word, lines = "not tried", [str(reason)]
-        except (AssertionError, OSError) as error:
+        except (AssertionError, OSError, SubprocessError) as error:
             word, lines = "BROKEN", [f"{type(error).__name__}: {error}"]
         words[word] += 1
         print(f"{word:9}  {row.name}", flush=True)

@@ -7,6 +7,7 @@ Whatever is put there is gone when the `with` block of a Place ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -108,6 +109,19 @@ class Place:
         trace: TracebackType | None,
     ) -> None:
         self._undo.close()
+
+    @functools.cached_property
+    def hands_over(self) -> bool:
+        """Whether a client may be handed over: since 4.2.19."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            said = subprocess.run(
+                [self.client, "--use-stdin-socket"],
+                stdin=theirs,
+                capture_output=True,
+                check=False,
+            ).stderr
+        return b"--use-stdin-socket'" not in said
 
     @property
     def target(self) -> str:

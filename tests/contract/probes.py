@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import socket
 import sys
 import time
@@ -49,24 +50,25 @@ def python(text: str) -> str:
 
 class Call:
     """One call and what can be seen of it: `peer` is the client's end, `held`
-    the parent's duplicate of what is fd 0 of qrexec-client-vm."""
+    the parent's duplicate of what is fd 0 of qrexec-client-vm. By pipes, which
+    serve a client without hand-over too, they are the two ends of its input."""
 
     def __init__(
         self,
         place: Place,
         service: str,
         *,
-        way: str = "tcp",
+        way: str = "",
         target: str = "",
         options: tuple[str, ...] = (),
         client: str = "",
     ) -> None:
         words = [*place.options, *options]
         self._writes = -1
-        if way == "pipes":
+        if way == "pipes" or not (way or place.hands_over):
             reads, writes = os.pipe()
-            answer_reads, answer_writes = os.pipe()
-            place.closing(reads, writes, answer_reads, answer_writes)
+            self._answer, answer_writes = os.pipe()
+            place.closing(reads, writes, self._answer, answer_writes)
             self.held_fd = reads
             self.process = place.call(
                 *words,
@@ -79,6 +81,8 @@ class Call:
             os.close(answer_writes)
             self._writes = writes
             return
+        if not place.hands_over:
+            raise CannotTry("it has no --use-stdin-socket")
         self.peer, self.held = (
             socket.socketpair()
             if way == "unix"
@@ -96,7 +100,10 @@ class Call:
         )
 
     def send(self, data: bytes) -> None:
-        self.peer.sendall(data)
+        if self._writes >= 0:
+            os.write(self._writes, data)
+        else:
+            self.peer.sendall(data)
 
     def half_close(self) -> None:
         if self._writes >= 0:
@@ -132,6 +139,8 @@ class Call:
     def receive(self, patience: float = QUIET) -> tuple[bytes, str]:
         """All that comes to the client, and how it ends: `FIN`, `reset`, or
         `open`."""
+        if self._writes >= 0:
+            return read_pipe(self._answer, patience)
         self.peer.settimeout(patience)
         received = b""
         while True:
@@ -155,6 +164,9 @@ class Call:
     def unread(self) -> bytes | str:
         """What the parent's duplicate still has to read; `end` if reading has
         been shut down or has come to its end."""
+        if self._writes >= 0:
+            data, end = read_pipe(self.held_fd, 0)
+            return data or ("end" if end == "FIN" else b"")
         try:
             data = self.held.recv(1 << 16, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -177,6 +189,17 @@ class Call:
             with contextlib.suppress(OSError):
                 links.append(os.readlink(f"{folder}/{fd}"))
         return sum(link in listening for link in links)
+
+
+def read_pipe(fd: int, patience: float) -> tuple[bytes, str]:
+    """All that comes out of a pipe, and how it ends: `FIN` or `open`."""
+    received = b""
+    while select.select([fd], [], [], patience)[0]:
+        chunk = os.read(fd, 1 << 16)
+        if not chunk:
+            return received, "FIN"
+        received += chunk
+    return received, "open"
 
 
 def tcp_pair(*, slow: bool = False) -> tuple[socket.socket, socket.socket]:
@@ -215,7 +238,7 @@ def ends(
     sends: bytes = b"",
     fault: str = "",
 ) -> Seen:
-    """One call from beginning to end, by hand-over."""
+    """One call from beginning to end."""
     if fault:
         place.fault(fault)
     if policy:
@@ -250,20 +273,23 @@ def refused_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def nobody_listens(place: Place) -> Seen:
+def nobody_listens(place: Place, *, way: str = "tcp") -> Seen:
     return ends(
-        place, link=f"/dev/tcp/127.0.0.1/{refused_port()}", sends=b"secret"
+        place,
+        link=f"/dev/tcp/127.0.0.1/{refused_port()}",
+        sends=b"secret",
+        way=way,
     )
 
 
-def vchan_closed_early(place: Place) -> Seen:
+def vchan_closed_early(place: Place, *, way: str = "tcp") -> Seen:
     script = "#!/bin/sh\nread line\nkill -9 $PPID\nsleep 1\n"
     if place.makes_faults:
         place.fault("end-early=1")
         script = ECHO
     elif not place.kill_parent:
         raise CannotTry("the target's side cannot be killed (--kill-parent)")
-    return ends(place, script=script, sends=b"line\n")
+    return ends(place, script=script, sends=b"line\n", way=way)
 
 
 # ---------------------------------------------------------------- non-blocking
@@ -386,7 +412,7 @@ def client_goes(place: Place) -> Seen:
             "    time.sleep(0.01)\n"
         ),
     )
-    call = Call(place, PREFIX + "Flood")
+    call = Call(place, PREFIX + "Flood", way="tcp")
     call.expect(1 << 20)
     call.peer.close()
     call.held.close()
@@ -428,7 +454,7 @@ def many(
         call = Call(
             place,
             PREFIX + "Hold",
-            way="unix",
+            way="unix" if place.hands_over else "pipes",
             target=targets[number % len(targets)],
             client=second if number % 2 else "",
         )
@@ -535,8 +561,11 @@ def prompt_answered(place: Place, *, answer: str, goes: bool = False) -> Seen:
     place.service(PREFIX + "Ask", "#!/bin/sh\necho here\n")
     call = Call(place, PREFIX + "Ask")
     waits = call.runs_on() and not call.is_non_blocking
-    if goes:
+    if goes and place.hands_over:
         call.peer.close()
+    elif goes:
+        call.half_close()
+    if goes:
         waits = call.runs_on() and waits
     vchans = call.vchans()
     place.answer(answer)
@@ -565,7 +594,7 @@ def lost(place: Place) -> Seen:
     call.send(b"secret")
     until("its vchan is open", lambda: call.vchans() or not call.runs)
     runs = call.runs_on()
-    call.peer.shutdown(socket.SHUT_WR)
+    call.half_close()
     return {
         "runs on": call.runs_on() and runs,
         "established": call.is_non_blocking,

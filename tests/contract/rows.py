@@ -13,12 +13,14 @@ from typing import Any
 
 from . import probes
 
-__all__ = ["ROWS", "Row"]
+__all__ = ["ALL", "ROWS", "Row"]
 
 ALL = ("4.2.18", "4.4.2")
 HAND_OVER = ("4.2.19", "4.4.2")
 """--use-stdin-socket is there since 4.2.19."""
 NEWEST = ("4.4.2",)
+
+WAYS = (("tcp", HAND_OVER), ("unix", HAND_OVER), ("pipes", ALL))
 
 END = "end"
 DENY = "contract.Ends * {source} @anyvm deny"
@@ -36,6 +38,12 @@ class Row:
     expected: Mapping[str, object]
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    def holds_for(self, version: str) -> bool:
+        """Whether the row was seen with that qrexec, or with older and newer
+        ones."""
+        first, last = self.versions[0], self.versions[-1]
+        return _numbers(first) <= _numbers(version) <= _numbers(last)
+
     def broken(self, seen: Mapping[str, object]) -> list[str]:
         """What the probe saw and should not have."""
         problems = []
@@ -51,6 +59,10 @@ class Row:
         return problems
 
 
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")]
+
+
 NOTHING_READ = {
     "non-blocking at exit": False,
     "parent's duplicate reads": b"secret",
@@ -64,6 +76,8 @@ ENDED = {
     "non-blocking at exit": True,
     "client got": b"",
 }
+
+BY_PIPES = {"client got": b"", "client saw": "FIN"}
 
 ROWS = (
     # fd 0 and O_NONBLOCK
@@ -191,23 +205,82 @@ ROWS = (
             "code": frozenset([255, 1]),
         },
     ),
+    # The same by pipes, which every version has
+    *(
+        Row(
+            f"exit-code-{code}-of-the-service-pipes",
+            "By pipes, too, the service's own exit code is that of the call.",
+            ALL,
+            probes.ends,
+            {**BY_PIPES, "code": code, "stderr": ""},
+            {"script": f"#!/bin/sh\nexit {code}\n", "way": "pipes"},
+        )
+        for code in (0, 1, 5, 125, 126, 127, 255)
+    ),
+    Row(
+        "refused-by-policy-pipes",
+        "By pipes, too, what policy refuses ends with 126, before a byte was read.",
+        ALL,
+        probes.ends,
+        {
+            **BY_PIPES,
+            "code": 126,
+            "stderr": "Request refused",
+            "parent's duplicate reads": b"secret",
+        },
+        {
+            "script": probes.ECHO,
+            "policy": DENY,
+            "sends": b"secret",
+            "way": "pipes",
+        },
+    ),
+    Row(
+        "no-agent-pipes",
+        "By pipes, too, it ends with 1 without its own qube's agent.",
+        ALL,
+        probes.ends,
+        {**BY_PIPES, "code": 1, "parent's duplicate reads": b"secret"},
+        {
+            "script": probes.ECHO,
+            "options": ("--agent-socket=/nonexistent/agent",),
+            "sends": b"secret",
+            "way": "pipes",
+        },
+    ),
+    Row(
+        "no-such-service-pipes",
+        "By pipes, too, a service that is not there ends with 127, and an end that looks like an empty answer.",
+        ALL,
+        probes.ends,
+        {**BY_PIPES, "code": 127},
+        {"name": "contract.NotThere", "way": "pipes"},
+    ),
+    Row(
+        "the-vchan-closes-early-pipes",
+        "By pipes, too, the code is 255, or 1, if the target's side dies in the data phase.",
+        ALL,
+        probes.vchan_closed_early,
+        {**BY_PIPES, "code": frozenset([255, 1])},
+        {"way": "pipes"},
+    ),
     # Half-close
     *(
         Row(
             f"the-client-half-closes-{way}",
             "A half-close of the client reaches the service, whose later answer reaches the client.",
-            HAND_OVER,
+            versions,
             probes.client_half_closes,
             {"client got": b"late question\n", "client saw": "FIN", "code": 0},
             {"way": way},
         )
-        for way in ("tcp", "unix")
+        for way, versions in WAYS
     ),
     *(
         Row(
             f"the-service-half-closes-{way}",
             "A half-close of the service reaches the client, whose later bytes reach the service.",
-            HAND_OVER,
+            versions,
             probes.service_half_closes,
             {
                 "client got": b"done",
@@ -218,7 +291,7 @@ ROWS = (
             },
             {"way": way},
         )
-        for way in ("tcp", "unix")
+        for way, versions in WAYS
     ),
     # The ends of a service and of a client
     Row(
@@ -269,7 +342,7 @@ ROWS = (
     Row(
         "the-129th-call-to-a-target",
         "With 128 calls open to one target, the next is refused, until one has ended.",
-        HAND_OVER,
+        ALL,
         probes.limit_of_target,
         {
             "open": 128,
@@ -280,7 +353,7 @@ ROWS = (
     Row(
         "the-129th-call-of-two-callers",
         "The 128 calls to a target are counted over all qubes that call it and whose domain ids are on the same side of its own.",
-        HAND_OVER,
+        ALL,
         probes.limit_of_target,
         {"open": 128, "the 129th's code": 126},
         {"callers": 2},
@@ -288,7 +361,7 @@ ROWS = (
     Row(
         "the-257th-call-of-a-qube",
         "256 calls of one qube are open at once; one more is served, but its agent has no slot for it and never closes its connection.",
-        HAND_OVER,
+        ALL,
         probes.slots_of_caller,
         {"open": 256, "the 257th is established": True},
     ),
@@ -377,7 +450,7 @@ ROWS = (
     Row(
         "a-prompt-that-is-allowed",
         "At a prompt the call waits, with no vchan and fd 0 as it was; then it is served.",
-        HAND_OVER,
+        ALL,
         probes.prompt_answered,
         {
             "waits": True,
@@ -391,7 +464,7 @@ ROWS = (
     Row(
         "a-prompt-that-is-denied",
         "A prompt that is denied is a refusal.",
-        HAND_OVER,
+        ALL,
         probes.prompt_answered,
         {
             "waits": True,
@@ -405,7 +478,7 @@ ROWS = (
     Row(
         "a-prompt-whose-client-goes",
         "At a prompt it does not see the client go.",
-        HAND_OVER,
+        ALL,
         probes.prompt_answered,
         {"waits": True, "code": 126},
         {"answer": "deny", "goes": True},
@@ -414,14 +487,14 @@ ROWS = (
     Row(
         "an-open-call-has-a-vchan",
         "A call whose policy was answered has its vchan open: on the socket vchan one listening unix socket.",
-        HAND_OVER,
+        ALL,
         probes.vchan_of_open_call,
         {"vchans": 1},
     ),
     Row(
         "a-lost-call",
         "A lost call has its vchan open, reads nothing, and hangs for ever.",
-        HAND_OVER,
+        ALL,
         probes.lost,
         {
             "runs on": True,
