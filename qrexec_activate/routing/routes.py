@@ -274,7 +274,9 @@ class _Loaded:
         def refuse(reason: str) -> Refusal:
             return Refusal(address, reason, self.unit.name, owner.path)
 
-        if owner.doubts and not self._harmless(owner.doubts):
+        if owner.doubts and (
+            owner.inherited or not self._harmless(owner.doubts)
+        ):
             file = owner.doubts[0]
             return refuse(
                 f"{file.path} {file.problem}, and may have named another qube"

@@ -30,6 +30,7 @@ __all__ = [
     "declared_listeners",
     "expand_specifiers",
     "is_fd_name",
+    "is_silent",
     "only_adds",
     "plain_address",
     "shown_address",
@@ -63,6 +64,9 @@ _NO_UTF8 = re.compile(f"[\ud800-\udfff{_NONCHARACTERS}]")
 _FD_NAME = re.compile(r"[ -9;-~]{0,255}")
 #: What systemd does not allow in the name of a section.
 _UNSAFE = re.compile("[\x01-\x1f\"'\\\\\x7f]")
+#: A section without a name: systemd 252 and 257 go on to the next one, 262
+#: gives up on the file.
+_NAMELESS = re.compile(f"(?:^|[\n\r\0])[{_BOM} \t]*\\[\\][ \t]*(?:$|[\n\r\0])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +249,20 @@ def _read(path: str, text: str) -> _Contents:
     return contents
 
 
+def is_silent(text: str) -> bool:
+    """Whether a file says nothing of listeners, nor of names."""
+    contents = _read("", text)
+    return not (contents.resets or contents.added or contents.names)
+
+
+def _as_known(file: SourceFile) -> SourceFile:
+    """Doubt a file that not every systemd reads alike."""
+    if file.text is None or not _NAMELESS.search(file.text):
+        return file
+    problem = "has a section without a name, [] (remove that line)"
+    return SourceFile(file.path, None, problem, file.text)
+
+
 def only_adds(file: SourceFile) -> bool:
     """Whether a file that is not known as systemd read it does not, as it is
     now, touch the listeners of others."""
@@ -264,15 +282,18 @@ def declared_listeners(files: Sequence[SourceFile]) -> Declared:
       sets it for all that were added before.
     - A listener that no file names has the name that systemd reports, unless
       that one belongs to the listeners of another drop-in: its own file did not
-      name that qube, so it gets none.
+      name that qube, so it gets none. A file that is not known as systemd read
+      it may have been that other one.
     """
     listeners: list[Declaration] = []
     names: list[FdName] = []
     unit_wide: FdName | None = None
     untrusted = []
-    for position, file in enumerate(files):
+    rivals: list[SourceFile] = []
+    for position, file in enumerate(map(_as_known, files)):
         if file.text is None:
             untrusted.append(file)
+            rivals.append(file)
             for listener in listeners:
                 listener.doubts.append(file)
             continue
@@ -295,6 +316,7 @@ def declared_listeners(files: Sequence[SourceFile]) -> Declared:
                     listener.doubts.clear()
             if position == 0 or not contents.added:
                 unit_wide = name
+                rivals.clear()
         listeners += contents.added
         names += contents.names
     declared = Declared(tuple(listeners), tuple(names), tuple(untrusted))
@@ -303,6 +325,7 @@ def declared_listeners(files: Sequence[SourceFile]) -> Declared:
             if declared.last_name is unit_wide:
                 listener.name = unit_wide
                 listener.inherited = True
+                listener.doubts = list(rivals)
             else:
                 listener.borrowed = declared.last_name
     return declared

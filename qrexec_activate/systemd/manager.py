@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ManagerError
 from ..routing.routes import SocketUnit
-from ..routing.unitfile import SourceFile
+from ..routing.unitfile import SourceFile, is_silent
 
 if TYPE_CHECKING:
     from jeepney import Message
@@ -62,6 +62,11 @@ _LOST = frozenset(
         "ServiceUnknown",
     )
 )
+
+#: Where `systemctl set-property` keeps what it has told systemd already. The
+#: unit counts as changed on disk from then on; but no listener, and no name of
+#: one, can be set in this way.
+_BY_SET_PROPERTY = re.compile(r"/systemd/(user|system)\.control/")
 
 _SERVICE = "org.freedesktop.systemd1"
 _ROOT = "/org/freedesktop/systemd1"
@@ -499,7 +504,8 @@ class _Reader:
                 None,
                 f"cannot be read ({getattr(error, 'strerror', None) or error})",
             )
-        if stale and touched >= self._loaded_at:
+        by_systemd = _BY_SET_PROPERTY.search(path) and is_silent(text)
+        if stale and touched >= self._loaded_at and not by_systemd:
             return SourceFile(
                 path, None, "was changed after systemd read it", text
             )

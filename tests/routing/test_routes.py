@@ -624,17 +624,60 @@ def test_ipv4_any_of_a_changed_file_does_not_pass_for_the_bare_port_of_another()
 def test_a_name_for_the_whole_unit_counts_beside_a_changed_file_only_if_systemd_has_it() -> (
     None
 ):
-    fragment = SourceFile("/units/x.socket", text("FileDescriptorName=home"))
+    everybody = drop_in("x", "FileDescriptorName=home")
     bare = drop_in("z", "ListenStream=127.0.0.1:1234")
-    files = (fragment, changed(WORK, "FileDescriptorName=vault"), bare)
+    other = changed(WORK, "FileDescriptorName=vault")
     (claim,) = decide(
-        SocketUnit(UNIT, files, (("Stream", "127.0.0.1:1234"),), "vault")
+        unit(other, everybody, bare, listen=BOTH[:1], fd_name="vault")
     )
     assert "systemd has vault loaded instead" in reason(claim)
     (claim,) = decide(
-        SocketUnit(UNIT, files, (("Stream", "127.0.0.1:1234"),), "home")
+        unit(other, everybody, bare, listen=BOTH[:1], fd_name="home")
     )
     assert target(claim) == "home"
+    # One that came after it may have set that very name, for addresses of its
+    # own.
+    (claim,) = decide(
+        unit(everybody, other, bare, listen=BOTH[:1], fd_name="home")
+    )
+    assert "/d/work.conf was changed" in reason(claim)
+
+
+def test_a_file_less_that_is_known_gives_nothing_to_a_listener_without_a_name() -> (
+    None
+):
+    """Were it known, the name would be that of its own listener."""
+    name = drop_in("0", "FileDescriptorName=work")
+    other = drop_in(
+        "1", "ListenStream=127.0.0.9:1234", "FileDescriptorName=work"
+    )
+    bare = drop_in("2", "ListenStream=", "ListenStream=127.0.0.1:1234")
+    for second in (other, changed(other), changed(other, "NoDelay=yes")):
+        (claim,) = decide(
+            unit(name, second, bare, listen=BOTH[:1], fd_name="work")
+        )
+        assert isinstance(claim, Refusal)
+
+
+def test_a_file_that_not_every_systemd_reads_alike_is_in_doubt() -> None:
+    """Of a file with a section without a name, systemd 252 reads on, and 262
+    nothing."""
+    odd = SourceFile(
+        "/d/odd.conf",
+        "[]\n"
+        + text(
+            "ListenStream=",
+            *("ListenStream=127.0.0.1:1234",),
+            "FileDescriptorName=vault",
+        ),
+    )
+    last = drop_in(
+        "z", "ListenStream=127.0.0.2:1234", "FileDescriptorName=gitweb"
+    )
+    for claim in decide(
+        unit(GITWEB, odd, last, listen=BOTH[:1], fd_name="gitweb")
+    ):
+        assert "/d/odd.conf has a section without a name" in reason(claim)
 
 
 # --------------------------------------------------------------- passed sockets
@@ -989,6 +1032,68 @@ def test_no_connection_ever_goes_to_a_qube_that_its_own_file_does_not_name(
                 }
         else:
             assert len(str(claim).splitlines()) == 1
+
+
+def known(socket_unit: SocketUnit, meant: Sequence[Meant]) -> dict[str, Claim]:
+    """What would be decided, by address, if the files were known to be so."""
+    sources = tuple(
+        SourceFile(
+            file.path,
+            text(
+                *(["ListenStream="] if one.resets else []),
+                *(
+                    f"ListenStream={WRITTEN[address][0]}"
+                    for address in one.opens
+                ),
+                *(f"FileDescriptorName={name}" for name in one.names),
+            ),
+        )
+        for file, one in zip(socket_unit.files, meant, strict=True)
+    )
+    listen = tuple(("Stream", address) for address, _ in truth(meant))
+    fd_name = last_name(meant, socket_unit.name)
+    loaded = SocketUnit(socket_unit.name, sources, listen, fd_name)
+    return {claim.address: claim for claim in decide(loaded)}
+
+
+@given(units())
+@settings(max_examples=250)
+@example(
+    (
+        unit(
+            drop_in("0", "FileDescriptorName=work"),
+            changed(
+                drop_in("1"), "ListenStream=@abs", "FileDescriptorName=work"
+            ),
+            drop_in("2", "ListenStream=", "ListenStream=127.0.0.1:1234"),
+            listen=["127.0.0.1:1234"],
+            fd_name="work",
+        ),
+        [
+            Loaded(meant, meant, "same")
+            for meant in (
+                Meant(False, (), ()),
+                Meant(False, (), ("work",)),
+                Meant(False, ("@abs",), ("work",)),
+                Meant(True, ("127.0.0.1:1234",), ()),
+            )
+        ],
+    )
+)
+def test_knowing_less_never_gives_more(
+    generated: tuple[SocketUnit, list[Loaded]],
+) -> None:
+    """What is refused with all files known as systemd has read them, and as
+    they are now, is refused without."""
+    socket_unit, loaded = generated
+    was = known(socket_unit, [file.was for file in loaded])
+    now = known(socket_unit, [file.now for file in loaded])
+    for claim in decide(socket_unit):
+        if isinstance(claim, Route):
+            both = (was.get(claim.address), now.get(claim.address))
+            assert claim.target in {
+                one.target for one in both if isinstance(one, Route)
+            }
 
 
 @given(units(all_same=True))

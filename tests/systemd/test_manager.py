@@ -694,6 +694,26 @@ def test_a_changed_file_is_not_trusted_and_the_others_are(
     assert not any(problems(systemd, instance).values())
 
 
+def test_what_systemctl_set_property_wrote_is_no_change_of_listeners(
+    systemd: Manager, machine: Machine, instance: str
+) -> None:
+    """From then on systemd asks for a daemon-reload."""
+    machine.systemctl("set-property", instance, "CPUWeight=50")
+    (fragment, *rest) = systemd.unit_properties(
+        [instance], "Unit", ["DropInPaths"]
+    )[0]["DropInPaths"]
+    (written,) = [path for path in (fragment, *rest) if ".control/" in path]
+    assert systemd.unit_properties(
+        [instance], "Unit", ["NeedDaemonReload"]
+    ) == [{"NeedDaemonReload": True}]
+    assert targets(systemd, instance) == ["gitweb", "work"]
+    # By hand, anything can be in there.
+    with open(written, "a") as file:
+        file.write("[Socket]\nFileDescriptorName=vault\n")
+    assert targets(systemd, instance) == ["refused", "refused"]
+    os.unlink(written)
+
+
 def test_a_deleted_file_is_not_trusted_and_the_others_are(
     systemd: Manager, machine: Machine, instance: str
 ) -> None:
