@@ -657,6 +657,14 @@ def test_a_file_less_that_is_known_gives_nothing_to_a_listener_without_a_name() 
             unit(name, second, bare, listen=BOTH[:1], fd_name="work")
         )
         assert isinstance(claim, Refusal)
+    # Nor where it is known to have opened one.
+    bare = drop_in("2", "ListenStream=127.0.0.1:1234")
+    opened = ("127.0.0.9:1234", *BOTH[:1])
+    for second in (other, changed(other, "ListenStream=127.0.0.9:1234")):
+        *_, claim = decide(
+            unit(name, second, bare, listen=opened, fd_name="work")
+        )
+        assert isinstance(claim, Refusal)
 
 
 def test_a_file_that_not_every_systemd_reads_alike_is_in_doubt() -> None:

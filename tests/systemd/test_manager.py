@@ -709,7 +709,7 @@ def test_what_systemctl_set_property_wrote_is_no_change_of_listeners(
     assert targets(systemd, instance) == ["gitweb", "work"]
     # By hand, anything can be in there.
     with open(written, "a") as file:
-        file.write("[Socket]\nFileDescriptorName=vault\n")
+        file.write("[Socket]\nFileDescriptorName=work\n")
     assert targets(systemd, instance) == ["refused", "refused"]
     os.unlink(written)
 
