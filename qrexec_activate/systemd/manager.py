@@ -9,6 +9,7 @@ what comes out is of the type that is promised, or a ManagerError of one line.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import pwd
 import re
@@ -80,6 +81,7 @@ _SIGNATURES = {
     "DropInPaths": "as",
     "FileDescriptorName": "s",
     "FragmentPath": "s",
+    "InactiveExitTimestamp": "t",
     "Listen": "a(ss)",
     "LoadState": "s",
     "NeedDaemonReload": "b",
@@ -382,6 +384,7 @@ class Manager:
                 ("Unit", "FragmentPath"),
                 ("Unit", "DropInPaths"),
                 ("Unit", "NeedDaemonReload"),
+                ("Unit", "InactiveExitTimestamp"),
                 ("Socket", "Listen"),
                 ("Socket", "FileDescriptorName"),
             )
@@ -391,9 +394,9 @@ class Manager:
         reader = _Reader(loaded_at or 0)
         units = []
         for unit, row in zip(
-            wanted, zip(*[values] * 5, strict=True), strict=True
+            wanted, zip(*[values] * 6, strict=True), strict=True
         ):
-            fragment, drop_ins, stale, listen, fd_name = row
+            fragment, drop_ins, stale, started_at, listen, fd_name = row
             if None in row:
                 continue
             problem = ""
@@ -403,7 +406,7 @@ class Manager:
                     f" systemctl status says why; mend its files"
                 )
             files = tuple(
-                reader.read(path, stale)
+                reader.read(path, 0 if stale else started_at or math.inf)
                 for path in (fragment, *drop_ins)
                 if path
             )
@@ -467,49 +470,47 @@ class _Reader:
 
     def __init__(self, loaded_at: int) -> None:
         self._loaded_at = loaded_at
-        self._seen: dict[tuple[str, bool], SourceFile] = {}
+        self._seen: dict[str, tuple[float, SourceFile]] = {}
 
-    def read(self, path: str, stale: bool) -> SourceFile:
+    def read(self, path: str, since: float) -> SourceFile:
         """Read a file; one that may have changed since systemd read it is not
         trusted.
 
-        systemd says only that some file of the unit is newer (`stale`, its
-        NeedDaemonReload). Those touched since it last loaded all units are the
-        ones that may be meant. Where it says no such thing they are not: units
-        that were loaded on demand are newer than that.
+        Those touched since it last loaded all units are the ones that may have,
+        but for units that it has loaded on demand after that. So a file must
+        also have been touched since its unit was started (`since`, in µs): or
+        at all, where systemd says that some file of the unit is newer than what
+        it has read (NeedDaemonReload). By itself that is not enough: systemd
+        goes by the time of the last change, which `cp -p` and packages set.
         """
-        key = (path, stale)
-        if key not in self._seen:
-            self._seen[key] = self._read(path, stale)
-        return self._seen[key]
+        if path not in self._seen:
+            self._seen[path] = _examine(path)
+        touched, file = self._seen[path]
+        if touched < max(self._loaded_at, since):
+            return file
+        problem = "was changed after systemd read it"
+        return SourceFile(path, None, problem, file.text)
 
-    def _read(self, path: str, stale: bool) -> SourceFile:
-        try:
-            touched, text = _read_file(path)
-        except FileNotFoundError:
-            # systemd reports a link to nothing as if it were a drop-in, and
-            # asks for a daemon-reload for ever.
-            link = os.path.islink(path)
-            return SourceFile(
-                path,
-                None,
-                "is a symbolic link to nothing (remove it)"
-                if link
-                else "is gone",
-                "",
-            )
-        except (OSError, ValueError) as error:
-            return SourceFile(
-                path,
-                None,
-                f"cannot be read ({getattr(error, 'strerror', None) or error})",
-            )
-        by_systemd = _BY_SET_PROPERTY.search(path) and is_silent(text)
-        if stale and touched >= self._loaded_at and not by_systemd:
-            return SourceFile(
-                path, None, "was changed after systemd read it", text
-            )
-        return SourceFile(path, text)
+
+def _examine(path: str) -> tuple[float, SourceFile]:
+    """Read a file as it is now, and tell when it was last touched, in µs, if
+    that can matter."""
+    try:
+        touched, text = _read_file(path)
+    except FileNotFoundError:
+        # systemd reports a link to nothing as if it were a drop-in, and asks
+        # for a daemon-reload for ever.
+        problem = (
+            "is a symbolic link to nothing (remove it)"
+            if os.path.islink(path)
+            else "is gone"
+        )
+        return -math.inf, SourceFile(path, None, problem, "")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return -math.inf, SourceFile(path, None, f"cannot be read ({reason})")
+    by_systemd = _BY_SET_PROPERTY.search(path) and is_silent(text)
+    return -math.inf if by_systemd else touched, SourceFile(path, text)
 
 
 def _read_file(path: str) -> tuple[int, str]:

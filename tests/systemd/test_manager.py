@@ -103,6 +103,7 @@ GOOD: dict[str, tuple[str, object]] = {
     "FragmentPath": ("s", "/nowhere/x.socket"),
     "DropInPaths": ("as", []),
     "NeedDaemonReload": ("b", False),
+    "InactiveExitTimestamp": ("t", 0),
     "Listen": ("a(ss)", [("Stream", "127.0.0.1:1234")]),
     "FileDescriptorName": ("s", "work"),
     "TriggeredBy": ("as", ["b.socket", "a.timer", "a.socket"]),
@@ -736,6 +737,21 @@ def test_a_file_replaced_by_an_older_one_beside_a_changed_one_is_not_trusted(
         problems(systemd, instance)["gitweb.conf"]
         == "was changed after systemd read it"
     )
+
+
+def test_a_file_replaced_by_an_older_one_is_not_trusted_though_systemd_sees_no_change(
+    systemd: Manager, machine: Machine, instance: str
+) -> None:
+    old = machine.home / "old.conf"
+    path = machine.unit_dir / f"{instance}.d" / "gitweb.conf"
+    old.write_text(path.read_text().replace("gitweb", "vault"))
+    os.utime(old, (1, 1))
+    time.sleep(0.03)
+    old.rename(path)
+    assert machine.property(instance, "NeedDaemonReload") == "no"
+    assert targets(systemd, instance) == ["refused", "work"]
+    machine.systemctl("daemon-reload")
+    assert targets(systemd, instance) == ["vault", "work"]
 
 
 def test_a_new_drop_in_does_not_count_before_a_daemon_reload(
