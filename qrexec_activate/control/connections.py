@@ -20,10 +20,10 @@ import psutil
 from ..forward.outcome import DISCONNECT
 from ..routing.unitfile import address_key, plain_address
 from .netproc import Holder, holders, process_name
-from .sockdiag import TcpConnection, tcp_connections
+from .sockdiag import end_key, tcp_ends
 from .survey import Survey
 
-__all__ = ["Connection", "end", "open_connections"]
+__all__ = ["Connection", "Lookout", "end", "open_connections"]
 
 #: A set-up that takes longer is most likely waiting for a person, who has been
 #: asked in dom0.
@@ -34,28 +34,38 @@ GRACE = 2.0
 _UNIX_PEER = re.compile(r"pid (\d+) uid (\d+)", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Connection:
     """An open connection. Bytes are None where the kernel does not count them,
     as on unix sockets."""
 
     id: str
     pid: int
+    parent: int
+    #: What psutil takes for the time of its start, which may be a second off;
+    #: tells two processes of one pid apart.
     created: float
-    #: Seconds since it began.
-    age: float
-    #: "open", "setting up", or "waiting" for an answer to a prompt.
-    state: str
-    #: "hand-over" or "splice".
-    relay: str
+    #: When it began, by CLOCK_BOOTTIME.
+    started: float
     listener: str
     target: str
     call: str
     unit: str
     peer: str
-    peer_process: Holder | None
-    bytes_to_qube: int | None
-    bytes_from_qube: int | None
+    #: What names its end in sock_diag; None for a unix socket.
+    key: bytes | None
+    #: "open", "setting up", or "waiting" for an answer to a prompt.
+    state: str = ""
+    #: "hand-over" or "splice".
+    relay: str = ""
+    peer_process: Holder | None = None
+    bytes_to_qube: int | None = None
+    bytes_from_qube: int | None = None
+
+    @property
+    def age(self) -> float:
+        """Seconds since it began."""
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - self.started, 0.0)
 
     @property
     def began(self) -> float:
@@ -81,81 +91,117 @@ class Connection:
         )
 
 
-@dataclass(slots=True)
-class _Found:
-    process: psutil.Process
-    environment: dict[str, str]
-    words: list[str]
-    parent: int
-    #: What psutil takes for the time of its start, which may be a second off;
-    #: tells two processes of one pid apart.
-    created: float
-    age: float
+class Lookout:
+    """Looks at the open connections of a manager's daemons, again and again:
+    what cannot change is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Connection | None] = {}
+        #: Looked at once, and no connection: it may be about to become one.
+        self._doubtful: set[int] = set()
+        self._daemons: set[str] = set()
+
+    def look(self, survey: Survey) -> list[Connection]:
+        """Return the open connections, the oldest first."""
+        if self._daemons != set(survey.daemons):
+            self.__init__()  # type: ignore[misc]
+            self._daemons = set(survey.daemons)
+        pids = _pids()
+        for pid in self._known.keys() - pids:
+            del self._known[pid]
+        new: list[Connection] = []
+        for pid in (pids - self._known.keys()) | (self._doubtful & pids):
+            one = self._known[pid] = _examine(survey, pid)
+            if one is not None:
+                new.append(one)
+                self._doubtful.discard(pid)
+            elif pid in self._doubtful:
+                self._doubtful.discard(pid)
+            else:
+                self._doubtful.add(pid)
+        # What qrexec-client-vm may have started itself has inherited its
+        # environment. Nothing that only calls itself the same hides another.
+        heirs = {
+            one.pid for one in new if self._known.get(one.parent) is not None
+        }
+        self._known |= dict.fromkeys(heirs)
+        found = [one for one in self._known.values() if one is not None]
+        new = [one for one in new if one.pid not in heirs]
+        self._bring_up_to_date(found, new)
+        return sorted(found, key=lambda one: (one.started, one.id))
+
+    def _bring_up_to_date(
+        self, found: list[Connection], new: list[Connection]
+    ) -> None:
+        keys = {one.key for one in found if one.key is not None}
+        ours, theirs = tcp_ends(keys) if keys else ({}, {})
+        clients = holders(
+            theirs[one.key].inode for one in new if one.key in theirs
+        )
+        for one in new:
+            if one.key in theirs:
+                one.peer_process = clients.get(theirs[one.key].inode)
+            else:
+                one.peer_process = _unix_peer(one.peer)
+        for one in found:
+            end = ours.get(one.key) if one.key else None
+            if end is not None:
+                one.bytes_to_qube, one.bytes_from_qube = end.received, end.sent
+            # Once open, it stays so.
+            if one.state != "open":
+                _look_at(one)
+
+
+def _pids() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
 
 
 def open_connections(survey: Survey) -> list[Connection]:
     """Return the open connections of this manager's daemons, the oldest
     first."""
-    found = list(_processes(survey))
-    # What qrexec-client-vm may have started itself has inherited its
-    # environment. Nothing that only calls itself the same hides another.
-    pids = {one.process.pid for one in found}
-    found = [one for one in found if one.parent not in pids]
-    tcp = (
-        tcp_connections()
-        if any(address_key(_env(one, "PEER")) for one in found)
-        else []
-    )
-    # The end that belongs to the daemon looks at the peer; the client's own end
-    # is the other way round.
-    ours = {(one.remote, one.local[1]): one for one in tcp}
-    theirs = {(one.local, one.remote[1]): one for one in tcp}
-    ends = {one.process.pid: _ends(one, ours, theirs) for one in found}
-    clients = holders(
-        their.inode for _, their in ends.values() if their is not None
-    )
-    connections = []
-    for one in found:
-        our, their = ends[one.process.pid]
-        client = (
-            clients.get(their.inode) if their else _unix_peer(_env(one, "PEER"))
+    return Lookout().look(survey)
+
+
+def _examine(survey: Survey, pid: int) -> Connection | None:
+    """Say for which connection a process is there; None if for none."""
+    with contextlib.suppress(psutil.Error, OSError):
+        if survey.user and os.stat(f"/proc/{pid}").st_uid != os.getuid():
+            return None
+        process = psutil.Process(pid)
+        environment = process.environ()
+        if "QREXEC_ACTIVATE_CONNECTION" not in environment or not _is_of(
+            survey, pid
+        ):
+            return None
+        words = process.cmdline()
+        if len(words) < 3:
+            return None
+
+        def of(name: str) -> str:
+            return environment.get(f"QREXEC_ACTIVATE_{name}", "")
+
+        return Connection(
+            id=of("CONNECTION"),
+            pid=pid,
+            parent=process.ppid(),
+            created=process.create_time(),
+            started=_started(pid),
+            listener=plain_address(of("LISTENER")),
+            target=words[-2],
+            call=words[-1],
+            unit=of("UNIT"),
+            peer=of("PEER"),
+            key=_key(of("PEER"), of("LISTENER")),
         )
-        connections.append(_connection(one, our, client))
-    return sorted(connections, key=lambda one: (-one.age, one.id))
+    return None
 
 
-def _processes(survey: Survey) -> Iterable[_Found]:
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if survey.user and process.uids().real != os.getuid():
-                continue
-            environment = process.environ()
-            if "QREXEC_ACTIVATE_CONNECTION" not in environment or not _is_of(
-                survey, process.pid
-            ):
-                continue
-            words = process.cmdline()
-            if len(words) >= 3:
-                yield _Found(
-                    process,
-                    environment,
-                    words,
-                    process.ppid(),
-                    process.create_time(),
-                    _age(process.pid),
-                )
-
-
-def _age(pid: int) -> float:
+def _started(pid: int) -> float:
     with open(f"/proc/{pid}/stat", "rb") as file:
         # proc(5): what follows the name in parentheses are the fields from the
         # third on; starttime is the 22nd.
         started = int(file.read().rpartition(b")")[2].split()[19])
-    return max(
-        time.clock_gettime(time.CLOCK_BOOTTIME)
-        - started / os.sysconf("SC_CLK_TCK"),
-        0.0,
-    )
+    return started / os.sysconf("SC_CLK_TCK")
 
 
 def _is_of(survey: Survey, pid: int) -> bool:
@@ -176,28 +222,12 @@ def _is_of(survey: Survey, pid: int) -> bool:
     )
 
 
-def _env(one: _Found, name: str) -> str:
-    return one.environment.get(f"QREXEC_ACTIVATE_{name}", "")
-
-
-def _ends(
-    one: _Found,
-    ours: dict[tuple[tuple[str, int], int], TcpConnection],
-    theirs: dict[tuple[tuple[str, int], int], TcpConnection],
-) -> tuple[TcpConnection | None, TcpConnection | None]:
-    peer, listener = (
-        address_key(_env(one, "PEER")),
-        address_key(_env(one, "LISTENER")),
-    )
-    if (
-        peer is None
-        or listener is None
-        or peer[0] != "ip"
-        or listener[0] != "ip"
-    ):
-        return None, None
-    key = ((peer[1], peer[2]), listener[2])
-    return ours.get(key), theirs.get(key)
+def _key(peer: str, listener: str) -> bytes | None:
+    """What names the daemon's end of a TCP connection: it looks at the peer."""
+    theirs, ours = address_key(peer), address_key(listener)
+    if not theirs or not ours or (theirs[0], ours[0]) != ("ip", "ip"):
+        return None
+    return end_key(theirs[1].partition("%")[0], theirs[2], ours[2])
 
 
 def _unix_peer(peer: str) -> Holder | None:
@@ -210,33 +240,16 @@ def _unix_peer(peer: str) -> Holder | None:
     return Holder(int(match[1]), name) if name else None
 
 
-def _connection(
-    one: _Found, tcp: TcpConnection | None, client: Holder | None
-) -> Connection:
-    handed_over, established = _descriptor(one.process.pid)
-    state = (
+def _look_at(one: Connection) -> None:
+    handed_over, established = _descriptor(one.pid)
+    one.state = (
         "open"
         if established
         else "setting up"
         if one.age < PROMPT_AGE
         else "waiting"
     )
-    return Connection(
-        id=one.environment["QREXEC_ACTIVATE_CONNECTION"],
-        pid=one.process.pid,
-        created=one.created,
-        age=one.age,
-        state=state,
-        relay="hand-over" if handed_over else "splice",
-        listener=plain_address(_env(one, "LISTENER")),
-        target=one.words[-2],
-        call=one.words[-1],
-        unit=_env(one, "UNIT"),
-        peer=_env(one, "PEER"),
-        peer_process=client,
-        bytes_to_qube=tcp.received if tcp else None,
-        bytes_from_qube=tcp.sent if tcp else None,
-    )
+    one.relay = "hand-over" if handed_over else "splice"
 
 
 def _descriptor(pid: int) -> tuple[bool, bool]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import complete_routes, json_option, system_option
+from .options import complete_routes, json_option, system_option, wide_option
 from .select import select
 from .survey import Entry, survey
 from .table import (
@@ -110,9 +110,12 @@ Example:
 @click.argument(
     "routes", metavar="[ROUTE]...", nargs=-1, shell_complete=complete_routes
 )
+@wide_option
 @json_option
 @system_option
-def command(routes: tuple[str, ...], as_json: bool, system: bool) -> None:
+def command(
+    routes: tuple[str, ...], wide: bool, as_json: bool, system: bool
+) -> None:
     """List every route: listener, target, service, file, and whether it is
     enabled, listening or refused.
 
@@ -124,7 +127,7 @@ def command(routes: tuple[str, ...], as_json: bool, system: bool) -> None:
     if as_json:
         print_json([entry_as_json(entry) for entry in entries])
     elif entries:
-        print_rows(HEADER, [row(entry) for entry in entries], style)
+        print_rows(HEADER, [row(entry) for entry in entries], style, wide=wide)
         print_refusals(entries)
     else:
         click.echo(NO_ROUTES, err=True)

@@ -21,6 +21,7 @@ __all__ = [
     "debug_option",
     "json_option",
     "system_option",
+    "wide_option",
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -77,6 +78,15 @@ def json_option(command: _Command) -> _Command:
         "as_json",
         is_flag=True,
         help="Print JSON, as docs/json.md describes.",
+    )(command)
+
+
+def wide_option(command: _Command) -> _Command:
+    """Add --wide, for tables."""
+    return click.option(
+        "--wide",
+        is_flag=True,
+        help="Cut nothing, and leave out no column, to fit the terminal.",
     )(command)
 
 

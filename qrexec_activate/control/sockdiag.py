@@ -9,13 +9,12 @@ of an abstract socket may hold line breaks, so anybody can forge its lines.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
-__all__ = ["TcpConnection", "listening_unix", "tcp_connections"]
+__all__ = ["TcpEnd", "end_key", "listening_unix", "tcp_ends"]
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -25,9 +24,9 @@ _HEADER = struct.Struct("=IHHII")
 #: struct inet_diag_req_v2: family, protocol, extensions, states, and a socket
 #: id of zeros: any.
 _INET_DIAG_REQUEST = struct.Struct("=BBBxI48x")
-#: struct inet_diag_msg: family, state; ports and addresses in network order;
-#: inode.
-_INET_DIAG_MESSAGE = struct.Struct("=BB2x2s2s16s16s12x4x4x4x4xI")
+#: struct inet_diag_msg: family, state; from 4 on the ports, from 8 on both
+#: addresses in network order; inode.
+_INET_DIAG_MESSAGE = struct.Struct("=xB2x36x12x4x4x4x4xI")
 #: struct unix_diag_req: family, protocol, states, inode, what to show, cookie.
 _UNIX_DIAG_REQUEST = struct.Struct("=BBxxIIIII")
 #: struct unix_diag_msg: family, type, state, inode, cookie.
@@ -50,25 +49,46 @@ _REPLY_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class TcpConnection:
+class TcpEnd:
     """One end of a connection. Bytes are None where the kernel is too old to
     count them."""
 
-    local: tuple[str, int]
-    remote: tuple[str, int]
     inode: int
     received: int | None
     sent: int | None
 
 
-def tcp_connections() -> list[TcpConnection]:
-    """Return both ends of every connection within this machine, and this end of
-    the others; empty if nobody tells."""
-    found: list[TcpConnection] = []
+def end_key(remote: str, remote_port: int, local_port: int) -> bytes:
+    """What names the end of a connection that looks at this remote address."""
+    family = socket.AF_INET6 if ":" in remote else socket.AF_INET
+    return (
+        socket.inet_pton(family, remote).ljust(16, b"\0")
+        + remote_port.to_bytes(2, "big")
+        + local_port.to_bytes(2, "big")
+    )
+
+
+def tcp_ends(
+    wanted: Container[bytes],
+) -> tuple[dict[bytes, TcpEnd], dict[bytes, TcpEnd]]:
+    """Return, of the connections whose end here is wanted, that end, and the
+    other one where it is within this machine; empty if nobody tells."""
+    ours: dict[bytes, TcpEnd] = {}
+    theirs: dict[bytes, TcpEnd] = {}
     with contextlib.suppress(OSError, struct.error):
         for family in (socket.AF_INET, socket.AF_INET6):
-            found += _dump(family)
-    return found
+            for message in _messages(_tcp_request(family)):
+                # A look at thousands of connections takes no more for each than
+                # this, but where one is wanted.
+                ports = message[4:8]
+                source, destination = message[8:24], message[24:40]
+                key = destination + ports[2:] + ports[:2]
+                if key in wanted:
+                    ours[key] = _end(message)
+                key = source + ports
+                if key in wanted:
+                    theirs[key] = _end(message)
+    return ours, theirs
 
 
 def listening_unix() -> list[tuple[bytes, int]] | None:
@@ -95,12 +115,11 @@ def listening_unix() -> list[tuple[bytes, int]] | None:
         return None
 
 
-def _dump(family: socket.AddressFamily) -> Iterator[TcpConnection]:
+def _tcp_request(family: socket.AddressFamily) -> bytes:
     states = sum(1 << state for state in _STATES)
-    request = _INET_DIAG_REQUEST.pack(
+    return _INET_DIAG_REQUEST.pack(
         family, socket.IPPROTO_TCP, 1 << (_INET_DIAG_INFO - 1), states
     )
-    return map(_connection, _messages(request))
 
 
 def _messages(request: bytes) -> Iterator[bytes]:
@@ -142,26 +161,12 @@ def _attributes(message: bytes, at: int) -> Iterator[tuple[int, bytes]]:
         at += (length + 3) & ~3
 
 
-def _connection(message: bytes) -> TcpConnection:
-    family, state, sport, dport, source, destination, inode = (
-        _INET_DIAG_MESSAGE.unpack_from(message)
-    )
+def _end(message: bytes) -> TcpEnd:
+    state, inode = _INET_DIAG_MESSAGE.unpack_from(message)
     received = sent = None
     for kind, value in _attributes(message, _INET_DIAG_MESSAGE.size):
         if kind == _INET_DIAG_INFO and len(value) >= _TCP_INFO.size:
             received, all_sent, sent_again = _TCP_INFO.unpack_from(value)
             received -= state in _FIN_RECEIVED
             sent = all_sent - sent_again
-    return TcpConnection(
-        _endpoint(family, source, sport),
-        _endpoint(family, destination, dport),
-        inode,
-        received,
-        sent,
-    )
-
-
-def _endpoint(family: int, raw: bytes, port: bytes) -> tuple[str, int]:
-    if family == socket.AF_INET:
-        return str(ipaddress.IPv4Address(raw[:4])), int.from_bytes(port, "big")
-    return str(ipaddress.IPv6Address(raw)), int.from_bytes(port, "big")
+    return TcpEnd(inode, received, sent)

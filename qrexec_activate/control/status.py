@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,28 +14,38 @@ from ..errors import ActivateError, UsageProblem
 from ..forward.outcome import format_bytes, format_seconds
 from ..systemd.journalreader import Record, records
 from ..systemd.manager import open_manager
-from .connections import Connection, open_connections
+from .connections import Connection, Lookout
 from .list import HEADER as LIST_HEADER
 from .list import NO_ROUTES, entry_as_json, print_refusals
 from .list import row as route_row
 from .list import style as route_style
-from .options import complete_routes, json_option, system_option
+from .options import complete_routes, json_option, system_option, wide_option
 from .select import select
 from .survey import Entry, Survey, take_survey
 from .table import (
     BAD,
     DOUBTFUL,
     GOOD,
-    plain_lines,
     print_json,
     print_rows,
     printable,
-    raw_stdout,
-    rich_table,
+    say,
     short_path,
 )
 
-__all__ = ["command"]
+__all__ = [
+    "CONNECTION_HEADER",
+    "HEADER",
+    "Status",
+    "command",
+    "connection_rows",
+    "connection_style",
+    "daemon_lines",
+    "is_among",
+    "look",
+    "route_rows",
+    "style",
+]
 
 HEADER = (*LIST_HEADER[:3], "state", "open", "waiting", "last")
 CONNECTION_HEADER = (
@@ -70,6 +79,7 @@ class DaemonNow:
 class Status:
     """Everything that is shown."""
 
+    survey: Survey
     entries: list[Entry]
     connections: list[Connection]
     daemons: list[DaemonNow]
@@ -98,7 +108,7 @@ Examples:
     "-w",
     "--watch",
     is_flag=True,
-    help="Go on, and redraw in place, until Ctrl-C.",
+    help="Go on, on the whole screen, until q; / filters, arrows scroll.",
 )
 @click.option(
     "--interval",
@@ -108,12 +118,14 @@ Examples:
     show_default=True,
     help="For --watch.",
 )
+@wide_option
 @json_option
 @system_option
 def command(
     routes: tuple[str, ...],
     watch: bool,
     interval: float,
+    wide: bool,
     as_json: bool,
     system: bool,
 ) -> None:
@@ -126,16 +138,19 @@ def command(
     if watch and as_json:
         raise UsageProblem("--watch and --json exclude each other")
     if watch:
-        _watch(routes, not system, interval)
+        from .watch import watch as go_on
+
+        go_on(routes, user=not system, interval=interval)
         return
-    status = _look(routes, not system)
+    status = look(routes, not system, Lookout())
     if as_json:
         print_json(_as_json(status))
     else:
-        _print(status)
+        _print(status, wide)
 
 
-def _look(routes: Sequence[str], user: bool) -> Status:
+def look(routes: Sequence[str], user: bool, lookout: Lookout) -> Status:
+    """See to everything anew."""
     with open_manager(user=user) as manager:
         now = take_survey(manager)
         units = sorted(now.daemons)
@@ -144,9 +159,7 @@ def _look(routes: Sequence[str], user: bool) -> Status:
         )
     entries = select(now.entries, routes)
     connections = [
-        one
-        for one in open_connections(now)
-        if not routes or _is_among(one, entries)
+        one for one in lookout.look(now) if not routes or is_among(one, entries)
     ]
     daemons = [
         DaemonNow(
@@ -159,10 +172,10 @@ def _look(routes: Sequence[str], user: bool) -> Status:
         for unit, row in zip(units, rows, strict=True)
         if not routes or any(entry.daemon == unit for entry in entries)
     ]
-    return Status(entries, connections, daemons, _last_records(now))
+    return Status(now, entries, connections, daemons, _last_records(now))
 
 
-def _is_among(connection: Connection, entries: list[Entry]) -> bool:
+def is_among(connection: Connection, entries: list[Entry]) -> bool:
     return any(
         connection.unit == entry.unit and connection.listener == entry.listener
         for entry in entries
@@ -267,9 +280,12 @@ def _record_as_json(record: Record | None) -> dict[str, Any] | None:
 # ------------------------------------------------------------------- for people
 
 
-def _route_rows(status: Status) -> list[list[str]]:
+def route_rows(
+    status: Status, entries: Sequence[Entry] | None = None
+) -> list[list[str]]:
+    """Of all routes, or of some."""
     rows = []
-    for entry in status.entries:
+    for entry in status.entries if entries is None else entries:
         connections = status.of(entry)
         listener, target, call, _, state, _ = route_row(entry)
         is_open = sum(one.state == "open" for one in connections)
@@ -297,7 +313,7 @@ def _last_words(status: Status, entry: Entry) -> str:
     )
 
 
-def _connection_rows(status: Status) -> list[list[str]]:
+def connection_rows(connections: Sequence[Connection]) -> list[list[str]]:
     return [
         [
             one.id,
@@ -313,7 +329,7 @@ def _connection_rows(status: Status) -> list[list[str]]:
             if one.bytes_from_qube is None
             else format_bytes(one.bytes_from_qube),
         ]
-        for one in status.connections
+        for one in connections
     ]
 
 
@@ -321,19 +337,19 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 60 else format_seconds(seconds)
 
 
-def _style(column: int, text: str) -> str:
+def style(column: int, text: str) -> str:
     if column == 6 and text.startswith("failed"):
         return BAD
     return route_style(4, text) if column == 3 else ""
 
 
-def _connection_style(column: int, text: str) -> str:
+def connection_style(column: int, text: str) -> str:
     return (
         {"open": GOOD, "waiting": DOUBTFUL}.get(text, "") if column == 2 else ""
     )
 
 
-def _daemon_lines(status: Status) -> list[str]:
+def daemon_lines(status: Status) -> list[str]:
     lines = []
     for one in status.daemons:
         state = f"running, pid {one.pid}" if one.pid else one.active
@@ -344,63 +360,22 @@ def _daemon_lines(status: Status) -> list[str]:
     return lines
 
 
-def _print(status: Status) -> None:
+def _print(status: Status, wide: bool) -> None:
     if not status.entries and not status.connections:
         click.echo(NO_ROUTES, err=True)
         return
-    print_rows(HEADER, _route_rows(status), _style)
+    print_rows(HEADER, route_rows(status), style, wide=wide)
     click.echo()
     if status.connections:
         print_rows(
-            CONNECTION_HEADER, _connection_rows(status), _connection_style
+            CONNECTION_HEADER,
+            connection_rows(status.connections),
+            connection_style,
+            wide=wide,
         )
     else:
         click.echo("No connection is open.")
     click.echo()
-    for line in _daemon_lines(status):
-        click.echo(line)
+    for line in daemon_lines(status):
+        say(line)
     print_refusals(status.entries)
-
-
-def _watch(routes: Sequence[str], user: bool, interval: float) -> None:
-    """Redraw in place on a terminal; elsewhere print one after the other."""
-    if not sys.stdout.isatty():
-        while True:
-            status = _look(routes, user)
-            lines = plain_lines(HEADER, _route_rows(status))
-            if status.connections:
-                lines += [
-                    "",
-                    *plain_lines(CONNECTION_HEADER, _connection_rows(status)),
-                ]
-            click.echo(
-                "\n".join([time.strftime("%Y-%m-%d %H:%M:%S"), *lines, ""])
-            )
-            time.sleep(interval)
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.text import Text
-
-    def picture() -> Group:
-        status = _look(routes, user)
-        parts: list[Any] = [rich_table(HEADER, _route_rows(status), _style)]
-        if status.connections:
-            parts.append(
-                rich_table(
-                    CONNECTION_HEADER,
-                    _connection_rows(status),
-                    _connection_style,
-                )
-            )
-        else:
-            parts.append(Text("No connection is open."))
-        return Group(*parts, *(Text(line) for line in _daemon_lines(status)))
-
-    console = Console(file=raw_stdout(), highlight=False)
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        Live(picture(), console=console, auto_refresh=False) as live,
-    ):
-        while True:
-            time.sleep(interval)
-            live.update(picture(), refresh=True)

@@ -21,9 +21,9 @@ from ..printable import printable
 
 __all__ = [
     "Styled",
+    "draw",
     "guard_streams",
     "print_json",
-    "raw_stdout",
     "say",
     "silence",
     "styled",
@@ -60,19 +60,6 @@ class _Guarded(io.TextIOWrapper):
         if error.errno == errno.EPIPE:
             return error
         return ActivateError(f"cannot write to its output: {error.strerror}")
-
-
-class _Raw:
-    """A guarded stream, for what has been made printable before."""
-
-    def __init__(self, stream: _Guarded) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        return self._stream.write_raw(text)
 
 
 def guard_streams() -> None:
@@ -113,12 +100,6 @@ def silence() -> None:
             os.close(null)
 
 
-def raw_stdout() -> TextIO:
-    """stdout for a library that draws what was made printable before."""
-    stream = sys.stdout
-    return _Raw(stream) if isinstance(stream, _Guarded) else stream  # type: ignore[return-value]
-
-
 def wants_colour() -> bool:
     """Whether stdout is a terminal and nobody has said no
     (https://no-color.org)."""
@@ -132,9 +113,10 @@ def wants_colour() -> bool:
 def styled(text: str, style: str) -> Styled:
     """Colour a text where colour is wanted, for say()."""
     text = printable(text)
-    return Styled(
-        click.style(text, fg=style) if wants_colour() and style else text
-    )
+    if not style or not wants_colour():
+        return Styled(text)
+    look = {"bold": True} if style == "bold" else {"fg": style}
+    return Styled(click.style(text, **look))
 
 
 def say(*parts: str, err: bool = False) -> None:
@@ -142,11 +124,16 @@ def say(*parts: str, err: bool = False) -> None:
     line = "".join(
         part if isinstance(part, Styled) else printable(part) for part in parts
     )
-    stream = sys.stderr if err else sys.stdout
+    draw(Styled(f"{line}\n"), sys.stderr if err else sys.stdout)
+
+
+def draw(text: Styled, stream: TextIO | None = None) -> None:
+    """Write what was made here, as it is."""
+    stream = stream or sys.stdout
     if isinstance(stream, _Guarded):
-        stream.write_raw(f"{line}\n")
+        stream.write_raw(text)
     else:
-        stream.write(f"{line}\n")
+        stream.write(text)
     stream.flush()
 
 

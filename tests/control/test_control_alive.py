@@ -6,10 +6,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import re
+import select
 import socket
 import socketserver
 import subprocess
+import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -436,20 +440,40 @@ def test_the_log_is_followed(desk: Desk) -> None:
             process.kill()
 
 
-def test_watching_redraws_in_place(desk: Desk) -> None:
-    command = " ".join(desk.argv("status", "--watch", "--interval", "0.3"))
-    shown = desk.machine.run(
-        [
-            "script",
-            "-qec",
-            f"TERM=xterm COLUMNS=150 timeout -s INT 3 {command}",
-            "/dev/null",
-        ],
-        check=False,
-    )
-    assert "\x1b[1A" in shown.stdout
-    assert "Traceback" not in shown.stdout
-    assert f"127.0.0.1:{desk.port}" in shown.stdout
+def test_watching_takes_the_screen_shows_what_comes_and_gives_it_back(
+    desk: Desk,
+) -> None:
+    pid, fd = pty.fork()
+    if not pid:
+        os.execve(
+            sys.executable,
+            desk.argv("status", "--watch", "--interval", "0.3"),
+            {**desk.machine.environment, "TERM": "xterm", "LC_ALL": "C.UTF-8"},
+        )
+    shown = b""
+
+    def see(words: str) -> bool:
+        nonlocal shown
+        while select.select([fd], [], [], 0)[0]:
+            shown += os.read(fd, 65536)
+        return words.encode() in shown
+
+    try:
+        termios.tcsetwinsize(fd, (24, 100))
+        until("the screen is there", lambda: see("No connection is open"))
+        assert shown.startswith(b"\x1b[?1049h")
+        before, shown = shown, b""
+        with connection(desk):
+            until("the connection is shown", lambda: see("1 open, 0 waiting"))
+            os.write(fd, b"/nosuch\r")
+            until("it is filtered out", lambda: see("0 shown"))
+        os.write(fd, b"q")
+        with contextlib.suppress(OSError):
+            until("the screen is given back", lambda: see("\x1b[?1049l"))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert "Traceback" not in (before + shown).decode()
+    finally:
+        os.close(fd)
 
 
 def test_trying_a_route_makes_one_connection(desk: Desk) -> None:

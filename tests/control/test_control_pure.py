@@ -25,7 +25,7 @@ from qrexec_activate.control.netproc import Listening, overlaps
 from qrexec_activate.control.policy import policy_line
 from qrexec_activate.control.select import select
 from qrexec_activate.control.survey import Daemon, Entry, find_daemon, foresee
-from qrexec_activate.control.table import plain_lines
+from qrexec_activate.control.table import lay_out
 from qrexec_activate.errors import ActivateError, BadName, UsageProblem
 from qrexec_activate.routing.claim import Refusal, Route
 from qrexec_activate.routing.unitfile import (
@@ -493,7 +493,7 @@ def test_what_lies_in_the_search_path_is_found(tmp_path: Path) -> None:
 
 
 def test_columns_are_two_blanks_apart() -> None:
-    assert plain_lines(("a", "b"), [["xxx", "y"]]) == ["A    B", "xxx  y"]
+    assert lay_out(("a", "b"), [["xxx", "y"]], None) == ["A    B", "xxx  y"]
 
 
 def test_every_command_has_help_with_an_example() -> None:
@@ -521,5 +521,5 @@ def test_help_imports_nothing_that_it_does_not_need() -> None:
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    for heavy in ("trio", "jeepney", "rich", "psutil", "systemd"):
+    for heavy in ("trio", "jeepney", "psutil", "systemd"):
         assert f"'{heavy}'" not in loaded
