@@ -192,6 +192,12 @@ def test_all_units_have_the_same_sandbox() -> None:
     assert all(other == first for other in others)
 
 
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.name)
+def test_a_slow_machine_has_time_to_start_python(unit: Path) -> None:
+    """Under emulation the first start took more than 30 s."""
+    assert "\nTimeoutStartSec=90s\n" in unit.read_text()
+
+
 def test_every_directive_is_tried_out() -> None:
     keys = {line.partition("=")[0] for line in sandbox_of(SERVICES[0])}
     held_together = {"SystemCallErrorNumber", "SystemCallArchitectures"}

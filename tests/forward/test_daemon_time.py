@@ -17,7 +17,7 @@ import os
 import select
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import trio
@@ -849,3 +849,28 @@ async def test_adoption_goes_on_after_a_shortage(
     await stage.stop()
     for pid in pids:
         reap(pid)
+
+
+async def test_a_hang_up_is_seen_though_at_first_it_could_not_be_watched_for(
+    stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """epoll has a limit of its own (ENOSPC)."""
+    watch, tried = stage.daemon.watch, 0
+
+    def fussy(fd: int, events: int, callback: Callable[[], None]) -> None:
+        nonlocal tried
+        tried += 1
+        if tried <= 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        watch(fd, events, callback)
+
+    monkeypatch.setattr(stage.daemon, "watch", fussy)
+    stream = await stage.connect()
+    started = await stage.nth(1)
+    started.establish()
+    await trio.sleep(5)
+    assert started.is_alive()
+    vanish(stream)
+    await stage.recorded("the client hung up")
+    assert not started.is_alive()
+    assert stage.records.count("short of something") == 1

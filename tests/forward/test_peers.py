@@ -4,7 +4,10 @@ reach."""
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +16,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from scenario import SERVICE, Scene, is_reset, says
+import trio
+from scenario import SERVICE, Scene, is_reset, says, write_script
 
 from qrexec_activate.forward.peers import Gate, GateProblem, exposure
 
@@ -323,3 +327,58 @@ def test_an_empty_list_of_users_does_not_let_everybody_in() -> None:
     )
     assert done.returncode == 2
     assert "QREXEC_ACTIVATE_ALLOW_UID is empty" in done.stderr
+
+
+AS_MEMBER = """\
+import os, socket, sys
+os.setgroups([])
+os.setgid(int(sys.argv[1]))
+os.setuid(4321)
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[2])
+sock.send(b"who?")
+sock.shutdown(socket.SHUT_WR)
+print(sock.recv(100).decode())
+"""
+
+
+@needs_other_users
+async def test_the_socket_of_the_documents_is_for_a_group(
+    scene: Scene,
+) -> None:
+    text = Path(__file__).parents[2].joinpath("docs", "access.md").read_text()
+    header, block = re.findall(
+        r"^    # /etc/systemd/system/(\S+)\n((?:    .+\n)+)", text, re.MULTILINE
+    )[0]
+    folder, name = header.split("/")
+    path = Path("/run", scene.machine.directory.name, "vault")
+    group = grp.getgrgid(100)
+    lines = (
+        block.replace("    ", "")
+        .replace("/run/ssh-agents/vault", str(path))
+        .replace("ssh-users", group.gr_name)
+        .splitlines()
+    )
+    rpc = scene.machine.add_qube("vault") / "rpc" / "qubes.ConnectUnix"
+    write_script(rpc, "#!/bin/sh\nexec cat\n")
+    unit = folder.removesuffix(".d")
+    scene.write(name.removesuffix(".conf"), *lines, unit=unit)
+    await scene.start(unit)
+
+    async def ask_as(gid: int) -> tuple[int, str]:
+        done = await trio.run_process(
+            [sys.executable, "-c", AS_MEMBER, str(gid), str(path)],
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+        )
+        return done.returncode, (done.stdout + done.stderr).decode()
+
+    try:
+        assert await ask_as(group.gr_gid) == (0, "who?\n")
+        code, said = await ask_as(4321)
+        assert code == 1
+        assert "PermissionError" in said
+    finally:
+        await scene.systemctl("stop", unit)
+        shutil.rmtree(path.parent)

@@ -1,0 +1,85 @@
+"""Which processes count as left by an earlier daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from qrexec_activate.forward import orphans
+
+#: A parent that starts a qrexec-client-vm, says which, and waits for it.
+PARENT = """
+import os, subprocess, sys
+child = subprocess.Popen(
+    ["sh", "-c", "read wait", "work", "qubes.ConnectTCP+80"],
+    env={**os.environ, "QREXEC_ACTIVATE_CONNECTION": "1-1"},
+)
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@contextlib.contextmanager
+def parent_and_child(
+    program: str,
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    process = subprocess.Popen(
+        [program, "-c", PARENT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        pidfd = os.pidfd_open(child)
+        yield process, child
+        process.kill()
+        # The end of its input ends the child.
+    os.close(pidfd)
+
+
+def found() -> list[orphans.Orphan]:
+    result = list(orphans.find_orphans())
+    for orphan in result:
+        os.close(orphan.pidfd)
+    return result
+
+
+def test_what_another_daemon_in_the_same_group_sees_to_is_no_orphan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two daemons of one terminal, or of one container, share a control
+    group."""
+    with parent_and_child(sys.executable) as (parent, child):
+        members = [os.getpid(), parent.pid, child]
+        monkeypatch.setattr(orphans, "_members", lambda: members)
+        assert found() == []
+        parent.kill()
+        parent.wait()
+        (orphan,) = found()
+        assert orphan.pid == child
+        assert orphan.sock is None
+        assert orphan.route.target == "work"
+
+
+def test_an_orphan_is_never_older_than_the_time_that_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel counts from boot, suspends included; limits do not."""
+    with parent_and_child(sys.executable) as (parent, child):
+        monkeypatch.setattr(orphans, "_members", lambda: [child])
+        parent.kill()
+        parent.wait()
+        (orphan,) = found()
+        assert 0 <= orphan.age < 600
+        # As after a suspend that lasted for all of the machine's life.
+        monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+        (orphan,) = found()
+        assert orphan.age == 0
