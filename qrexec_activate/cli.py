@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from .control.options import Invocation, debug_option
+from .control.options import Invocation, debug_option, did_you_mean
 from .control.terminal import guard_streams, say, silence
 from .errors import ActivateError, BadName, UsageProblem
 
@@ -81,6 +81,18 @@ class LazyGroup(click.Group):
             assert isinstance(command, click.Command)
             return command
         return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        word = args[0]
+        if word.startswith("-") or self.get_command(ctx, word):
+            return super().resolve_command(ctx, args)
+        known = self.list_commands(ctx)
+        raise UsageProblem(
+            f"there is no command {word!r}{did_you_mean(word, known)};"
+            f" qrexec-activate --help lists all"
+        )
 
     def format_commands(
         self, ctx: click.Context, formatter: click.HelpFormatter

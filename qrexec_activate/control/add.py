@@ -117,6 +117,9 @@ def command(
             no_start,
         )
         return
+    # Where no systemd answers, as it does not by sudo, nothing is made.
+    with open_manager(user=not system):
+        pass
     with locked(folder):
         plan = _plan(kind, argument, target, listen, unit, folder, not system)
         for note in plan.notes:
@@ -378,7 +381,9 @@ def _report(plan: Plan, no_start: bool) -> None:
     )
     when = "will reach" if no_start else "now reaches"
     call = f"{plan.daemon.service}+{decode_escapes(argument)}"
-    click.echo(f"{plan.address.expanded} {when} {plan.target}, by {call}")
+    # Of one that is there already, a note has said so.
+    if not plan.exists:
+        click.echo(f"{plan.address.expanded} {when} {plan.target}, by {call}")
     click.echo(f"File: {short_path(str(plan.path))}")
     click.echo(f"In dom0, {POLICY_FILE} needs:")
     line = policy_line(plan.daemon.service, argument, this_qube(), plan.target)

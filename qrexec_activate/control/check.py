@@ -76,7 +76,7 @@ def command(
     if not as_json:
         for step in steps:
             _show(step, quiet)
-    if tries and now is not None and (yes or as_json or _may_call(now)):
+    if tries and now is not None and (yes or _may_call(now)):
         for entry in now.entries:
             if not entry.refused and entry.listens:
                 steps.append(_try(entry, user=not system))

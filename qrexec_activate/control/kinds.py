@@ -11,6 +11,7 @@ from ..routing.names import (
     parse_unit_name,
 )
 from ..systemd.manager import Manager
+from .options import did_you_mean
 from .survey import Daemon, find_daemon
 
 __all__ = ["KINDS", "daemon_of", "unit_of"]
@@ -27,6 +28,12 @@ KINDS = {
 def unit_of(kind: str, argument: str) -> str:
     """Return the socket unit for tcp, unix, tcp-bind or a prefix of one's own;
     raises BadName."""
+    if kind == "udp":
+        raise UsageProblem(
+            "UDP cannot be carried: a qrexec call is a stream of bytes, without"
+            " the bounds of datagrams; use a service of TCP, or one that wraps"
+            " UDP in a stream"
+        )
     prefix = KINDS.get(kind, kind.removesuffix(".socket").removesuffix("@"))
     unit = f"{prefix}@{escape_instance(argument)}.socket"
     name = parse_unit_name(unit)
@@ -50,8 +57,8 @@ def daemon_of(manager: Manager, kind: str, argument: str, unit: str) -> Daemon:
                 f" qrexec-activate"
             )
         raise UsageProblem(
-            f"there is no {template}: the kinds are {', '.join(KINDS)}, and"
-            f" what you have made with"
+            f"there is no {template}{did_you_mean(kind, KINDS)}: the kinds are"
+            f" {', '.join(KINDS)}, and what you have made with"
             f" qrexec-activate add-rpc {parse_unit_name(unit).prefix} MY.RPC"
         )
     if row["LoadState"] == "masked":

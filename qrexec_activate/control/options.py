@@ -3,7 +3,7 @@ completion of what is already in use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -19,6 +19,7 @@ __all__ = [
     "complete_targets",
     "complete_units",
     "debug_option",
+    "did_you_mean",
     "json_option",
     "system_option",
     "wide_option",
@@ -79,6 +80,15 @@ def json_option(command: _Command) -> _Command:
         is_flag=True,
         help="Print JSON, as docs/json.md describes.",
     )(command)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What a misspelt word may have been meant for, to follow what is said of
+    it; empty where nothing is near."""
+    import difflib
+
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def wide_option(command: _Command) -> _Command:

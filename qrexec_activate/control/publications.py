@@ -224,7 +224,8 @@ def _file_with(manager: Manager, unit: str, link: str) -> str:
     ):
         if path and symlink_lines(path, unit, link, specifiers):
             return str(path)
-    return ""
+    # It listens there itself.
+    return str(row["FragmentPath"] or "")
 
 
 def symlink_lines(

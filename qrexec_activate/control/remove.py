@@ -105,6 +105,9 @@ def command(
         for change in _plan(words, all_of_them, folder, not system):
             _show(change, systemctl)
         return
+    # Where no systemd answers, as it does not by sudo, nothing is made.
+    with open_manager(user=not system):
+        pass
     with locked(folder):
         for change in _plan(words, all_of_them, folder, not system):
             _carry_out(change, systemctl)

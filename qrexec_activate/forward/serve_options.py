@@ -113,6 +113,7 @@ class UserId(_IntType):
 @click.command(
     "serve",
     context_settings={
+        "help_option_names": ["-h", "--help"],
         "auto_envvar_prefix": "QREXEC_ACTIVATE",
         "show_default": True,
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,10 @@ def _publish_path(name: str, path: str) -> None:
     target = os.path.abspath(path)
     if not os.path.isabs(path):
         raise UsageProblem(f"{path!r} is no path from / on: give {target}")
+    if os.path.exists(target) and not stat.S_ISSOCK(os.stat(target).st_mode):
+        raise UsageProblem(
+            f"{target} is no socket: --unix takes one that a program listens on"
+        )
     if (
         os.path.exists(target)
         and listening().holds(os.path.realpath(target)) is not True

@@ -557,6 +557,12 @@ def state_and_memory(
         row["MemoryCurrent"]
         for row in manager.unit_properties(flat, "Service", ["MemoryCurrent"])
     ]
+    sockets = [
+        row["ActiveState"]
+        for row in manager.unit_properties(
+            socket_units, "Unit", ["ActiveState"]
+        )
+    ]
     words = {
         "active": "running",
         "inactive": "idle",
@@ -565,8 +571,11 @@ def state_and_memory(
     }
     for at in range(0, len(flat), 2):
         pair = states[at : at + 2]
+        # Whose socket has failed, nobody reaches.
         state = (
-            "failed" if "failed" in pair else words.get(pair[0], str(pair[0]))
+            "failed"
+            if "failed" in (*pair, sockets[at // 2])
+            else words.get(pair[0], str(pair[0]))
         )
         known = [
             size

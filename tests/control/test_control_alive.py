@@ -481,7 +481,12 @@ def test_trying_a_route_makes_one_connection(desk: Desk) -> None:
         "qubes.ConnectUnix * client work deny\n* * client work allow\n"
     )
     desk.run("add", "unix", "notes", "work")
-    steps = desk.json("check", "--try", code=2)["steps"]
+    # Nobody is asked who is not at a terminal, and then nothing is called.
+    for words in (("check", "--try"), ("check", "--try", "--json")):
+        asked = desk.try_(*words)
+        assert "Connect to 2 routes?" in asked.stderr
+        assert asked.returncode == 1
+    steps = desk.json("check", "--try", "--yes", code=2)["steps"]
     tried = {
         step["text"].partition(" ")[0]: step["level"]
         for step in steps
@@ -495,8 +500,6 @@ def test_trying_a_route_makes_one_connection(desk: Desk) -> None:
         "the refusal is logged",
         lambda: "exit code 126" in desk.run("logs", "qubes.ConnectUnix+notes"),
     )
-    # Nobody is asked who is not at a terminal, and then nothing is called.
-    assert "Connect to 2 routes?" in desk.try_("check", "--try").stderr
 
 
 def test_a_target_that_was_refused_is_pointed_out(desk: Desk) -> None:
