@@ -36,6 +36,11 @@ class Desk:
         #: other, so that columns stay where they are.
         self.port = free_port()
         self.tcp = f"qrexec-connect-tcp@{self.port}.socket"
+        #: The unit that `add tcp` makes for the qube gitweb.
+        self.gitweb = self.labelled("gitweb")
+
+    def labelled(self, label: str, port: int | None = None) -> str:
+        return f"qrexec-connect-tcp@{port or self.port}:{label}.socket"
 
     # The command
 

@@ -1,18 +1,32 @@
-"""qrexec-activate add: a drop-in, written, enabled and started."""
+"""qrexec-activate add: for each route a unit of its own, written, enabled and
+started; for many, all or none."""
 
 from __future__ import annotations
 
+import contextlib
 import os.path
-from dataclasses import dataclass
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 import click
 
-from ..errors import ActivateError, UsageProblem
-from ..routing.claim import Claim, Refusal, Route
-from ..routing.names import check_target, decode_escapes, escape_target
-from ..routing.unitfile import SourceFile, address_key
-from ..systemd.manager import open_manager
+from ..errors import ActivateError, BadName, UsageProblem
+from ..routing.claim import Refusal
+from ..routing.names import (
+    call_name,
+    check_argument,
+    check_service,
+    check_target,
+    escape_target,
+    parse_unit_name,
+)
+from ..routing.unitfile import AddressKey, SourceFile, address_key
+from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .address import (
@@ -23,17 +37,31 @@ from .address import (
     obstacle,
     parse_address,
 )
-from .dropins import create_file, finishing, locked, remove_file
+from .dropins import finishing, locked
 from .kinds import daemon_of, unit_of
-from .netproc import listening
-from .options import complete_targets, system_option
+from .options import complete_kinds, complete_targets, system_option
 from .policy import FILE as POLICY_FILE
-from .policy import policy_line, this_qube
-from .settle import is_active, is_enabled, start
-from .survey import Daemon, Survey, foresee, source_files, take_survey
+from .policy import policy_lines, this_qube
+from .select import written
+from .settle import Change, carry_out, undo
+from .survey import Daemon, Entry, Survey, foresee, source_files, take_survey
 from .table import short_path
 
 __all__ = ["command", "drop_in_text"]
+
+_LABEL = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*", re.ASCII)
+
+
+class Wish(NamedTuple):
+    """A route as a person asks for it."""
+
+    kind: str
+    argument: str
+    target: str
+    listen: str | None = None
+    label: str | None = None
+    #: File and line that ask for it; empty where it was the command line.
+    where: str = ""
 
 
 def drop_in_text(listen: str, target: str) -> str:
@@ -46,13 +74,10 @@ def drop_in_text(listen: str, target: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be done, decided before anything is changed."""
+    """What is to be done for a route, decided before anything is changed."""
 
-    unit: str
-    daemon: Daemon
-    argument: str
-    target: str
-    address: Address
+    #: The route as it will be, or as it is already.
+    entry: Entry
     path: Path
     text: str
     #: Things that a person should know, a line each.
@@ -60,24 +85,57 @@ class Plan:
     #: The file is there already, with just this route.
     exists: bool = False
 
+    @property
+    def listens(self) -> bool:
+        """Whether nothing is left to be started."""
+        return (
+            self.exists
+            and self.entry.state == "listening"
+            and self.entry.listens is not False
+        )
+
+
+def _listen_option(command: click.decorators.FC) -> click.decorators.FC:
+    return click.option(
+        "--listen",
+        metavar="ADDRESS[:PORT]|PATH",
+        help="Where to listen in this qube.",
+    )(command)
+
+
+def _label_option(command: click.decorators.FC) -> click.decorators.FC:
+    return click.option(
+        "--label",
+        metavar="NAME",
+        help="What to call the route and its unit.  [default: the target]",
+    )(command)
+
 
 @click.command(
     "add",
     epilog="""\b
 Examples:
     $ qrexec-activate add tcp 1234 gitweb
-    $ qrexec-activate add tcp 5432 db --listen 127.0.0.2
+    $ qrexec-activate add tcp 5432 db --listen 127.0.0.2 --label shop
     $ qrexec-activate add unix gpg-agent-ssh @default --listen %t/ssh-agent
     $ qrexec-activate add tcp-bind 2049-127.0.1.1 nfs
+    $ qrexec-activate add --from routes.txt
 """,
 )
-@click.argument("kind", metavar="KIND")
-@click.argument("argument")
-@click.argument("target", shell_complete=complete_targets)
+@click.argument(
+    "kind", metavar="KIND", required=False, shell_complete=complete_kinds
+)
+@click.argument("argument", required=False)
+@click.argument("target", required=False, shell_complete=complete_targets)
+@_listen_option
+@_label_option
 @click.option(
-    "--listen",
-    metavar="ADDRESS[:PORT]|PATH",
-    help="Where to listen in this qube.",
+    "--from",
+    "source",
+    metavar="FILE",
+    type=click.File(encoding="utf-8", errors="surrogateescape"),
+    help="Add a route for each line, KIND ARGUMENT TARGET with its --listen"
+    " and --label; all or none.",
 )
 @click.option(
     "--dry-run",
@@ -89,106 +147,248 @@ Examples:
 )
 @system_option
 def command(
-    kind: str,
-    argument: str,
-    target: str,
+    kind: str | None,
+    argument: str | None,
+    target: str | None,
     listen: str | None,
+    label: str | None,
+    source: TextIO | None,
     dry_run: bool,
     no_start: bool,
     system: bool,
 ) -> None:
-    """Let a local address reach the qube TARGET: write the drop-in, enable it
-    and start it.
+    """Let a local address reach the qube TARGET: write a unit of its own for
+    it, enable it and start it.
 
     KIND is tcp (ARGUMENT is the port there), unix (the name of a socket there),
     tcp-bind (PORT-ADDRESS), or a prefix that add-rpc made. TARGET is a qube,
     @default, @dispvm or @dispvm:NAME. Without --listen it is the same port on
     127.0.0.1 (or the next free 127.0.0.N), and for others a socket in
-    $XDG_RUNTIME_DIR/qrexec.
+    $XDG_RUNTIME_DIR/qrexec. The unit is qrexec-connect-KIND@ARGUMENT:LABEL.
+    Without any argument, lines are read from standard input, as with --from.
     """
-    check_target(target)
-    unit = unit_of(kind, argument)
+    if kind is None:
+        if listen is not None or label is not None:
+            raise UsageProblem("--listen and --label stand in each line")
+        if source is None and sys.stdin.isatty():
+            raise UsageProblem(
+                "what is to be added? Write it like add tcp 1234 QUBE; add"
+                " --help says more"
+            )
+        wishes = list(_wishes(source or sys.stdin))
+    elif argument is None or target is None or source is not None:
+        raise UsageProblem(
+            "write add KIND ARGUMENT TARGET, such as add tcp 1234 gitweb, or"
+            " add --from FILE"
+        )
+    else:
+        wishes = [Wish(kind, argument, target, listen, label)]
+    if not wishes:
+        raise UsageProblem(
+            "there is no route to add: write one a line, such as tcp 1234 QUBE"
+        )
+    for wish in wishes:
+        with _placed(wish):
+            check_target(wish.target)
+            unit_of(wish.kind, wish.argument)
+            if wish.label is not None and not _LABEL.fullmatch(wish.label):
+                raise BadName(
+                    f"{wish.label!r} is no label: letters, digits, '_', '.'"
+                    f" and '-'"
+                )
     folder = own_folder(user=not system)
     systemctl = Systemctl(user=not system)
     if dry_run:
-        _show(
-            _plan(kind, argument, target, listen, unit, folder, not system),
-            systemctl,
-            no_start,
-        )
+        _show(_plan(wishes, folder, not system), systemctl, no_start)
         return
     # Where no systemd answers, as it does not by sudo, nothing is made.
     with open_manager(user=not system):
         pass
     with locked(folder):
-        plan = _plan(kind, argument, target, listen, unit, folder, not system)
-        for note in plan.notes:
-            click.echo(note, err=True)
-        _carry_out(plan, systemctl, no_start)
-    _report(plan, no_start)
+        plans = _plan(wishes, folder, not system)
+        for plan in plans:
+            for note in plan.notes:
+                click.echo(note, err=True)
+        change = _change(plans, no_start)
+        with finishing():
+            try:
+                carry_out(change, systemctl)
+            except BaseException:
+                undo(change, systemctl)
+                raise
+    _report(plans, no_start)
+
+
+# ----------------------------------------------------------------------- lines
+
+
+@click.command("add", add_help_option=False)
+@click.argument("kind")
+@click.argument("argument")
+@click.argument("target")
+@_listen_option
+@_label_option
+def _line(
+    kind: str, argument: str, target: str, listen: str | None, label: str | None
+) -> Wish:
+    return Wish(kind, argument, target, listen, label)
+
+
+def _wishes(lines: Iterable[str]) -> Iterator[Wish]:
+    """Read a route from each line; empty ones and comments are passed over."""
+    name = getattr(lines, "name", "-")
+    for number, line in enumerate(lines, start=1):
+        where = f"{name}:{number}"
+        try:
+            words = shlex.split(line, comments=True)
+            if words:
+                wish = _line.main(words, "add", standalone_mode=False)
+                yield wish._replace(where=where)
+        except (ValueError, click.UsageError) as error:
+            said = (
+                error.format_message()
+                if isinstance(error, click.UsageError)
+                else str(error)
+            )
+            raise UsageProblem(f"{where}: {said}") from None
+
+
+@contextlib.contextmanager
+def _placed(wish: Wish) -> Iterator[None]:
+    """Let an error say which line it is about."""
+    try:
+        yield
+    except ActivateError as error:
+        if wish.where:
+            raise type(error)(f"{wish.where}: {error}") from None
+        raise
 
 
 # ---------------------------------------------------------------------- decide
 
 
-def _plan(
-    kind: str,
-    argument: str,
-    target: str,
-    listen: str | None,
-    unit: str,
-    folder: Path,
-    user: bool,
-) -> Plan:
-    """Check everything that can be checked before anything is written."""
-    with open_manager(user=user) as manager:
-        daemon = daemon_of(manager, kind, argument, unit)
-        now = take_survey(manager)
-    before = source_files(unit, now.files)
-    claimed = foresee(daemon, unit, before, now.specifiers)
-    wanted = _wanted(kind, argument, target, listen, now)
-    if existing := _existing(
-        claimed, target, wanted if listen is not None else None
-    ):
-        address = Address(
-            existing.address,
-            existing.address,
-            address_key(existing.address) or ("", "", 0),
+@dataclass(slots=True)
+class _Situation:
+    """What there is, and what the routes that were planned so far will take."""
+
+    now: Survey
+    manager: Manager
+    folder: Path
+    entries: list[Entry]
+    daemons: dict[str, Daemon] = field(default_factory=dict)
+    #: Routes that may be in the way of an address: by port, or by the address.
+    _near: dict[object, list[Entry]] = field(default_factory=dict)
+    units: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for entry in self.entries:
+            self._note(entry)
+
+    def _note(self, entry: Entry) -> None:
+        key = address_key(entry.listener)
+        if key is not None:
+            self._near.setdefault(_nearness(key), []).append(entry)
+        self.units.add(entry.unit)
+
+    def take(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self._note(entry)
+
+    def near(self, address: Address) -> list[Entry]:
+        return self._near.get(_nearness(address.key), [])
+
+    def daemon(self, wish: Wish) -> Daemon:
+        unit = unit_of(wish.kind, wish.argument)
+        prefix = parse_unit_name(unit).prefix
+        if prefix not in self.daemons:
+            self.daemons[prefix] = daemon_of(self.manager, wish.kind, unit)
+        daemon = self.daemons[prefix]
+        check_argument(
+            check_service(daemon.service), _argument(daemon, wish.argument)
         )
+        return daemon
+
+
+def _nearness(key: AddressKey) -> object:
+    return key[2] if key[0] == "ip" else key
+
+
+def _argument(daemon: Daemon, argument: str) -> str:
+    return argument if daemon.argument is None else daemon.argument
+
+
+def _plan(wishes: list[Wish], folder: Path, user: bool) -> list[Plan]:
+    """Check everything that can be checked before anything is written."""
+    plans = []
+    with open_manager(user=user) as manager:
+        now = take_survey(manager)
+        there = _Situation(now, manager, folder, written(now))
+        for wish in wishes:
+            with _placed(wish):
+                plan = _plan_one(wish, there)
+            if not plan.exists:
+                there.take(plan.entry)
+            plans.append(plan)
+    return plans
+
+
+def _plan_one(wish: Wish, there: _Situation) -> Plan:
+    daemon = there.daemon(wish)
+    wanted = _wanted(
+        wish.kind, wish.argument, wish.target, wish.listen, there.now
+    )
+    if existing := _existing(wish, daemon, wanted, there):
         note = (
-            f"{existing.address} reaches {target} already, by"
+            f"{existing.listener} reaches {wish.target} already, by"
             f" {short_path(existing.file)}"
         )
-        return Plan(
-            unit,
-            daemon,
-            argument,
-            target,
-            address,
-            Path(existing.file),
-            "",
-            (note,),
-            exists=True,
-        )
-    address, notes = _free(wanted, target, listen is not None, now)
+        return Plan(existing, Path(existing.file), "", (note,), exists=True)
+    unit = _new_unit(wish, there)
+    before = source_files(unit, there.now.files)
+    address, notes = _free(wanted, wish.target, wish.listen is not None, there)
     if is_open_to_others(address.key):
         notes += (
             f"Warning: other machines may reach {address.expanded}, and so"
             f" make calls as this qube",
         )
-    text = drop_in_text(address.written, target)
-    path = _new_path(folder / f"{unit}.d", target)
+    text = drop_in_text(address.written, wish.target)
+    path = _new_path(there.folder / f"{unit}.d", wish.target)
     _check_effect(
         unit,
         daemon,
         before,
-        claimed,
         SourceFile(str(path), text),
-        target,
+        wish.target,
         address,
-        now,
+        there.now,
     )
-    return Plan(unit, daemon, argument, target, address, path, text, notes)
+    entry = Entry(
+        address.expanded,
+        wish.target,
+        daemon.service,
+        _argument(daemon, wish.argument),
+        unit,
+        daemon.unit,
+        str(path),
+        "disabled",
+        "inactive",
+        None,
+    )
+    return Plan(entry, path, text, notes)
+
+
+def _new_unit(wish: Wish, there: _Situation) -> str:
+    """The unit that the route is to have for itself: nobody else may open
+    anything there."""
+    label = wish.label or wish.target.strip("@").replace(":", "-")
+    unit = unit_of(wish.kind, wish.argument, label)
+    if wish.label is not None and unit in there.units:
+        raise UsageProblem(f"there is a {unit} already: choose another --label")
+    number = 2
+    while unit in there.units:
+        unit = unit_of(wish.kind, wish.argument, f"{label}-{number}")
+        number += 1
+    return unit
 
 
 def _wanted(
@@ -206,22 +406,36 @@ def _wanted(
 
 
 def _existing(
-    claimed: list[Claim], target: str, address: Address | None
-) -> Route | None:
-    for claim in claimed:
-        if not isinstance(claim, Route) or claim.target != target:
+    wish: Wish, daemon: Daemon, wanted: Address, there: _Situation
+) -> Entry | None:
+    """Find a route that does just what is asked for, whoever wrote it."""
+    call = call_name(daemon.service, _argument(daemon, wish.argument))
+    for entry in there.entries:
+        if (entry.target, entry.daemon, entry.call) != (
+            wish.target,
+            daemon.unit,
+            call,
+        ):
             continue
-        if address is None or address_key(claim.address) == address.key:
-            return claim
+        if (
+            wish.listen is not None
+            and address_key(entry.listener) != wanted.key
+        ):
+            continue
+        if wish.label is not None and entry.unit != unit_of(
+            wish.kind, wish.argument, wish.label
+        ):
+            continue
+        return entry
     return None
 
 
 def _free(
-    wanted: Address, target: str, insists: bool, now: Survey
+    wanted: Address, target: str, insists: bool, there: _Situation
 ) -> tuple[Address, tuple[str, ...]]:
     """The address that is wanted, or where nobody insists on it another one
     that is free."""
-    hindrance = obstacle(wanted, now.entries, now.listening)
+    hindrance = obstacle(wanted, there.near(wanted), there.now.listening)
     if hindrance is None:
         return wanted, ()
     if hindrance.trouble is Trouble.PRIVILEGED:
@@ -235,13 +449,13 @@ def _free(
         )
     other: Address | None = None
     if wanted.is_ip:
-        other = next_free(wanted, now.entries, now.listening)
+        other = next_free(wanted, there.near(wanted), there.now.listening)
     elif wanted.key[0] == "path":
         name = f"{wanted.written}-{target.strip('@').replace(':', '-')}"
-        other = parse_address(name, None, now.specifiers)
+        other = parse_address(name, None, there.now.specifiers)
         other = (
             other
-            if obstacle(other, now.entries, now.listening) is None
+            if obstacle(other, there.near(other), there.now.listening) is None
             else None
         )
     if other is None:
@@ -267,14 +481,13 @@ def _check_effect(
     unit: str,
     daemon: Daemon,
     before: list[SourceFile],
-    claimed: list[Claim],
     added: SourceFile,
     target: str,
     address: Address,
     now: Survey,
 ) -> None:
-    """Make sure that the new file does what it is for, and changes no other
-    route; other files may interfere."""
+    """Make sure that the new file does what it is for: files that were there
+    before may interfere."""
     fragments, drop_ins = before[:1], before[1:]
     # systemd applies drop-ins in the order of their names, whatever folders
     # they are in.
@@ -304,87 +517,49 @@ def _check_effect(
                 f" one, too: see systemctl cat {unit} (with --user for a user"
                 f" unit)"
             )
-    others = {claim.address: claim for claim in after if claim not in mine}
-    for claim in claimed:
-        other = others.get(claim.address)
-        if isinstance(claim, Route) and not (
-            isinstance(other, Route) and other.target == claim.target
-        ):
-            raise ActivateError(
-                f"{claim.address} reaches {claim.target} by a name that is"
-                f" set for all addresses of {unit}, and would"
-                f" not any more: add"
-                f" FileDescriptorName={escape_target(claim.target)} to"
-                f" {claim.file}"
-            )
 
 
 # ---------------------------------------------------------------------- do
 
 
-def _carry_out(plan: Plan, systemctl: Systemctl, no_start: bool) -> None:
-    """Enable, write, start, in this order: until the file is written nothing
-    has changed, and then all will.
-
-    A link that enables a unit without any address does nothing, so that whoever
-    is killed in between leaves the old state; once the file is there, the route
-    is enabled, too.
-    """
-    was_enabled = is_enabled(systemctl, plan.unit)
-    was_active = is_active(systemctl, plan.unit)
-    with finishing():
-        if not was_enabled:
-            systemctl.run("enable", "--no-reload", plan.unit)
-        try:
-            if not plan.exists:
-                create_file(plan.path, plan.text)
-            systemctl.daemon_reload()
-            if not no_start and not (
-                plan.exists
-                and was_active
-                and listening().holds(plan.address.expanded)
-            ):
-                start(systemctl, plan.unit, [plan.address.expanded])
-        except BaseException:
-            _undo(plan, systemctl, was_enabled, was_active)
-            raise
+def _change(plans: list[Plan], no_start: bool) -> Change:
+    change = Change()
+    for plan in plans:
+        entry = plan.entry
+        if entry.enabled != "enabled" and entry.unit not in change.enable:
+            change.enable.append(entry.unit)
+        if not plan.exists:
+            change.new[plan.path] = plan.text
+        if no_start or plan.listens or entry.unit in change.wanted:
+            continue
+        change.wanted[entry.unit] = [entry.listener]
+        waits = plan.exists and entry.state == "restart needed"
+        (change.restart if waits else change.start).append(entry.unit)
+    return change
 
 
-def _undo(
-    plan: Plan, systemctl: Systemctl, was_enabled: bool, was_active: bool
-) -> None:
-    if plan.exists:
-        return
-    remove_file(plan.path)
-    if not was_enabled:
-        systemctl.run("disable", "--no-reload", plan.unit, check=False)
-    systemctl.run("daemon-reload", check=False)
-    systemctl.run("reset-failed", plan.unit, check=False)
-    if was_active:
-        systemctl.run("restart", plan.unit, check=False)
+def _show(plans: list[Plan], systemctl: Systemctl, no_start: bool) -> None:
+    for plan in plans:
+        for note in plan.notes:
+            click.echo(note, err=True)
+        if not plan.exists:
+            click.echo(f"# {plan.path}\n{plan.text}")
+    for words in _change(plans, no_start).commands():
+        click.echo(f"$ {systemctl.written(*words)}")
 
 
-def _show(plan: Plan, systemctl: Systemctl, no_start: bool) -> None:
-    for note in plan.notes:
-        click.echo(note, err=True)
-    if not plan.exists:
-        click.echo(f"# {plan.path}\n{plan.text}")
-    click.echo(f"$ {systemctl.written('enable', plan.unit)}")
-    click.echo(f"$ {systemctl.written('daemon-reload')}")
-    if not no_start:
-        click.echo(f"$ {systemctl.written('restart', plan.unit)}")
-
-
-def _report(plan: Plan, no_start: bool) -> None:
-    argument = (
-        plan.argument if plan.daemon.argument is None else plan.daemon.argument
-    )
+def _report(plans: list[Plan], no_start: bool) -> None:
     when = "will reach" if no_start else "now reaches"
-    call = f"{plan.daemon.service}+{decode_escapes(argument)}"
-    # Of one that is there already, a note has said so.
-    if not plan.exists:
-        click.echo(f"{plan.address.expanded} {when} {plan.target}, by {call}")
-    click.echo(f"File: {short_path(str(plan.path))}")
+    for plan in plans:
+        if not plan.listens:
+            entry = plan.entry
+            click.echo(
+                f"{entry.listener} {when} {entry.target}, by {entry.call}"
+            )
+    if len(plans) == 1:
+        click.echo(f"File: {short_path(str(plans[0].path))}")
     click.echo(f"In dom0, {POLICY_FILE} needs:")
-    line = policy_line(plan.daemon.service, argument, this_qube(), plan.target)
-    click.echo(f"    {' '.join(line)}")
+    for line in policy_lines(
+        [plan.entry for plan in plans], this_qube(), "ask", None
+    ):
+        click.echo(f"    {line}")

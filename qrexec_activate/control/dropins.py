@@ -30,6 +30,7 @@ __all__ = [
     "locked",
     "remove_file",
     "replace_file",
+    "with_lines",
     "without_lines",
 ]
 
@@ -195,8 +196,14 @@ def without_lines(text: str, numbers: Collection[int]) -> str:
     on which they end.
 
     A line that goes on over several goes whole; comments in between stay, as
-    does everything else.
+    does everything else. Raises ActivateError where that cannot be done.
     """
+    return with_lines(text, numbers, "")
+
+
+def with_lines(text: str, numbers: Collection[int], instead: str) -> str:
+    """As without_lines(), with this assignment in place of the first of
+    them."""
     doomed: set[int] = set()
     joined: list[int] = []
     lines = [match[0] for match in _PHYSICAL_LINE.finditer(text)]
@@ -212,21 +219,28 @@ def without_lines(text: str, numbers: Collection[int]) -> str:
         joined = []
     if joined and joined[-1] in numbers:
         doomed.update(joined)
+    if instead and doomed:
+        first = lines[min(doomed) - 1]
+        lines[min(doomed) - 1] = instead + (
+            first[len(first.rstrip("\n\r\0")) :] or "\n"
+        )
     result = "".join(
         line
         for number, line in enumerate(lines, start=1)
-        if number not in doomed
+        if number not in doomed or (instead and number == min(doomed))
     )
-    kept = [
-        (one.section, one.key, one.value)
-        for one in assignments(text)
-        if one.line not in numbers
-    ]
+    expected: list[tuple[str, str, str]] = []
+    for one in assignments(text):
+        if one.line not in numbers:
+            expected.append((one.section, one.key, one.value))
+        elif instead and one.line == min(numbers):
+            key, _, value = instead.partition("=")
+            expected.append((one.section, key, value))
     if [
         (one.section, one.key, one.value) for one in assignments(result)
-    ] != kept:
+    ] != expected:
         raise ActivateError(
-            "this file is written in a way in which no line can be taken out"
+            "this file is written in a way in which no line can be changed"
             " safely; edit it by hand"
         )
     return result

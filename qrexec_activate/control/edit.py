@@ -10,22 +10,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
 
 from ..errors import ActivateError, UsageProblem
-from ..routing.claim import Refusal
+from ..routing.claim import Claim, Refusal, Route
 from ..routing.unitfile import SourceFile, address_key, assignments
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .address import obstacle, parse_address
-from .dropins import finishing, locked, replace_file
+from .dropins import finishing, locked
 from .options import complete_routes, system_option
-from .select import select
-from .settle import is_active, start, stop
+from .select import select, written
+from .settle import Change, carry_out
 from .survey import (
     Daemon,
     Survey,
@@ -37,7 +37,7 @@ from .survey import (
 )
 from .table import short_path
 
-__all__ = ["command"]
+__all__ = ["command", "foreseen", "use"]
 
 EDITORS = ("sensible-editor", "editor", "nano", "vi")
 
@@ -55,18 +55,29 @@ def command(route: str, system: bool) -> None:
     """Open the file of a route in $VISUAL or $EDITOR, check what comes out, and
     let systemd use it.
 
-    ROUTE is an address, a unit, a target, a call or a file. What would be
-    refused is not written: you can edit it again, or leave the file as it was.
+    ROUTE is an address, a unit, a label, a target, a call or a file. What
+    would be refused is not written: you can edit it again, or leave the file as
+    it was.
     """
     user = not system
     path, unit = _file_of(survey(user=user), route, own_folder(user=user))
     before = read_file(path).text
     if before is None:
         raise ActivateError(f"{path} {read_file(path).problem}")
+    if not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
+        raise ActivateError(
+            f"cannot write {path}: Permission denied"
+            f"{'; run it with sudo' if system else ''}"
+        )
     with _draft(before, Path(path).name) as draft:
         while True:
             _edit(draft)
-            after = draft.read_text(encoding="utf-8", errors="surrogateescape")
+            after = read_file(str(draft)).text
+            if after is None or not after.strip():
+                raise ActivateError(
+                    f"the file came back empty, so {short_path(path)} is as it"
+                    f" was: qrexec-activate remove removes a route"
+                )
             if after == before:
                 click.echo(f"{short_path(path)} is as it was", err=True)
                 return
@@ -80,7 +91,7 @@ def command(route: str, system: bool) -> None:
                             f"somebody else has changed {path} meanwhile:"
                             f" edit it again"
                         )
-                    _carry_out(now, Systemctl(user), unit, path, after)
+                    use(now, Systemctl(user), {unit: {path: after}})
                     return
             for problem in problems:
                 click.echo(f"{short_path(path)}: {problem}", err=True)
@@ -101,7 +112,7 @@ def _file_of(now: Survey, route: str, folder: Path) -> tuple[str, str]:
             and "@." not in path.parent.name
         ):
             return _checked(str(path), unit.name, folder)
-    entries = select(now.entries, [route])
+    entries = select(written(now), [route])
     files = {(entry.file, entry.unit) for entry in entries if entry.file}
     if not files:
         raise UsageProblem(
@@ -129,11 +140,23 @@ def _checked(path: str, unit: str, folder: Path) -> tuple[str, str]:
 @contextlib.contextmanager
 def _draft(text: str, name: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="qrexec-activate-"))
+    draft = folder / name
     try:
-        draft = folder / name
-        draft.write_text(text, encoding="utf-8", errors="surrogateescape")
+        draft.write_text(
+            text, encoding="utf-8", errors="surrogateescape", newline=""
+        )
         yield draft
-    finally:
+    except ActivateError as error:
+        kept = read_file(str(draft)).text
+        if kept is None or kept in ("", text):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        # What a person typed is not thrown away.
+        raise ActivateError(f"{error}; your text is in {draft}") from None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    else:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -157,13 +180,13 @@ def _edit(draft: Path) -> None:
         )
 
 
-def _foreseen_files(
-    now: Survey, unit: str, path: str, text: str
-) -> list[SourceFile]:
-    return [
-        SourceFile(path, text) if one.path == path else one
+def foreseen(now: Survey, unit: str, texts: Mapping[str, str]) -> list[Claim]:
+    """Foresee the claims of a unit once these files have these texts."""
+    files = [
+        SourceFile(one.path, texts[one.path]) if one.path in texts else one
         for one in source_files(unit, now.files)
     ]
+    return foresee(_daemon(now, unit), unit, files, now.specifiers)
 
 
 def _daemon(now: Survey, unit: str) -> Daemon:
@@ -178,12 +201,7 @@ def _daemon(now: Survey, unit: str) -> Daemon:
 def _problems(now: Survey, unit: str, path: str, text: str) -> list[str]:
     """Say what would not work, were this the text of the file."""
     problems = []
-    claims = foresee(
-        _daemon(now, unit),
-        unit,
-        _foreseen_files(now, unit, path, text),
-        now.specifiers,
-    )
+    claims = foreseen(now, unit, {path: text})
     others = [entry for entry in now.entries if entry.unit != unit]
     known = {
         address_key(entry.listener)
@@ -208,45 +226,114 @@ def _problems(now: Survey, unit: str, path: str, text: str) -> list[str]:
             continue
         if hindrance := obstacle(address, others, now.listening):
             problems.append(hindrance.words)
-    says = [
-        line
-        for line in text.splitlines()
-        if line.strip() and not line.strip().startswith(("[", "#", ";"))
-    ]
-    if says and next(assignments(text), None) is None:
+    if garbage := next(_garbage(text), None):
         problems.append(
-            "there is no setting in it: a unit file has lines like [Socket]"
-            " and ListenStream=127.0.0.1:1234"
+            f"{garbage!r} is no setting: a unit file has lines like [Socket]"
+            f" and ListenStream=127.0.0.1:1234"
         )
     return problems
 
 
-def _carry_out(
-    now: Survey, systemctl: Systemctl, unit: str, path: str, text: str
+def _garbage(text: str) -> Iterator[str]:
+    """Find what systemd would pass over with no more than a line in its log:
+    neither comment, section nor setting."""
+    goes_on = False
+    for line in text.splitlines():
+        bare = line.strip()
+        if bare.startswith(("#", ";")):
+            continue
+        if bare and not goes_on and "=" not in bare and bare[0] != "[":
+            yield bare
+        goes_on = bare.endswith("\\")
+
+
+def use(
+    now: Survey,
+    systemctl: Systemctl,
+    units: Mapping[str, Mapping[str, str]],
 ) -> None:
-    claims = foresee(
-        _daemon(now, unit),
-        unit,
-        _foreseen_files(now, unit, path, text),
-        now.specifiers,
-    )
-    was_active = is_active(systemctl, unit)
-    with finishing():
-        replace_file(Path(path), text)
-        if claims:
-            systemctl.daemon_reload()
-            if was_active:
-                start(systemctl, unit, [claim.address for claim in claims])
+    """Give files of units other texts (unit → path → text), and let systemd use
+    them.
+
+    Only what is new in them closes a port, for as long as the unit restarts: an
+    address that was not open before, or another setting than an address or a
+    name.
+    """
+    change = Change()
+    befores = {unit: foreseen(now, unit, {}) for unit in units}
+    afters = {unit: foreseen(now, unit, units[unit]) for unit in units}
+    for unit, texts in units.items():
+        change.files |= texts
+        if not afters[unit]:
+            change.stop.append(unit)
+            change.disable.append(unit)
+        elif not _is_active(now, unit):
+            continue
+        elif _opens_nothing_new(now, unit, texts, afters[unit]):
+            change.refresh.add(_daemon(now, unit).unit)
         else:
-            stop(systemctl, unit)
-    for claim in claims:
-        if not isinstance(claim, Refusal) and claim.file == path:
+            change.restart.append(unit)
+            change.wanted[unit] = [claim.address for claim in afters[unit]]
+            change.before |= {
+                claim.address: claim.target
+                for claim in befores[unit]
+                if isinstance(claim, Route)
+            }
+    with finishing():
+        carry_out(change, systemctl)
+    for unit in units:
+        active = _is_active(now, unit)
+        _report(unit, befores[unit], afters[unit], active, systemctl)
+
+
+def _is_active(now: Survey, unit: str) -> bool:
+    return now.units[unit].active in ("active", "activating", "reloading")
+
+
+def _opens_nothing_new(
+    now: Survey, unit: str, texts: Mapping[str, str], after: Sequence[Claim]
+) -> bool:
+    opened = {
+        address_key(entry.listener)
+        for entry in now.entries
+        if entry.unit == unit and entry.listens is not False
+    }
+    return all(address_key(claim.address) in opened for claim in after) and all(
+        _rest(text) == _rest(read_file(path).text or "")
+        for path, text in texts.items()
+    )
+
+
+def _rest(text: str) -> list[tuple[str, str, str]]:
+    """All that a file says but which addresses reach which qubes."""
+    return [
+        (one.section, one.key, one.value)
+        for one in assignments(text)
+        if (one.section, one.key)
+        not in (("Socket", "FileDescriptorName"), ("Socket", "ListenStream"))
+    ]
+
+
+def _report(
+    unit: str,
+    before: Sequence[Claim],
+    after: Sequence[Claim],
+    active: bool,
+    systemctl: Systemctl,
+) -> None:
+    had = {one.address: one for one in before if isinstance(one, Route)}
+    have = {one.address: one for one in after if isinstance(one, Route)}
+    for address, route in had.items():
+        if address not in have:
+            click.echo(f"{address} does not reach {route.target} any more")
+    for address, route in have.items():
+        old = had.get(address)
+        if old is None or (old.target, old.call) != (route.target, route.call):
             click.echo(
-                f"{claim.address}"
-                f" {'now reaches' if was_active else 'will reach'}"
-                f" {claim.target}, by {claim.call}"
+                f"{address} {'now reaches' if active else 'will reach'}"
+                f" {route.target}, by {route.call}"
             )
-    if not claims:
+    if not after:
         click.echo(f"{unit} has no address left: stopped and disabled")
-    elif not was_active:
+    elif not active:
         click.echo(f"Start it: {systemctl.written('enable', '--now', unit)}")

@@ -4,12 +4,7 @@ the daemon that serves it."""
 from __future__ import annotations
 
 from ..errors import ActivateError, BadName, UsageProblem
-from ..routing.names import (
-    check_argument,
-    check_service,
-    escape_instance,
-    parse_unit_name,
-)
+from ..routing.names import escape_instance, parse_unit_name
 from ..systemd.manager import Manager
 from .options import did_you_mean
 from .survey import Daemon, find_daemon
@@ -25,7 +20,7 @@ KINDS = {
 }
 
 
-def unit_of(kind: str, argument: str) -> str:
+def unit_of(kind: str, argument: str, label: str = "") -> str:
     """Return the socket unit for tcp, unix, tcp-bind or a prefix of one's own;
     raises BadName."""
     if kind == "udp":
@@ -35,7 +30,7 @@ def unit_of(kind: str, argument: str) -> str:
             " UDP in a stream"
         )
     prefix = KINDS.get(kind, kind.removesuffix(".socket").removesuffix("@"))
-    unit = f"{prefix}@{escape_instance(argument)}.socket"
+    unit = f"{prefix}@{escape_instance(argument, label)}.socket"
     name = parse_unit_name(unit)
     if not argument or name.prefix != prefix:
         raise BadName(
@@ -45,10 +40,10 @@ def unit_of(kind: str, argument: str) -> str:
     return unit
 
 
-def daemon_of(manager: Manager, kind: str, argument: str, unit: str) -> Daemon:
-    """Find the daemon that a socket unit would start, and check that its RPC
-    takes this argument."""
-    template = f"{parse_unit_name(unit).prefix}@.socket"
+def daemon_of(manager: Manager, kind: str, unit: str) -> Daemon:
+    """Find the daemon that socket units of this prefix would start."""
+    prefix = parse_unit_name(unit).prefix
+    template = f"{prefix}@.socket"
     (row,) = manager.unit_properties([unit], "Unit", ["LoadState", "Triggers"])
     if row["LoadState"] in (None, "not-found"):
         if kind in KINDS:
@@ -59,7 +54,7 @@ def daemon_of(manager: Manager, kind: str, argument: str, unit: str) -> Daemon:
         raise UsageProblem(
             f"there is no {template}{did_you_mean(kind, KINDS)}: the kinds are"
             f" {', '.join(KINDS)}, and what you have made with"
-            f" qrexec-activate add-rpc {parse_unit_name(unit).prefix} MY.RPC"
+            f" qrexec-activate add-rpc {prefix} MY.RPC"
         )
     if row["LoadState"] == "masked":
         raise ActivateError(
@@ -71,10 +66,6 @@ def daemon_of(manager: Manager, kind: str, argument: str, unit: str) -> Daemon:
             [service], "Service", ["ExecStart"]
         )
         if daemon := find_daemon(service, properties["ExecStart"] or ()):
-            check_argument(
-                check_service(daemon.service),
-                argument if daemon.argument is None else daemon.argument,
-            )
             return daemon
     raise ActivateError(
         f"{template} starts"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import pwd
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ __all__ = [
     "is_wildcard",
     "listening",
     "overlaps",
+    "owner",
     "process_name",
 ]
 
@@ -168,6 +170,27 @@ def holders(inodes: Iterable[int]) -> dict[int, Holder]:
                     ):
                         found[inode] = Holder(pid, process_name(pid))
     return found
+
+
+def owner(inode: int, address: str) -> str:
+    """The name of the user who listens there, or the number of one without a
+    name; empty where the kernel does not tell."""
+    uid: int | None = None
+    for name in ("tcp", "tcp6"):
+        for line in _lines(name):
+            fields = line.split()
+            if fields[9] == str(inode):
+                uid = int(fields[7])
+    if uid is None and address.startswith("/"):
+        with contextlib.suppress(OSError):
+            uid = os.lstat(address).st_uid
+    if uid is None:
+        return ""
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+    return name if name.isprintable() else repr(name)
 
 
 def process_name(pid: int) -> str:

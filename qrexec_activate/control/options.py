@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Invocation",
+    "complete_kinds",
     "complete_routes",
     "complete_targets",
     "complete_units",
@@ -128,16 +129,34 @@ def _complete(
 def complete_routes(
     ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Offer the addresses, units and targets of all routes."""
+    """Offer the addresses, units, labels and targets of all routes."""
+    from ..routing.names import parse_unit_name
 
     def words(entry: Entry) -> list[tuple[str, str]]:
         about = f"{entry.target or 'refused'} {entry.call}"
         offered = [(entry.listener, about), (entry.unit, about)]
+        if label := parse_unit_name(entry.unit).label:
+            offered.append((label, about))
         return (
             [*offered, (entry.target, entry.call)] if entry.target else offered
         )
 
     return _complete(ctx, incomplete, words)
+
+
+def complete_kinds(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offer the kinds that ship."""
+    from click.shell_completion import CompletionItem
+
+    from .kinds import KINDS
+
+    return [
+        CompletionItem(kind, help=f"as {prefix}@.socket")
+        for kind, prefix in KINDS.items()
+        if kind.startswith(incomplete)
+    ]
 
 
 def complete_targets(

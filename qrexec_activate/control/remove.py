@@ -23,18 +23,10 @@ from ..routing.unitfile import (
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
-from .dropins import (
-    finishing,
-    is_idle,
-    locked,
-    remove_file,
-    replace_file,
-    without_lines,
-)
-from .kinds import unit_of
+from .dropins import finishing, is_idle, locked, without_lines
 from .options import complete_routes, system_option
-from .select import select
-from .settle import is_active, start, stop
+from .select import the_routes, written
+from .settle import Change, carry_out
 from .survey import (
     Daemon,
     Entry,
@@ -50,7 +42,7 @@ __all__ = ["command"]
 
 
 @dataclass(slots=True)
-class Change:
+class Removal:
     """What becomes of one socket unit: new texts of files, None for those that
     go."""
 
@@ -96,22 +88,24 @@ def command(
     """Remove routes: the lines that open an address, the drop-in if nothing
     else is in it, and the instance if it was its last.
 
-    ROUTE is an address, a unit, a target, a call or a file. Open connections go
-    on; other routes, comments and other settings stay.
+    ROUTE is an address, a unit, a label, a target, a call or a file. Open
+    connections go on; other routes, comments and other settings stay.
     """
     systemctl = Systemctl(user=not system)
     folder = own_folder(user=not system)
     if dry_run:
-        for change in _plan(words, all_of_them, folder, not system):
-            _show(change, systemctl)
+        removals = _plan(words, all_of_them, folder, not system)
+        _show(removals, systemctl)
         return
     # Where no systemd answers, as it does not by sudo, nothing is made.
     with open_manager(user=not system):
         pass
     with locked(folder):
-        for change in _plan(words, all_of_them, folder, not system):
-            _carry_out(change, systemctl)
-            _report(change)
+        removals = _plan(words, all_of_them, folder, not system)
+        with finishing():
+            carry_out(_change(removals), systemctl)
+    for removal in removals:
+        _report(removal)
 
 
 # ---------------------------------------------------------------------- decide
@@ -119,57 +113,20 @@ def command(
 
 def _plan(
     words: Sequence[str], all_of_them: bool, folder: Path, user: bool
-) -> list[Change]:
+) -> list[Removal]:
     with open_manager(user=user) as manager:
         now = take_survey(manager)
-    changes: dict[str, Change] = {}
-    for entry in _meant(words, all_of_them, now):
-        change = changes.setdefault(
-            entry.unit, Change(entry.unit, now.units[entry.unit].daemon)
+    removals: dict[str, Removal] = {}
+    for entry in the_routes(written(now), words, all_of_them):
+        removal = removals.setdefault(
+            entry.unit, Removal(entry.unit, now.units[entry.unit].daemon)
         )
-        change.entries.append(entry)
-        if entry.file and os.path.exists(entry.file):
+        removal.entries.append(entry)
+        if _has_file(entry):
             _check_ours(entry, folder)
-    for change in changes.values():
-        _decide(change, now)
-    return list(changes.values())
-
-
-def _meant(words: Sequence[str], all_of_them: bool, now: Survey) -> list[Entry]:
-    """Find the routes that are meant: one for each word, unless all are."""
-    if by_kind := _by_kind(words, now):
-        return by_kind
-    meant: dict[Entry, None] = {}
-    for word in words:
-        found = select(now.entries, [word])
-        if len(found) > 1 and not all_of_them:
-            listeners = ", ".join(entry.listener for entry in found)
-            raise UsageProblem(
-                f"{word!r} may mean {len(found)} routes: {listeners}; name"
-                f" one of these, or add --all"
-            )
-        meant |= dict.fromkeys(found)
-    return list(meant)
-
-
-def _by_kind(words: Sequence[str], now: Survey) -> list[Entry]:
-    """Understand KIND ARGUMENT [TARGET], as add takes it; empty if the words
-    are no such thing."""
-    if len(words) not in (2, 3):
-        return []
-    try:
-        unit = unit_of(words[0], words[1])
-    except ActivateError:
-        return []
-    mine = [entry for entry in now.entries if entry.unit == unit]
-    # Whose file is gone has no target any more; an earlier run has not come to
-    # its end.
-    target = words[2] if len(words) == 3 else None
-    return [
-        entry
-        for entry in mine
-        if target is None or entry.target == target or not _has_file(entry)
-    ]
+    for removal in removals.values():
+        _decide(removal, now)
+    return list(removals.values())
 
 
 def _has_file(entry: Entry) -> bool:
@@ -184,31 +141,43 @@ def _check_ours(entry: Entry, folder: Path) -> None:
             f" hide it with an empty file of the same name there, or remove"
             f" it where it came from"
         )
+    if "@." in Path(entry.file).parent.name:
+        raise UsageProblem(
+            f"{entry.listener} is opened by {entry.file}, which all units of"
+            f" this kind share: change it by hand"
+        )
 
 
-def _decide(change: Change, now: Survey) -> None:
+def _decide(removal: Removal, now: Survey) -> None:
     """Work out the new texts, and make sure that no other route of the unit
     changes with them."""
-    before = source_files(change.unit, now.files)
-    values = unit_specifiers(change.unit, now.specifiers)
+    before = source_files(removal.unit, now.files)
+    values = unit_specifiers(removal.unit, now.specifiers)
     for path in sorted(
-        {entry.file for entry in change.entries if _has_file(entry)}
+        {entry.file for entry in removal.entries if _has_file(entry)}
     ):
         doomed = [
-            entry.listener for entry in change.entries if entry.file == path
+            entry.listener for entry in removal.entries if entry.file == path
         ]
-        change.files[path] = _without(path, doomed, values)
+        removal.files[path] = _without(path, doomed, values)
     after = [
-        SourceFile(file.path, change.files[file.path])
-        if file.path in change.files
+        SourceFile(file.path, removal.files[file.path])
+        if file.path in removal.files
         else file
         for file in before
-        if change.files.get(file.path, "") is not None
+        if removal.files.get(file.path, "") is not None
     ]
-    claimed = foresee(change.daemon, change.unit, after, now.specifiers)
-    change.left = [claim.address for claim in claimed]
-    removed = {entry.listener for entry in change.entries}
-    for claim in foresee(change.daemon, change.unit, before, now.specifiers):
+    claimed = foresee(removal.daemon, removal.unit, after, now.specifiers)
+    removal.left = [claim.address for claim in claimed]
+    removed = {entry.listener for entry in removal.entries}
+    if stays := removed.intersection(removal.left):
+        raise ActivateError(
+            f"{', '.join(sorted(stays))} is opened by more than one line, or"
+            f" by one that is not understood here: see systemctl cat"
+            f" {removal.unit} (with --user for a user unit), and take it out"
+            f" by hand"
+        )
+    for claim in foresee(removal.daemon, removal.unit, before, now.specifiers):
         if (
             isinstance(claim, Route)
             and claim.address not in removed
@@ -264,46 +233,37 @@ def _without(
 # ---------------------------------------------------------------------- do
 
 
-def _carry_out(change: Change, systemctl: Systemctl) -> None:
-    """Change the files, then systemd. Whoever is killed in between runs it
-    again; what is left then is done."""
-    was_active = is_active(systemctl, change.unit)
-    with finishing():
-        for path, text in change.files.items():
-            if text is None:
-                remove_file(Path(path))
-            else:
-                replace_file(Path(path), text)
-        if not change.left:
-            stop(systemctl, change.unit)
-            return
-        systemctl.daemon_reload()
-        if was_active:
-            start(systemctl, change.unit, change.left)
+def _change(removals: Sequence[Removal]) -> Change:
+    change = Change()
+    for removal in removals:
+        change.files |= removal.files
+        if removal.left:
+            change.refresh.add(removal.daemon.unit)
+        else:
+            change.stop.append(removal.unit)
+            change.disable.append(removal.unit)
+    return change
 
 
-def _show(change: Change, systemctl: Systemctl) -> None:
+def _show(removals: Sequence[Removal], systemctl: Systemctl) -> None:
+    change = _change(removals)
     for path, text in change.files.items():
         click.echo(
             f"# {path}: removed" if text is None else f"# {path}\n{text}"
         )
-    if change.left:
-        commands = [("daemon-reload",), ("restart", change.unit)]
-    else:
-        commands = [("stop", change.unit), ("disable", change.unit)]
-    for words in commands:
+    for words in change.commands():
         click.echo(f"$ {systemctl.written(*words)}")
 
 
-def _report(change: Change) -> None:
-    for entry in change.entries:
+def _report(removal: Removal) -> None:
+    for entry in removal.entries:
         click.echo(
             f"{entry.listener} does not reach {entry.target or 'anything'}"
             f" any more"
         )
-    for path, text in change.files.items():
+    for path, text in removal.files.items():
         click.echo(
             f"{'Removed' if text is None else 'Changed'}: {short_path(path)}"
         )
-    if not change.left:
-        click.echo(f"{change.unit} had no other address: stopped and disabled")
+    if not removal.left:
+        click.echo(f"{removal.unit} had no other address: stopped and disabled")

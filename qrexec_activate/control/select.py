@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from ..errors import UsageProblem
+from ..errors import ActivateError, UsageProblem
+from ..routing.claim import Route
+from ..routing.names import parse_unit_name
 from ..routing.unitfile import address_key
-from .survey import Entry
+from .kinds import unit_of
+from .survey import Entry, Survey, Unit, written_claims
 
-__all__ = ["means", "select"]
+__all__ = ["means", "select", "the_routes", "whole_units", "written"]
 
 
 def select(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
@@ -22,7 +27,7 @@ def select(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
         if not found:
             raise UsageProblem(
                 f"there is no route {word!r}: name one by its address, unit,"
-                f" target, call or file,"
+                f" label, target, call or file,"
                 " as qrexec-activate list shows them"
             )
         chosen |= dict.fromkeys(found)
@@ -40,3 +45,132 @@ def means(word: str, entry: Entry) -> bool:
         and not word.isdigit()
         and key == address_key(entry.listener)
     )
+
+
+def written(now: Survey) -> list[Entry]:
+    """Return the routes as the files have them now, whether or not systemd has
+    read them yet, and after these what only systemd still has: it is the
+    files that a command changes."""
+    entries: list[Entry] = []
+    loaded: dict[str, list[Entry]] = {}
+    for entry in now.entries:
+        loaded.setdefault(entry.unit, []).append(entry)
+    for unit in now.units.values():
+        entries += _written(unit, loaded.get(unit.name, []), now)
+    return entries
+
+
+def _written(unit: Unit, loaded: list[Entry], now: Survey) -> list[Entry]:
+    def key(address: str) -> object:
+        return address_key(address) or address
+
+    by_key: dict[object, Entry] = {}
+    for entry in loaded:
+        by_key.setdefault(key(entry.listener), entry)
+    entries = []
+    for claim in written_claims(
+        unit.daemon, unit.name, now.files, now.specifiers
+    ):
+        known = by_key.get(key(claim.address))
+        if known is None:
+            known = Entry(
+                claim.address,
+                None,
+                unit.daemon.service,
+                claim.argument
+                if isinstance(claim, Route)
+                else parse_unit_name(unit.name).argument,
+                unit.name,
+                unit.daemon.unit,
+                claim.file,
+                unit.enabled,
+                unit.active,
+                now.listening.holds(claim.address),
+            )
+        entries.append(
+            replace(
+                known,
+                listener=claim.address,
+                target=claim.target if isinstance(claim, Route) else None,
+                file=claim.file or known.file,
+            )
+        )
+    found = {key(entry.listener) for entry in entries}
+    return entries + [
+        entry for entry in loaded if key(entry.listener) not in found
+    ]
+
+
+def the_routes(
+    entries: Sequence[Entry], words: Sequence[str], all_of_them: bool
+) -> list[Entry]:
+    """Return the routes that are meant: one for each word, all that it may mean
+    with --all, or those of KIND ARGUMENT [TARGET], as add takes it."""
+    groups = [(" ".join(words), _by_kind(words, entries))]
+    if not groups[0][1]:
+        groups = [(word, select(entries, [word])) for word in words]
+    meant: dict[Entry, None] = {}
+    for word, found in groups:
+        # A unit's own name stands for all that it opens.
+        units = {entry.unit for entry in found}
+        if len(found) > 1 and not all_of_them and not _names(word, units):
+            listeners = ", ".join(entry.listener for entry in found)
+            raise UsageProblem(
+                f"{word!r} may mean {len(found)} routes: {listeners}; name"
+                f" one of these, or add --all"
+            )
+        meant |= dict.fromkeys(found)
+    return list(meant)
+
+
+def _names(word: str, units: set[str]) -> bool:
+    return len(units) == 1 and word.removesuffix(".socket") == next(
+        iter(units)
+    ).removesuffix(".socket")
+
+
+def _by_kind(words: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
+    if len(words) not in (2, 3):
+        return []
+    try:
+        name = parse_unit_name(unit_of(words[0], words[1]))
+    except ActivateError:
+        return []
+    found = []
+    for entry in entries:
+        other = parse_unit_name(entry.unit)
+        if (other.prefix, other.argument) == (name.prefix, name.argument):
+            found.append(entry)
+    if len(words) == 2:
+        return found
+    # Whose file is gone has no target any more; an earlier run has not come to
+    # its end.
+    return [
+        entry
+        for entry in found
+        if words[2] in (entry.target, parse_unit_name(entry.unit).label)
+        or (
+            parse_unit_name(entry.unit).label == ""
+            and not os.path.exists(entry.file)
+        )
+    ]
+
+
+def whole_units(
+    meant: Sequence[Entry], entries: Sequence[Entry]
+) -> Mapping[str, list[Entry]]:
+    """Return the units of these routes, with all that each opens; raises
+    UsageProblem where one opens more than is meant."""
+    units: dict[str, list[Entry]] = {entry.unit: [] for entry in meant}
+    for entry in entries:
+        if entry.unit in units:
+            units[entry.unit].append(entry)
+    for unit, all_of_it in units.items():
+        for entry in all_of_it:
+            if entry not in meant:
+                raise UsageProblem(
+                    f"{unit} is also the route from {entry.listener} to"
+                    f" {entry.target or 'nowhere'}, and systemd starts and"
+                    f" stops units: name all of its routes, or the unit"
+                )
+    return units

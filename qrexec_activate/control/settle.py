@@ -1,70 +1,233 @@
-"""Bring systemd in line with what the unit files now say, for one socket
-unit."""
+"""Bring systemd in line with what the unit files are to say: one change, and
+one daemon-reload, however many units it touches.
+
+The rule it keeps: no address closes that is to stay. A unit that loses an
+address, or a route that gets another target, needs no restart: at the
+daemon-reload systemd lets go of what no file opens any more, and keeps the
+rest (seen on 252 and 257); the daemon then ends, and the next connection
+starts it with what is left.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import click
 
 from ..errors import ActivateError, ManagerError
 from ..routing.unitfile import address_key
 from ..systemd.systemctl import Systemctl
-from .netproc import holders, listening
+from .dropins import create_file, remove_file, replace_file
+from .netproc import holders, listening, owner
 
-__all__ = ["is_active", "is_enabled", "start", "stop", "why_not_started"]
+__all__ = ["Change", "active_of", "carry_out", "undo", "why_not_started"]
 
+_Item = TypeVar("_Item")
 
-def is_active(systemctl: Systemctl, unit: str) -> bool:
-    """Whether the socket listens, or did until it failed just now."""
-    return systemctl.run("is-active", unit, check=False).strip() in (
-        "active",
-        "activating",
-        "reloading",
-    )
-
-
-def is_enabled(systemctl: Systemctl, unit: str) -> bool:
-    return systemctl.run("is-enabled", unit, check=False).strip() in (
-        "enabled",
-        "enabled-runtime",
-        "static",
-        "alias",
-    )
+#: A socket unit is refused while its daemon starts, which a connection to
+#: another one of its ports may bring about at any moment.
+TRIES = 5
+#: Units told to systemd at once, so that a terminal shows how far it has come.
+CHUNK = 100
 
 
-def start(systemctl: Systemctl, unit: str, addresses: list[str]) -> None:
-    """Let the unit listen on what its files say now; raises ActivateError with
-    the reason.
+@dataclass(slots=True)
+class Change:
+    """What is to become of unit files and units."""
 
-    A unit that is active has to be restarted for that. Its open connections go
-    on.
+    #: Files to be made: whole texts.
+    new: dict[Path, str] = field(default_factory=dict)
+    #: Files that are there: new texts, None for those that go.
+    files: dict[str, str | None] = field(default_factory=dict)
+    enable: list[str] = field(default_factory=list)
+    disable: list[str] = field(default_factory=list)
+    stop: list[str] = field(default_factory=list)
+    #: Units that get addresses which they have not opened yet.
+    restart: list[str] = field(default_factory=list)
+    start: list[str] = field(default_factory=list)
+    #: Services that are to look at their sockets anew.
+    refresh: set[str] = field(default_factory=set)
+    #: Unit that is to listen → its addresses.
+    wanted: dict[str, list[str]] = field(default_factory=dict)
+    #: Address → the qube that it reached before.
+    before: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rereads(self) -> bool:
+        return bool(
+            self.new
+            or self.files
+            or self.enable
+            or self.disable
+            or self.refresh
+        )
+
+    def commands(self) -> Iterator[tuple[str, ...]]:
+        """What systemctl is to be told, in this order, files being changed
+        after enable."""
+        if self.enable:
+            yield ("enable", *self.enable)
+        if self.stop:
+            yield ("stop", *self.stop)
+        if self.disable:
+            yield ("disable", *self.disable)
+        if self.rereads:
+            yield ("daemon-reload",)
+        if self.refresh:
+            yield ("stop", *sorted(self.refresh))
+        if self.restart:
+            yield ("restart", *self.restart)
+        if self.start:
+            yield ("start", *self.start)
+
+
+def carry_out(change: Change, systemctl: Systemctl) -> None:
+    """Do it, in an order in which whoever is killed in between runs it again,
+    and what is left then is done.
+
+    A link that enables a unit without any address does nothing, so that until
+    a file is written nothing has changed. Raises ActivateError, with what
+    stands in the way.
     """
-    systemctl.run("reset-failed", unit, check=False)
+    if change.enable:
+        systemctl.run("enable", "--no-reload", *change.enable)
+    for path, text in progress("Writing", list(change.new.items())):
+        create_file(path, text)
+    for name, changed in progress("Changing", list(change.files.items())):
+        if changed is None:
+            remove_file(Path(name))
+        else:
+            replace_file(Path(name), changed)
+    for chunk in _chunks("Stopping", change.stop):
+        systemctl.run("stop", *chunk)
+    if change.stop:
+        systemctl.run("reset-failed", *change.stop, check=False)
+    problem = _disable(systemctl, change.disable)
+    if change.rereads:
+        systemctl.daemon_reload()
+    if change.refresh:
+        systemctl.run("stop", *sorted(change.refresh))
+    if starting := change.restart + change.start:
+        systemctl.run("reset-failed", *starting, check=False)
+    for chunk in _chunks("Restarting", change.restart):
+        _start(systemctl, "restart", chunk, change)
+    for chunk in _chunks("Starting", change.start):
+        _start(systemctl, "start", chunk, change)
+    if problem:
+        raise problem
+
+
+def _disable(systemctl: Systemctl, units: Sequence[str]) -> ManagerError | None:
+    """Disable units; an error is returned, for when the rest is done: a broken
+    link of another unit is one, and a link that stays enables a unit without
+    any address."""
     try:
-        systemctl.run("restart", unit)
+        if units:
+            systemctl.run("disable", "--no-reload", *units)
     except ManagerError as error:
-        if reason := why_not_started(addresses):
-            raise ActivateError(f"{unit} does not start: {reason}") from None
-        raise ActivateError(
-            f"{error} ({systemctl.written('status', unit)} says more)"
-        ) from None
+        return error
+    return None
 
 
-def why_not_started(addresses: list[str]) -> str:
-    """Name who has an address that the unit wants; empty if nobody has."""
+def _start(
+    systemctl: Systemctl, verb: str, units: Sequence[str], change: Change
+) -> None:
+    failed = list(units)
+    for attempt in range(TRIES):
+        try:
+            systemctl.run(verb if attempt == 0 else "start", *failed)
+            return
+        except ManagerError as error:
+            failed = [
+                unit for unit, yes in active_of(systemctl, failed) if not yes
+            ]
+            if not failed:
+                return
+            if reason := _taken(failed, change):
+                raise ActivateError(reason) from None
+            if attempt == TRIES - 1:
+                raise ActivateError(
+                    f"{error} ({systemctl.written('status', failed[0])} says"
+                    f" more)"
+                ) from None
+
+
+def _taken(units: Iterable[str], change: Change) -> str:
+    """Name who has the addresses of units that did not start, and what was
+    there before; empty if nobody has."""
+    reasons = []
+    for unit in units:
+        for address in change.wanted.get(unit, ()):
+            if reason := why_not_started([address]):
+                was = change.before.get(address)
+                before = f"it reached {was}" if was else "it was closed"
+                reasons.append(
+                    f"{unit} does not start: {reason}; before, {before}"
+                )
+    return "; ".join(reasons)
+
+
+def why_not_started(addresses: Iterable[str]) -> str:
+    """Name who has an address that a unit wants; empty if nobody has."""
     now = listening()
     reasons = []
     for address in addresses:
-        key = address_key(address)
-        inode = now.in_the_way(address) if key else None
+        inode = now.in_the_way(address) if address_key(address) else None
         if inode is not None:
-            holder = holders([inode]).get(inode)
+            holder = holders([inode]).get(inode) or "a program"
+            whose = owner(inode, address)
             reasons.append(
-                f"{address} is taken by {holder or 'a program of another user'}"
+                f"{address} is taken by {holder}"
+                f"{f' of the user {whose}' if whose else ''}"
             )
     return "; ".join(reasons)
 
 
-def stop(systemctl: Systemctl, unit: str) -> None:
-    """Stop and disable a unit that has nothing left to listen on."""
-    systemctl.run("stop", unit)
-    systemctl.run("reset-failed", unit, check=False)
-    systemctl.run("disable", "--no-reload", unit)
-    systemctl.daemon_reload()
+def undo(change: Change, systemctl: Systemctl) -> None:
+    """Take back the making of new routes, as far as it came."""
+    if change.start:
+        systemctl.run("stop", *change.start, check=False)
+    for path in change.new:
+        remove_file(path)
+    if change.enable:
+        systemctl.run("disable", "--no-reload", *change.enable, check=False)
+    systemctl.run("daemon-reload", check=False)
+    if change.start:
+        systemctl.run("reset-failed", *change.start, check=False)
+
+
+def active_of(
+    systemctl: Systemctl, units: Sequence[str]
+) -> list[tuple[str, bool]]:
+    """Tell of each unit whether it listens, or did until it failed just now."""
+    if not units:
+        return []
+    states = systemctl.run("is-active", *units, check=False).split()
+    return [
+        (unit, state in ("active", "activating", "reloading"))
+        for unit, state in zip(units, states, strict=True)
+    ]
+
+
+# -------------------------------------------------------------------- progress
+
+
+def progress(what: str, items: Sequence[_Item]) -> Iterator[_Item]:
+    """Go through many things, and show on a terminal how far one is."""
+    shown = len(items) > CHUNK and sys.stderr.isatty()
+    for number, item in enumerate(items):
+        if shown and number % CHUNK == 0:
+            click.echo(f"\r{what} {number} of {len(items)}", nl=False, err=True)
+        yield item
+    if shown:
+        click.echo("\r\x1b[K", nl=False, err=True)
+
+
+def _chunks(what: str, units: Sequence[str]) -> Iterator[Sequence[str]]:
+    for number, _ in enumerate(progress(what, units)):
+        if number % CHUNK == 0:
+            yield units[number : number + CHUNK]

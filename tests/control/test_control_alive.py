@@ -198,7 +198,7 @@ def test_a_connection_that_outlived_its_daemon_is_shown_and_can_be_ended(
     desk: Desk,
 ) -> None:
     with connection(desk) as sock:
-        desk.machine.systemctl("stop", desk.tcp)
+        desk.machine.systemctl("stop", desk.labelled("work"))
         (found,) = desk.json("status", "work")["connections"]
         assert found["state"] == "open"
         printed = desk.run("disconnect", found["id"])
@@ -247,7 +247,10 @@ def test_no_decoy_hides_a_connection(desk: Desk) -> None:
     # The oldest of a name is the decoy: it is there before the connection.
     number = int(found["id"].rpartition("-")[2]) + 1
     name = f"{found['id'].rpartition('-')[0]}-{number}"
-    route = {"LISTENER": f"127.0.0.1:{desk.port}", "UNIT": desk.tcp}
+    route = {
+        "LISTENER": f"127.0.0.1:{desk.port}",
+        "UNIT": desk.labelled("work"),
+    }
     decoy = {
         **desk.machine.environment,
         "QREXEC_ACTIVATE_CONNECTION": name,
@@ -325,7 +328,7 @@ def test_the_log_has_one_line_for_each_connection(desk: Desk) -> None:
     for _ in range(3):
         with connection(desk):
             pass
-    printed = logged(desk, desk.tcp, lines=3)
+    printed = logged(desk, desk.labelled("work"), lines=3)
     lines = printed.splitlines()
     assert len(lines) == 3
     for line in lines:
@@ -336,7 +339,7 @@ def test_the_log_has_one_line_for_each_connection(desk: Desk) -> None:
         assert re.match(
             rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \S+: {route}: ended", line
         )
-    assert desk.run("logs", "-n", "1", desk.tcp) == f"{lines[2]}\n"
+    assert desk.run("logs", "-n", "1", desk.labelled("work")) == f"{lines[2]}\n"
     # However a person names it.
     (route,) = desk.json("list")
     for word in (str(desk.port), route["file"], route["listener"], "work"):
@@ -349,7 +352,7 @@ def test_the_log_has_one_line_for_each_connection(desk: Desk) -> None:
 def test_what_the_log_cannot_show_is_an_error(desk: Desk) -> None:
     with connection(desk):
         pass
-    logged(desk, desk.tcp)
+    logged(desk, desk.labelled("work"))
     assert "'nobody' is no route" in desk.fails("logs", "nobody", code=2)
     assert "'nobody' is no route" in desk.fails(
         "logs", "-n1", "work", "nobody", code=2
@@ -382,8 +385,8 @@ def test_the_log_as_json_is_an_object_a_line(desk: Desk) -> None:
     for _ in range(2):
         with connection(desk):
             pass
-    logged(desk, desk.tcp, lines=2)
-    printed = desk.run("logs", desk.tcp, "--json").splitlines()
+    logged(desk, desk.labelled("work"), lines=2)
+    printed = desk.run("logs", desk.labelled("work"), "--json").splitlines()
     first, second = map(json.loads, printed)
     assert first["when"] <= second["when"]
     assert first["id"] != second["id"]
@@ -409,7 +412,7 @@ def test_what_a_qube_has_its_end_say_is_no_record(
     desk.machine.systemctl("daemon-reload")
     with connection(desk):
         pass
-    logged(desk, desk.tcp)
+    logged(desk, desk.labelled("work"))
     said = subprocess.run(
         ["journalctl", "--output=cat", f"_UID={os.getuid()}", "-n", "200"],
         capture_output=True,
@@ -423,9 +426,9 @@ def test_what_a_qube_has_its_end_say_is_no_record(
 def test_the_log_is_followed(desk: Desk) -> None:
     with connection(desk):
         pass
-    logged(desk, desk.tcp)
+    logged(desk, desk.labelled("work"))
     with subprocess.Popen(
-        desk.argv("logs", "-f", desk.tcp),
+        desk.argv("logs", "-f", desk.labelled("work")),
         env=desk.machine.environment,
         stdout=subprocess.PIPE,
         text=True,
@@ -511,7 +514,7 @@ def test_a_target_that_was_refused_is_pointed_out(desk: Desk) -> None:
         assert sock.recv(1) == b""
     until(
         "the refusal is logged",
-        lambda: "exit code 126" in desk.run("logs", desk.tcp),
+        lambda: "exit code 126" in desk.run("logs", desk.labelled("work")),
     )
     (step,) = [
         one

@@ -126,7 +126,7 @@ def test_a_port_that_somebody_else_has_is_named_with_its_owner(
 def test_files_that_systemd_has_not_read_need_a_reload(desk: Desk) -> None:
     desk.run("add", "tcp", str(desk.port), "gitweb")
     desk.drop_in(
-        desk.tcp,
+        desk.gitweb,
         "work",
         "[Socket]",
         f"ListenStream=127.0.0.2:{desk.port}",
@@ -147,7 +147,7 @@ def test_files_that_systemd_has_not_read_need_a_reload(desk: Desk) -> None:
 def test_a_listener_that_comes_only_with_a_restart_is_found(desk: Desk) -> None:
     desk.run("add", "tcp", str(desk.port), "gitweb")
     desk.drop_in(
-        desk.tcp,
+        desk.gitweb,
         "work",
         "[Socket]",
         f"ListenStream=127.0.0.2:{desk.port}",
@@ -155,7 +155,7 @@ def test_a_listener_that_comes_only_with_a_restart_is_found(desk: Desk) -> None:
     )
     desk.machine.systemctl("daemon-reload")
     (step,) = wrong(desk, code=2)
-    assert step["mend"] == f"systemctl --user restart {desk.tcp}"
+    assert step["mend"] == f"systemctl --user restart {desk.gitweb}"
 
 
 def test_two_files_that_claim_one_address_are_both_named(desk: Desk) -> None:

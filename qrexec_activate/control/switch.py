@@ -1,0 +1,85 @@
+"""What enable, disable, start and stop have in common: the units of routes,
+switched by one command of systemd each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from ..systemd.manager import open_manager
+from ..systemd.systemctl import Systemctl
+from .dropins import finishing
+from .options import complete_routes, system_option
+from .select import the_routes, whole_units, written
+from .settle import Change, carry_out
+from .survey import take_survey
+
+__all__ = ["switch"]
+
+
+def switch(
+    name: str,
+    help: str,
+    done: str,
+    change_of: Callable[[list[str], bool], Change],
+    *,
+    has_now: bool = False,
+) -> click.Command:
+    """Make a command that changes the units of routes, as `change_of` has it
+    for units and whether --now was said; `done` says of each route what became
+    of it."""
+
+    def command(
+        words: tuple[str, ...],
+        all_of_them: bool,
+        system: bool,
+        at_once: bool = False,
+    ) -> None:
+        with open_manager(user=not system) as manager:
+            entries = written(take_survey(manager))
+        units = whole_units(the_routes(entries, words, all_of_them), entries)
+        change = change_of(list(units), at_once)
+        change.wanted = {
+            unit: [entry.listener for entry in opened]
+            for unit, opened in units.items()
+        }
+        with finishing():
+            carry_out(change, Systemctl(user=not system))
+        for entry in (entry for opened in units.values() for entry in opened):
+            click.echo(
+                f"{done}: {entry.listener} to {entry.target or 'nowhere'}"
+            )
+
+    command.__doc__ = (
+        f"{help}\n\nROUTE is an address, a unit, a label, a target, a call or"
+        f" a file; a unit of several routes takes all of them."
+    )
+    if has_now:
+        command = click.option(
+            "--now",
+            "at_once",
+            is_flag=True,
+            help=f"{'Start' if name == 'enable' else 'Stop'} it as well.",
+        )(command)
+    command = click.option(
+        "--all",
+        "all_of_them",
+        is_flag=True,
+        help="Take every route that ROUTE may mean.",
+    )(command)
+    command = click.argument(
+        "words",
+        metavar="ROUTE... | KIND ARGUMENT [TARGET]",
+        nargs=-1,
+        required=True,
+        shell_complete=complete_routes,
+    )(command)
+    return click.command(
+        name,
+        epilog=f"""\b
+Examples:
+    $ qrexec-activate {name} 127.0.0.1:1234
+    $ qrexec-activate {name} work --all
+""",
+    )(system_option(command))
