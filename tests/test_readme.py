@@ -185,6 +185,38 @@ def test_two_qubes_one_port(machine: Machine) -> None:
         assert ask(("127.0.0.2", number)).startswith("work heard me")
 
 
+def test_a_unit_for_each_route(machine: Machine) -> None:
+    hosts = [f"127.0.0.{last}" for last in (1, 2, 3)]
+    number = port(1234, *hosts)
+    units = [
+        readme(title, _1234=number)
+        for title in ("Two qubes, one port", "A unit for each route")
+    ]
+    assert set(units[1].files) == {
+        f"qrexec-connect-tcp@{number}:mail.socket.d/mail.conf"
+    }
+    with ExitStack() as stack:
+        for qube in ("gitweb", "work", "mail"):
+            machine.add_qube(qube)
+            stack.enter_context(serving(qube, (machine.address(qube), number)))
+        for section in units:
+            follow(machine, section)
+        assert ask((hosts[2], number)).startswith("mail heard me")
+        (line,) = (
+            line
+            for line in (ROOT / "README.md").read_text().splitlines()
+            if "`systemctl --user stop " in line
+        )
+        stop = line.split("`")[1].replace("1234", str(number))
+        machine.run(shlex.split(stop))
+        with pytest.raises(ConnectionRefusedError):
+            ask((hosts[2], number))
+        (machine.loopback / "policy").write_text(
+            "".join(f"{line}\n" for line in units[0].policy)
+        )
+        assert ask((hosts[0], number)).startswith("gitweb heard me")
+
+
 def test_split_ssh(machine: Machine) -> None:
     section = readme("Split SSH")
     vault = machine.add_qube("vault")

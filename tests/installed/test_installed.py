@@ -145,6 +145,52 @@ def test_two_qubes_one_port(debian: Container) -> None:
     assert debian.ask("127.0.0.2", "1234").startswith("work to ")
 
 
+def listener(debian: Container, address: str) -> str:
+    """The inode of the socket that listens there, as /proc/net/tcp has it."""
+    (found,) = (
+        fields[9]
+        for fields in map(
+            str.split, debian.run("cat", "/proc/net/tcp").split("\n")
+        )
+        if fields[1:2] == [address] and fields[3] == "0A"
+    )
+    return found
+
+
+def test_a_unit_for_each_route_stops_alone(debian: Container) -> None:
+    do_as_the_readme_says(debian, "A unit for each route")
+    assert debian.ask("127.0.0.3", "1234").startswith("mail to ")
+    debian.user_systemctl("stop", "qrexec-connect-tcp@1234:mail.socket")
+    assert "Refused" in debian.ask("127.0.0.3", "1234", check=False)
+    assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
+    assert debian.ask("127.0.0.2", "1234").startswith("work to ")
+
+
+def test_no_port_closes_but_that_of_the_route_that_goes(
+    debian: Container,
+) -> None:
+    def command(*arguments: str) -> str:
+        return debian.run("qrexec-activate", *arguments, user="user")
+
+    first, third = "0100007F:04D2", "0300007F:04D2"
+    before = listener(debian, first)
+    command("start", "mail")
+    kept = listener(debian, third)
+    command("retarget", "mail", "gitweb")
+    assert debian.ask("127.0.0.3", "1234").startswith("gitweb to ")
+    assert listener(debian, third) == kept
+    # The unit of both goes on without one of them.
+    command("remove", "127.0.0.2:1234")
+    assert "Refused" in debian.ask("127.0.0.2", "1234", check=False)
+    command("remove", "mail")
+    assert "Refused" in debian.ask("127.0.0.3", "1234", check=False)
+    assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
+    assert listener(debian, first) == before
+    do_as_the_readme_says(debian, "Two qubes, one port")
+    debian.user_systemctl("restart", "qrexec-connect-tcp@1234.socket")
+    assert debian.ask("127.0.0.2", "1234").startswith("work to ")
+
+
 def test_split_ssh_as_in_the_readme(debian: Container) -> None:
     do_as_the_readme_says(debian, "Split SSH")
     assert (
