@@ -54,6 +54,9 @@ def command(route: str, target: str, all_of_them: bool, system: bool) -> None:
     check_target(target)
     user = not system
     folder = own_folder(user=user)
+    # Where no systemd answers, as it does not by sudo, nothing is made.
+    with open_manager(user=user):
+        pass
     with locked(folder):
         with open_manager(user=user) as manager:
             now = take_survey(manager)
