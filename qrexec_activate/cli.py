@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 from pathlib import Path
 
@@ -168,6 +169,9 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         guard_streams()
+        if "_QREXEC_ACTIVATE_COMPLETE" in os.environ:
+            # Its classes take the place of click's.
+            importlib.import_module(".control.completion", __package__)
         cli(prog_name="qrexec-activate", obj=invocation)
     except Exception as error:
         with contextlib.suppress(Exception):

@@ -39,7 +39,12 @@ from .address import (
 )
 from .dropins import finishing, locked
 from .kinds import daemon_of, unit_of
-from .options import complete_kinds, complete_targets, system_option
+from .options import (
+    complete_files,
+    complete_kinds,
+    complete_targets,
+    system_option,
+)
 from .policy import FILE as POLICY_FILE
 from .policy import policy_lines, this_qube
 from .select import written
@@ -99,6 +104,7 @@ def _listen_option(command: click.decorators.FC) -> click.decorators.FC:
     return click.option(
         "--listen",
         metavar="ADDRESS[:PORT]|PATH",
+        shell_complete=complete_files,
         help="Where to listen in this qube.",
     )(command)
 

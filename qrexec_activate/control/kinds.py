@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from ..errors import ActivateError, BadName, UsageProblem
 from ..routing.names import escape_instance, parse_unit_name
-from ..systemd.manager import Manager
+from ..systemd.manager import Manager, open_manager
+from ..systemd.unitdirs import scan
 from .options import did_you_mean
 from .survey import Daemon, find_daemon
 
-__all__ = ["KINDS", "daemon_of", "unit_of"]
+__all__ = ["KINDS", "daemon_of", "own_kinds", "unit_of"]
 
 #: The prefixes that ship. Which RPC each of them calls is read from its
 #: service.
@@ -18,6 +19,31 @@ KINDS = {
     "unix": "qrexec-connect-unix",
     "tcp-bind": "qrexec-connect-tcp-bind",
 }
+
+
+def own_kinds(*, user: bool) -> list[str]:
+    """The prefixes of a person's own that start a daemon."""
+    with open_manager(user=user) as manager:
+        (path,) = manager.manager_properties("UnitPath")
+        units = scan(path or ()).fragments
+        templates = [
+            name
+            for name in units
+            if name.endswith("@.socket")
+            and f"{name.removesuffix('@.socket')}.service" in units
+        ]
+        prefixes = [name.removesuffix("@.socket") for name in templates]
+        rows = manager.unit_properties(
+            [f"{prefix}.service" for prefix in prefixes],
+            "Service",
+            ["ExecStart"],
+        )
+        return sorted(
+            prefix
+            for prefix, row in zip(prefixes, rows, strict=True)
+            if prefix not in KINDS.values()
+            and find_daemon(f"{prefix}.service", row["ExecStart"] or ())
+        )
 
 
 def unit_of(kind: str, argument: str, label: str = "") -> str:

@@ -3,6 +3,7 @@ completion of what is already in use."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Invocation",
+    "complete_files",
     "complete_kinds",
     "complete_routes",
     "complete_targets",
@@ -129,32 +131,50 @@ def _complete(
 def complete_routes(
     ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Offer the addresses, units, labels and targets of all routes."""
+    """Offer the addresses, units, labels and targets of all routes; and files,
+    which may be theirs, too."""
+
     from ..routing.names import parse_unit_name
 
     def words(entry: Entry) -> list[tuple[str, str]]:
         about = f"{entry.target or 'refused'} {entry.call}"
-        offered = [(entry.listener, about), (entry.unit, about)]
-        if label := parse_unit_name(entry.unit).label:
-            offered.append((label, about))
+        label = parse_unit_name(entry.unit).label
+        names = [entry.listener, entry.unit, label]
+        offered = [(name, about) for name in names if name]
         return (
             [*offered, (entry.target, entry.call)] if entry.target else offered
         )
 
-    return _complete(ctx, incomplete, words)
+    found = _complete(ctx, incomplete, words)
+    return found + complete_files(ctx, _param, incomplete)
+
+
+def complete_files(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Leave paths to the shell."""
+    from click.shell_completion import CompletionItem
+
+    is_path = incomplete.startswith(("/", "~", "./", "../"))
+    return [CompletionItem(incomplete, type="file")] if is_path else []
 
 
 def complete_kinds(
-    _ctx: click.Context, _param: click.Parameter, incomplete: str
+    ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Offer the kinds that ship."""
+    """Offer the kinds of routes: those that ship, and those of one's own."""
     from click.shell_completion import CompletionItem
 
-    from .kinds import KINDS
+    from .kinds import KINDS, own_kinds
 
+    kinds = dict(KINDS)
+    # A shell that completes a line has no place for messages.
+    with contextlib.suppress(Exception):
+        for prefix in own_kinds(user=not ctx.params.get("system")):
+            kinds.setdefault(prefix, "")
     return [
-        CompletionItem(kind, help=f"as {prefix}@.socket")
-        for kind, prefix in KINDS.items()
+        CompletionItem(kind, help=about or None)
+        for kind, about in kinds.items()
         if kind.startswith(incomplete)
     ]
 

@@ -13,7 +13,7 @@ import click
 
 from ..control.dropins import create_file, finishing, locked
 from ..control.netproc import listening
-from ..control.options import complete_units, debug_option
+from ..control.options import complete_files, complete_units, debug_option
 from ..control.policy import FILE as POLICY_FILE
 from ..control.policy import policy_line, this_qube
 from ..control.publications import (
@@ -63,6 +63,7 @@ Examples:
     "--unix",
     "path",
     metavar="PATH",
+    shell_complete=complete_files,
     help="The socket of this path, until you log out.",
 )
 @click.option(

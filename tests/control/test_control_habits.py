@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -91,3 +94,108 @@ def test_a_program_whose_socket_has_failed_is_no_idle_one(desk: Desk) -> None:
     finally:
         socket.rmdir()
         desk.run("unpublish", name)
+
+
+# -------------------------------------------------------------- completion
+
+
+def completed(desk: Desk, shell: str, line: str, folder: Path) -> set[str]:
+    """What a shell makes of TAB at the end of this line; "PATHS" stands for its
+    own completion of paths."""
+    command = folder / "qrexec-activate"
+    command.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -m qrexec_activate "$@"\n'
+    )
+    command.chmod(0o755)
+    script = folder / f"_{shell}"
+    script.write_text(desk.run("completion", shell))
+    programs = {
+        "bash": [
+            "bash",
+            "-c",
+            'compopt() { echo PATHS; }; . "$1"; COMP_LINE=$2 COMP_POINT=${#2};'
+            ' _qrexec_activate_completion qrexec-activate; printf "%s\\n" "${COMPREPLY[@]}"',
+        ],
+        "zsh": [
+            "zsh",
+            "-fc",
+            # What zsh would show, without a terminal to show it on.
+            "compdef() { : }; _path_files() { echo PATHS };"
+            " _describe() { print -rl ${(P)3} };"
+            " compadd() { print -rl ${(P)5} };"
+            ' . "$1"; words=("${(@z)2}"); [[ $2 = *" " ]] && words+=("");'
+            " CURRENT=${#words}; _qrexec_activate_completion",
+        ],
+        "fish": [
+            "fish",
+            "--no-config",
+            "-c",
+            'source $argv[1]; complete -C "$argv[2]"',
+        ],
+    }
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed: tools/setup check")
+    words = programs[shell]
+    done = subprocess.run(
+        [*words, *(["sh"] if shell != "fish" else []), script, line],
+        env={
+            **desk.machine.environment,
+            "PATH": f"{folder}:{os.environ['PATH']}",
+        },
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert done.stderr == ""
+    found = {line.split("\t")[0] for line in done.stdout.splitlines()}
+    if shell == "zsh":
+        # The description comes after the first colon that is not escaped.
+        found = {
+            re.sub(r"(?<!\\):.*", "", one).replace("\\:", ":") for one in found
+        }
+    return found - {""}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_kinds_addresses_labels_and_paths(
+    desk: Desk, shell: str, tmp_path: Path
+) -> None:
+    port = desk.port
+    desk.run("add-rpc", "my-rpc", "my.Rpc")
+    for number, label in ((1, "gitweb"), (2, "office")):
+        unit = f"qrexec-connect-tcp@{port}:{label}.socket"
+        desk.drop_in(
+            unit,
+            label,
+            "[Socket]",
+            f"ListenStream=127.0.0.{number}:{port}",
+            f"FileDescriptorName={label}-qube",
+        )
+        desk.start(unit)
+
+    def complete(line: str) -> set[str]:
+        return completed(desk, shell, f"qrexec-activate {line}", tmp_path)
+
+    assert complete("add ") == {"tcp", "unix", "tcp-bind", "my-rpc"}
+    assert complete("add my") == {"my-rpc"}
+    assert complete("remove 127.0.0.") == {
+        f"127.0.0.1:{port}",
+        f"127.0.0.2:{port}",
+    }
+    assert complete("status off") == {"office", "office-qube"}
+    (tmp_path / "socket").touch()
+    paths = complete(f"list {tmp_path}/so")
+    assert paths in ({"PATHS"}, {f"{tmp_path}/socket"})
+    paths = complete(f"publish x --unix {tmp_path}/so")
+    assert paths in ({"PATHS"}, {f"{tmp_path}/socket"})
+
+
+def test_bash_completes_what_follows_a_colon(
+    desk: Desk, tmp_path: Path
+) -> None:
+    """bash takes only what follows it for the word."""
+    desk.run("add", "tcp", str(desk.port), "work")
+    line = f"qrexec-activate list 127.0.0.1:{str(desk.port)[:2]}"
+    assert completed(desk, "bash", line, tmp_path) == {str(desk.port)}
