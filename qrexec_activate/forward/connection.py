@@ -436,14 +436,12 @@ class Connection:
                 outcome = await self._spliced()
             await self._part(outcome)
             return outcome
-        except trio.Cancelled:
-            # The daemon ends. What qrexec-client-vm holds goes on without it;
-            # the rest cannot.
-            if not self.outlives_daemon:
+        except BaseException as error:
+            # If it is no failure, the daemon ends (Cancelled, perhaps in a
+            # group). What qrexec-client-vm holds goes on without it; the rest
+            # cannot.
+            if isinstance(error, Exception) or not self.outlives_daemon:
                 self._cut()
-            raise
-        except BaseException:
-            self._cut()
             raise
         finally:
             self._host.setup_ends(self)

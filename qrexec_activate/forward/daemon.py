@@ -228,9 +228,9 @@ class Daemon:
                     self._notifier.tell(f"READY=1\nSTATUS={self.status()}")
                     await self._accept()
                 self._notifier.tell("STOPPING=1")
-                await self._wind_up()
+                left = await self._wind_up()
                 nursery.cancel_scope.cancel()
-        if self.connections and self._notifier.wanted:
+        if left and self._notifier.wanted:
             _leave_caretaker()
         self._close()
 
@@ -283,9 +283,9 @@ class Daemon:
             await self._first_round.wait()
             accepting.cancel()
 
-    async def _wind_up(self) -> None:
+    async def _wind_up(self) -> int:
         """Stop without losing what was accepted: see set-ups through, let
-        spliced connections end, leave the rest."""
+        spliced connections end, leave the rest; returns how many."""
         deadline = trio.current_time() + max(
             self.settings.stop_timeout - STOP_MARGIN, 0
         )
@@ -311,6 +311,7 @@ class Daemon:
                 f"stopping; {_count(left, 'open connection')} go on without the"
                 " daemon",
             )
+        return left
 
     def _kept_by_daemon(self) -> list[Connection]:
         """The connections that cannot go on without this process."""

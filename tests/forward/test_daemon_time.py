@@ -516,6 +516,26 @@ async def test_a_stop_waits_for_a_set_up_that_may_need_another_try(
             assert await stream.receive_some() == b""
 
 
+async def test_an_order_to_stop_waits_until_those_are_served_who_wait(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    """They have waited for this start; the next may end as early."""
+    stage = Stage(Settings())
+    monkeypatch.setattr(signal, "pidfd_send_signal", stage.client.signal)
+    streams = [await stage.connect() for _ in range(5)]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    os.kill(os.getpid(), signal.SIGTERM)
+    nursery.start_soon(stage.run)
+    for number, stream in enumerate(streams, 1):
+        (await stage.nth(number)).establish()
+        await stream.aclose()
+    with trio.fail_after(3600):
+        await stage.over.wait()
+    await stage.stop()
+
+
 SILENT = tuple(f"silent{number}" for number in range(12))
 
 

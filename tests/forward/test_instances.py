@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 import trio
 from scenario import (
+    SERVICE,
     Scene,
     ask,
     connect,
@@ -17,6 +18,7 @@ from scenario import (
     is_reset,
     refuses,
     says,
+    until,
 )
 
 
@@ -230,3 +232,22 @@ async def test_a_daemon_that_is_told_to_go_at_once_after_its_start_goes(
         await stream.send_eof()
         with trio.fail_after(60):
             assert await stream.receive_some() == b"work"
+
+
+async def test_starts_that_come_to_something_are_never_too_many(
+    scene: Scene,
+) -> None:
+    """Also where a change ends the daemon before it is up."""
+    limit = ("[Unit]", "StartLimitIntervalSec=1h", "StartLimitBurst=3")
+    scene.write("limit", *limit, unit=SERVICE)
+    first = await scene.route()
+    for number in range(10):
+        async with await connect(first) as stream:
+            if number % 2:
+                await until("it starts", lambda: scene.state() != "inactive")
+                await scene.systemctl("stop", SERVICE)
+            await stream.send_eof()
+            with trio.fail_after(60):
+                assert await stream.receive_some() == b"work"
+        await scene.systemctl("stop", SERVICE)
+    assert scene.state(scene.unit) == "active"
