@@ -183,6 +183,7 @@ class Stage:
         self, settings: Settings, targets: tuple[str, ...] = ("work",)
     ) -> None:
         self.over = trio.Event()
+        self.told = False
         self.records = Records()
         self.client = Puppets()
         self.daemon = Daemon("qubes.ConnectTCP", settings, self.records)
@@ -228,10 +229,17 @@ class Stage:
         await self.daemon.run()
         self.over.set()
 
-    async def stop(self) -> None:
-        """End the daemon as systemd does, and what it has left running."""
-        if not self.over.is_set():
+    def tell_to_stop(self) -> None:
+        """As systemd does; once, as a second signal may find nobody who takes
+        it, and end the tests."""
+        if not self.told and not self.over.is_set():
+            self.told = True
             os.kill(os.getpid(), signal.SIGTERM)
+
+    async def stop(self) -> None:
+        """End the daemon, and what it has left running."""
+        if not self.over.is_set():
+            self.tell_to_stop()
             with trio.fail_after(3600):
                 await self.over.wait()
         for started in self.client.started:
@@ -507,7 +515,7 @@ async def test_a_stop_waits_for_a_set_up_that_may_need_another_try(
 ) -> None:
     async with await stage.connect() as stream:
         (await stage.nth(1)).exits(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        stage.tell_to_stop()
         second = await stage.nth(2)
         second.establish()
         await trio.sleep(1)
@@ -894,3 +902,32 @@ async def test_a_hang_up_is_seen_though_at_first_it_could_not_be_watched_for(
     await stage.recorded("the client hung up")
     assert not started.is_alive()
     assert stage.records.count("short of something") == 1
+
+
+async def test_a_stop_leaves_the_last_words_of_a_service_their_time(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    """A client that goes on sending after the service has ended would be reset
+    by a close before it has read them."""
+    # The kernel is to move the bytes before the clock moves.
+    autojump_clock.autojump_threshold = 0.05
+    async with await stage.connect() as stream:
+        started = await stage.nth(1)
+        started.establish()
+        service = socket.socket(fileno=os.dup(started._stdin))
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += service.send(bytes(1 << 16))
+        service.close()
+        await stream.send_all(b"more")
+        started.exits(0)
+        await trio.sleep(0.2)
+        stage.tell_to_stop()
+        await trio.sleep(0.2)
+        await stream.send_all(b"and more")
+        received = 0
+        while chunk := await stream.receive_some():
+            received += len(chunk)
+        assert received == sent
+    await stage.recorded("ended, ")
