@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from scenario import Scene
+from schema import problems
 
 from qrexec_activate.loopback.machine import Machine
 
@@ -92,7 +93,9 @@ class Desk:
     def json(self, *words: str, code: int = 0) -> Any:
         result = self.try_(*words, "--json")
         assert result.returncode == code, result.stderr
-        return json.loads(result.stdout)
+        printed = json.loads(result.stdout)
+        assert problems(printed, words[0]) == []
+        return printed
 
     def routes(self) -> dict[str, str | None]:
         """Listener → target, of all routes."""
