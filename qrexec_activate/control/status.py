@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,14 @@ from .list import HEADER as LIST_HEADER
 from .list import NO_ROUTES, entry_as_json, print_refusals
 from .list import row as route_row
 from .list import style as route_style
-from .options import complete_routes, json_option, system_option, wide_option
+from .options import (
+    complete_files,
+    complete_routes,
+    json_option,
+    system_option,
+    wide_option,
+)
+from .policy import this_qube
 from .select import select
 from .survey import Entry, Survey, take_survey
 from .table import (
@@ -31,7 +39,9 @@ from .table import (
     printable,
     say,
     short_path,
+    styled,
 )
+from .way import Hop, hops, picture, svg
 
 __all__ = [
     "CONNECTION_HEADER",
@@ -98,7 +108,9 @@ class Status:
     epilog="""\b
 Examples:
     $ qrexec-activate status
-    $ qrexec-activate status --watch gitweb
+    $ qrexec-activate status gitweb
+    $ qrexec-activate status --watch
+    $ qrexec-activate status --svg map.svg
 """,
 )
 @click.argument(
@@ -118,6 +130,13 @@ Examples:
     show_default=True,
     help="For --watch.",
 )
+@click.option(
+    "--svg",
+    "drawing",
+    metavar="FILE",
+    shell_complete=complete_files,
+    help="Draw the way of each route into this file, as SVG.",
+)
 @wide_option
 @json_option
 @system_option
@@ -125,6 +144,7 @@ def command(
     routes: tuple[str, ...],
     watch: bool,
     interval: float,
+    drawing: str | None,
     wide: bool,
     as_json: bool,
     system: bool,
@@ -132,21 +152,27 @@ def command(
     """Show the routes and what is alive on them: open connections with age,
     peer and bytes, and those that wait.
 
+    Of routes that are named, it shows the way of a connection, hop by hop: what
+    works (✓), what does not (✗), and what is not known (?).
+
     A connection waits while dom0 asks a person, or the qube starts. Connections
     that outlived their daemon are shown, too. Bytes are known for TCP only.
     """
-    if watch and as_json:
-        raise UsageProblem("--watch and --json exclude each other")
+    if watch and (as_json or drawing):
+        raise UsageProblem("--watch excludes --json and --svg")
     if watch:
         from .watch import watch as go_on
 
         go_on(routes, user=not system, interval=interval)
         return
     status = look(routes, not system, Lookout())
+    if drawing:
+        with open(drawing, "w", encoding="utf-8") as file:
+            file.write(svg(_ways(status)))
     if as_json:
         print_json(_as_json(status))
-    else:
-        _print(status, wide)
+    elif not drawing:
+        _print(status, wide, ways=bool(routes))
 
 
 def look(routes: Sequence[str], user: bool, lookout: Lookout) -> Status:
@@ -360,12 +386,38 @@ def daemon_lines(status: Status) -> list[str]:
     return lines
 
 
-def _print(status: Status, wide: bool) -> None:
+def _ways(status: Status) -> list[list[Hop]]:
+    qube = this_qube()
+    return [
+        hops(
+            entry,
+            status.of(entry),
+            status.survey.daemons[entry.daemon].active,
+            status.last.get((entry.unit, entry.listener)),
+            qube,
+        )
+        for entry in status.entries
+    ]
+
+
+def _print_ways(status: Status) -> None:
+    width = shutil.get_terminal_size().columns
+    for entry, way in zip(status.entries, _ways(status), strict=True):
+        say(styled(f"{entry.listener} → {entry.target or 'no target'}", "bold"))
+        for line in picture(way, width):
+            say(line)
+        say()
+
+
+def _print(status: Status, wide: bool, ways: bool) -> None:
     if not status.entries and not status.connections:
         click.echo(NO_ROUTES, err=True)
         return
-    print_rows(HEADER, route_rows(status), style, wide=wide)
-    click.echo()
+    if ways:
+        _print_ways(status)
+    else:
+        print_rows(HEADER, route_rows(status), style, wide=wide)
+        click.echo()
     if status.connections:
         print_rows(
             CONNECTION_HEADER,

@@ -189,6 +189,9 @@ def _parse(line: str) -> Record | None:
         }
         if listener := fields.get("LISTENER"):
             fields["LISTENER"] = plain_address(listener)
+        if "LISTENER" in fields:
+            # As the files have it, and so everybody who asks.
+            fields["LISTENER"] = plain_address(fields["LISTENER"])
         return Record(
             int(raw["__REALTIME_TIMESTAMP"]) / 1e6,
             fields.get("MESSAGE", ""),

@@ -482,3 +482,17 @@ def test_a_target_that_was_refused_is_pointed_out(desk: Desk) -> None:
     ]
     assert "the last call to work was refused" in step["text"]
     assert step["mend"] == "qrexec-activate policy work"
+
+
+def test_a_route_that_is_named_is_shown_as_a_way(
+    desk: Desk, tmp_path: Path
+) -> None:
+    with connection(desk):
+        printed = desk.run("status", "work")
+        comm = Path("/proc/self/comm").read_text().strip()
+        assert f"✓ program  {comm} (pid {os.getpid()})" in printed
+        assert "✓ service" in printed
+        assert desk.run("status", "--svg", str(tmp_path / "map.svg")) == ""
+    drawing = (tmp_path / "map.svg").read_text()
+    assert drawing.count("<rect") == 6
+    assert f"127.0.0.1:{desk.port}" in drawing
