@@ -1,5 +1,7 @@
 # In an app qube: the drop-ins of its routes, enabled as `systemctl --user enable` does it. Sockets that have changed
 # are restarted, if the user is logged in; no connection is interrupted by that.
+#
+# Everything is done as the user: what Salt did as root in that user's folders would go wherever the user's links lead.
 {% from 'qrexec-activate/map.jinja' import routes, user, home, unit, template_unit with context %}
 {% set folder = home ~ '/.config/systemd/user' %}
 {% set mine = [] %}
@@ -12,49 +14,62 @@
 {% endfor %}
 
 {% for name, route in mine %}
-{{ (folder ~ '/' ~ unit(route) ~ '.d/' ~ name ~ '.conf') | tojson }}:
+{% set path = folder ~ '/' ~ unit(route) ~ '.d/' ~ name ~ '.conf' %}
+{{ path | tojson }}:
+  cmd.run:
+    - runas: {{ user | tojson }}
+    - cwd: /
 {% if route.get('absent') %}
-  file.absent: []
+    - name: rm -- "$FILE"
+    - onlyif: test -e "$FILE" || test -L "$FILE"
+    - env:
+      - FILE: {{ path | tojson }}
 {% else %}
-  file.managed:
-    - user: {{ user }}
-    - group: {{ user }}
-    - dir_mode: '0755'
-    - makedirs: true
-    - contents:
-      - '[Socket]'
+{% set lines = ['[Socket]'] %}
 {% for address in ([route.listen] if route.listen is string else route.listen) %}
-      - {{ ('ListenStream=' ~ address) | tojson }}
+{% do lines.append('ListenStream=' ~ address) %}
 {% endfor %}
-      - {{ ('FileDescriptorName=' ~ route.target.replace(':', '\\x3a')) | tojson }}
+{% do lines.append('FileDescriptorName=' ~ route.target.replace(':', '\\x3a')) %}
+    - name: mkdir -p "${FILE%/*}" && printf '%s\n' "$TEXT" >"$FILE"
+    - unless: printf '%s\n' "$TEXT" | cmp -s - "$FILE"
+    - env:
+      - FILE: {{ path | tojson }}
+      - TEXT: {{ lines | join('\n') | tojson }}
 {% endif %}
 {% endfor %}
 
 {% set seen = [] %}
 {% for name, route in mine if unit(route) not in seen %}
 {% do seen.append(unit(route)) %}
-{{ (folder ~ '/sockets.target.wants/' ~ unit(route)) | tojson }}:
+{% set link = folder ~ '/sockets.target.wants/' ~ unit(route) %}
+{{ link | tojson }}:
+  cmd.run:
+    - runas: {{ user | tojson }}
+    - cwd: /
 {% if unit(route) in kept %}
-  file.symlink:
-    - target: /usr/lib/systemd/user/{{ template_unit(route) }}
-    - user: {{ user }}
-    - group: {{ user }}
-    - makedirs: true
+    - name: mkdir -p "${LINK%/*}" && ln -sfn "$TARGET" "$LINK"
+    - unless: test "$(readlink "$LINK")" = "$TARGET"
 {% else %}
-  file.absent: []
+    - name: rm -- "$LINK"
+    - onlyif: test -L "$LINK"
 {% endif %}
+    - env:
+      - LINK: {{ link | tojson }}
+      - TARGET: {{ ('/usr/lib/systemd/user/' ~ template_unit(route)) | tojson }}
 
 {{ (unit(route) ~ ' of the running session') | tojson }}:
   cmd.run:
-    - name: {{ ("systemctl --user daemon-reload && systemctl --user "
-        ~ ("restart" if unit(route) in kept else "stop") ~ " '" ~ unit(route) ~ "'") | tojson }}
-    - runas: {{ user }}
+    - name: systemctl --user daemon-reload && systemctl --user "$ACTION" "$UNIT"
+    - runas: {{ user | tojson }}
+    - cwd: /
     - env:
+      - ACTION: {{ 'restart' if unit(route) in kept else 'stop' }}
+      - UNIT: {{ unit(route) | tojson }}
       - XDG_RUNTIME_DIR: /run/user/{{ salt['file.user_to_uid'](user) }}
     - onlyif: test -S /run/user/{{ salt['file.user_to_uid'](user) }}/systemd/private
     - onchanges:
 {% for other, one in mine if unit(one) == unit(route) %}
-      - file: {{ (folder ~ '/' ~ unit(one) ~ '.d/' ~ other ~ '.conf') | tojson }}
+      - cmd: {{ (folder ~ '/' ~ unit(one) ~ '.d/' ~ other ~ '.conf') | tojson }}
 {% endfor %}
-      - file: {{ (folder ~ '/sockets.target.wants/' ~ unit(route)) | tojson }}
+      - cmd: {{ link | tojson }}
 {% endfor %}

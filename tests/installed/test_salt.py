@@ -30,6 +30,7 @@ class Minion:
         self.folder = folder
         self.home = folder / "home"
         self.policies = folder / "policy.d"
+        self.user = getpass.getuser()
         for name in ("pillar", "conf", "root", "policy.d"):
             (folder / name).mkdir()
         (folder / "pillar/top.sls").write_text(
@@ -52,7 +53,7 @@ class Minion:
         """The pillar of the example, for a home and a policy folder in
         scratch."""
         places = (
-            f"  user: {getpass.getuser()}\n  home: {self.home}\n  policy_dir:"
+            f"  user: {self.user}\n  home: {self.home}\n  policy_dir:"
             f" {self.policies}\n"
         )
         (self.folder / "pillar/qrexec-activate.sls").write_text(
@@ -61,7 +62,9 @@ class Minion:
             )
         )
 
-    def call(self, name: str, kind: str, *arguments: str) -> Any:
+    def call(
+        self, name: str, kind: str, *arguments: str, check: bool = True
+    ) -> Any:
         (self.folder / "pillar/kind.sls").write_text(
             f"qubes: {{type: {kind}}}\n"
         )
@@ -83,7 +86,7 @@ class Minion:
                 "LC_ALL": "C.UTF-8",
             },
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0 or not check, done.stdout + done.stderr
         return json.loads(done.stdout)["local"]
 
     def apply(self, name: str, kind: str) -> dict[str, Any]:
@@ -94,6 +97,10 @@ class Minion:
             for key, value in results.items()
             if value["changes"]
         }
+
+    def try_to_apply(self, name: str, kind: str) -> None:
+        """Apply the formula as far as it goes."""
+        self.call(name, kind, "state.apply", "qrexec-activate", check=False)
 
     def units(self) -> dict[str, str]:
         """What a user's manager finds: drop-ins and their text, links and where
@@ -139,6 +146,37 @@ def test_an_app_qube_gets_its_drop_ins_enabled(minion: Minion) -> None:
 def test_what_is_right_is_not_touched(minion: Minion) -> None:
     minion.apply("work", "app")
     assert minion.apply("work", "app") == {}
+
+
+def test_thirty_routes_are_there_at_once(minion: Minion) -> None:
+    routes = "".join(
+        f"    r{number}:\n      client: work\n      listen: 127.0.7.{number}:80\n"
+        "      rpc: qubes.ConnectTCP\n      argument: 80\n"
+        f"      target: qube{number}\n"
+        for number in range(1, 31)
+    )
+    minion.pillar(f"\nqrexec-activate:\n  routes:\n{routes}")
+    minion.apply("work", "app")
+    assert len(minion.units()) == 31
+    assert minion.apply("work", "app") == {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="Salt has to be root for that")
+def test_root_follows_no_link_of_a_user(minion: Minion) -> None:
+    forbidden = minion.folder / "cron.d"
+    forbidden.mkdir(mode=0o755)
+    own = minion.home / ".config/systemd/user"
+    own.mkdir(parents=True)
+    (own / "qrexec-connect-tcp@1234.socket.d").symlink_to(forbidden)
+    for path in [minion.folder, *minion.folder.parents][:3]:
+        path.chmod(0o755)
+    subprocess.run(["chown", "-R", "nobody", minion.home], check=True)
+    minion.user = "nobody"
+    minion.pillar(EXAMPLE.read_text())
+    minion.try_to_apply("work", "app")
+    assert not list(forbidden.iterdir())
+    other = own / "qrexec-connect-tcp@8118.socket.d/proxy.conf"
+    assert other.owner() == "nobody"
 
 
 def test_a_route_that_is_absent_goes(minion: Minion) -> None:
