@@ -1,5 +1,5 @@
 """qrexec-activate check: what is right and what is wrong on the whole way, and
-the command that mends it."""
+what mends it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def command(
     system: bool,
 ) -> None:
     """Walk the whole way and say of each step whether it is right; with what is
-    wrong comes the command that mends it.
+    wrong comes the command that mends it ($) or, where none can, what you have
+    to do (→).
 
     Nothing is changed, and nothing is called unless you say --try. The exit
     code is 0, 1 if there are warnings, or 2 if there are errors. It is of use
@@ -93,6 +94,7 @@ def command(
                         "level": one.level.word,
                         "text": one.text,
                         "mend": one.mend or None,
+                        "advice": one.advice or None,
                     }
                     for one in steps
                 ],
@@ -112,6 +114,8 @@ def _show(step: Step, quiet: bool) -> None:
     )
     if step.mend:
         click.echo(f"{'':<8}$ {step.mend}")
+    if step.advice:
+        say(f"{'':<8}→ {with_short_paths(step.advice)}")
 
 
 def _conclude(steps: list[Step]) -> None:

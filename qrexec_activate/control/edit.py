@@ -23,6 +23,7 @@ from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .address import obstacle, parse_address
 from .dropins import finishing, locked
+from .netproc import overlaps
 from .options import complete_routes, system_option
 from .select import select, written
 from .settle import Change, carry_out
@@ -215,7 +216,11 @@ def _problems(now: Survey, unit: str, path: str, text: str) -> list[str]:
                     f"{claim.address} would be refused: {claim.reason}"
                 )
             continue
-        if claim.file != path or address_key(claim.address) in known:
+        key = address_key(claim.address)
+        if claim.file != path or key in known:
+            continue
+        # What this unit has open itself makes room when it is restarted.
+        if key and any(one and overlaps(one, key) for one in known):
             continue
         try:
             address = parse_address(claim.address, None, now.specifiers)

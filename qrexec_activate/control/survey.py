@@ -446,7 +446,13 @@ def _entries(unit: Unit, result: Survey) -> list[Entry]:
     loaded = Counter(address_key(claim.address) for claim in decided)
     for listener, path, reason in _missing(unit, on_disk, loaded, result):
         target = on_disk.targets.get(listener, "")
-        entry = _entry(unit, listener, target, path, False, reason)
+        # One that was loaded before listens on.
+        listens = (
+            result.listening.holds(listener)
+            if unit.load != "loaded" and unit.active == "active"
+            else False
+        )
+        entry = _entry(unit, listener, target, path, listens, reason)
         entries[entry] = None
     return list(entries)
 

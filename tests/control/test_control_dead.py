@@ -146,7 +146,7 @@ def test_a_route_whose_file_is_gone_is_no_listening_one(desk: Desk) -> None:
     path.unlink()
     (found,) = desk.json("list")
     assert "the file of the socket was removed" in found["refused"]
-    desk.machine.systemctl("restart", "qrexec-connect-unix@notes.socket")
+    desk.machine.systemctl("restart", found["unit"])
     (found,) = desk.json("list")
     assert found["refused"] is None
 
@@ -187,9 +187,7 @@ def test_a_path_is_shown_found_and_removed_as_it_was_written(
 def test_a_path_that_is_not_ascii_can_be_added(desk: Desk) -> None:
     path = str(desk.machine.home / "é.sock")
     for _ in range(2):
-        assert path in desk.run(
-            "add", "unix", "notes", "vault", "--listen", path
-        )
+        desk.run("add", "unix", "notes", "vault", "--listen", path)
     assert listens(path)
     assert desk.routes() == {path: "vault"}
     assert len([one for one in desk.files() if one.endswith(".conf")]) == 1

@@ -1,0 +1,267 @@
+"""The steps of `check` about near misses: names of qubes, files and folders
+that were most likely meant to be others."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..errors import BadName
+from ..routing.names import parse_unit_name
+from ..routing.unitfile import assignments
+from ..systemd.unitdirs import own_folder
+from .daemons import declared_daemon, read_file
+from .kinds import KINDS
+from .steps import Context, Level, Step, joined, sudo
+
+__all__ = ["strays", "targets"]
+
+#: Names that are so similar are most likely one name and a slip.
+SIMILAR = 0.8
+#: What is a name of a qube, and was most likely meant as a keyword.
+KEYWORDS = {"default": "@default", "dispvm": "@dispvm"}
+#: Files that a person has put aside, or an editor or a package manager keeps.
+_ASIDE = re.compile(
+    r"\.(off|bak|old|orig|save|disabled|sw.|tmp|rpm\w+|dpkg-\w+)$|~$"
+)
+PROGRAM_TIMEOUT = 10.0
+
+
+# ---------------------------------------------------------------------- qubes
+
+
+def targets(context: Context) -> Iterator[Step]:
+    """Qubes that are misspelt: qrexec takes a name that it does not know for
+    @default, without a word."""
+    used = Counter(
+        entry.target
+        for entry in context.now.entries
+        if entry.target and not entry.target.startswith("@")
+    )
+    if not used:
+        return
+    suspects = False
+    known = _known_qubes()
+    reached = {
+        record.fields.get("QREXEC_TARGET")
+        for record in context.calls
+        if record.fields.get("ESTABLISHED") == "1"
+    }
+    for target in sorted(used):
+        if known and target not in known and target != "dom0":
+            level = Level.ERROR
+            close = difflib.get_close_matches(target, known, 1)
+            hint = f"; there is {close[0]}" if close else ""
+            text = (
+                f"there is no qube {target}{hint}: qrexec would take it for"
+                f" @default"
+            )
+        elif not known and target in KEYWORDS and target not in reached:
+            level = Level.WARNING
+            text = (
+                f"{target} is the name of a qube; if dom0 is to choose, write"
+                f" {KEYWORDS[target]}"
+            )
+        elif (
+            not known
+            and target not in reached
+            and (likely := likely_target(target, used))
+        ):
+            level = Level.WARNING
+            text = (
+                f"{target} looks like {likely}: if there is no such qube,"
+                f" qrexec takes it for @default"
+            )
+        else:
+            continue
+        suspects = True
+        entry = next(e for e in context.now.entries if e.target == target)
+        mend = context.edit(entry.unit, entry.file)
+        yield Step("routes", level, text, *mend)
+    if not suspects:
+        whom = (
+            "dom0 knows all targets"
+            if known
+            else "no target looks misspelt (only dom0 knows all names)"
+        )
+        yield Step("routes", Level.OK, f"{whom}: {', '.join(sorted(used))}")
+
+
+def likely_target(target: str, used: Counter[str]) -> str:
+    """A name that is used at least as often, and so similar that this one may
+    be a slip; empty if there is none. Of two that are used as often, the later
+    in the alphabet is the slip, and the one with capitals."""
+    for other, count in used.most_common():
+        if other == target or count < used[target]:
+            continue
+        # work-1 and work-2 are two qubes; gitweb and gitwb are one.
+        if re.sub(r"\d", "0", other) == re.sub(r"\d", "0", target):
+            continue
+        if other.lower() == target.lower():
+            if (count, other) > (used[target], target):
+                return other
+            continue
+        if count == used[target] and (
+            other > target or not _differ_by_a_slip(other, target)
+        ):
+            continue
+        if (
+            difflib.SequenceMatcher(None, other.lower(), target.lower()).ratio()
+            >= SIMILAR
+        ):
+            return other
+    return ""
+
+
+def _differ_by_a_slip(one: str, other: str) -> bool:
+    """Whether two names differ in one long word only: dev-mail and dev-mall
+    do, mail-a and mail-b do not, nor do work and work-web."""
+    words = [re.split(r"[-_.\d]+", name) for name in (one, other)]
+    pairs = [pair for pair in zip(*words, strict=False) if pair[0] != pair[1]]
+    return (
+        len(words[0]) == len(words[1])
+        and len(pairs) == 1
+        and min(map(len, pairs[0])) > 3
+        and abs(len(one) - len(other)) <= 1
+    )
+
+
+def _known_qubes() -> set[str]:
+    """All qubes, where this one may ask for them, as a management qube may;
+    else none."""
+    if not shutil.which("qvm-ls"):
+        return set()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        result = subprocess.run(
+            ["qvm-ls", "--raw-list"],
+            capture_output=True,
+            text=True,
+            timeout=PROGRAM_TIMEOUT,
+            check=True,
+        )
+        return set(result.stdout.split())
+    return set()
+
+
+# ------------------------------------------------------------ files and folders
+
+
+def strays(context: Context) -> Iterator[Step]:
+    """Files that declare a route where systemd does not look for them."""
+    yield from _files(context)
+    yield from _folders(context)
+
+
+def _files(context: Context) -> Iterator[Step]:
+    """Files in a folder of drop-ins that are not called .conf."""
+    for unit, folders in sorted(context.now.files.folders.items()):
+        if not unit.endswith(".socket") or not _is_ours(context, unit):
+            continue
+        for path in (Path(one, name) for one in folders for name in _ls(one)):
+            if path.suffix == ".conf" or not _declares(path):
+                continue
+            new = path.with_name(f"{path.name.partition('.')[0]}.conf")
+            yield Step(
+                "routes",
+                Level.ERROR,
+                f"{path} opens an address, but systemd reads only what ends in"
+                f" .conf",
+                joined(
+                    sudo(
+                        shlex.join(["mv", "-n", *map(str, (path, new))]),
+                        str(path),
+                    ),
+                    context.start_again(unit),
+                ),
+            )
+
+
+def _folders(context: Context) -> Iterator[Step]:
+    """Folders of drop-ins whose name is a little wrong."""
+    top = own_folder(user=context.now.user)
+    prefixes = {
+        parse_unit_name(unit).prefix
+        for unit in context.now.files.fragments
+        if unit.endswith("@.socket") and _is_ours(context, unit)
+    }
+    for name in _ls(str(top)):
+        folder = top / name
+        if not name.endswith(".d") or _is_ours(context, name[:-2]):
+            continue
+        if not any(_declares(folder / one) for one in _ls(str(folder))):
+            continue
+        unit = meant_unit(name, prefixes)
+        if not unit:
+            continue
+        right = top / f"{unit}.d"
+        if right.exists():
+            move = joined(
+                f"mv -n {shlex.quote(str(folder))}/* {shlex.quote(str(right))}",
+                shlex.join(["rmdir", str(folder)]),
+            )
+        else:
+            move = shlex.join(["mv", str(folder), str(right)])
+        yield Step(
+            "routes",
+            Level.ERROR,
+            f"{folder} opens an address, but is of no unit: it should be called"
+            f" {unit}.d",
+            joined(sudo(move, str(folder)), context.start_again(unit)),
+        )
+
+
+def meant_unit(folder: str, prefixes: Iterable[str]) -> str:
+    """The socket unit that a folder of drop-ins was most likely meant for;
+    empty if none."""
+    known = {prefix: prefix for prefix in prefixes} | {
+        kind: prefix for kind, prefix in KINDS.items() if prefix in prefixes
+    }
+    stem = re.sub(r"\.[A-Za-z]*$", "", folder.removesuffix(".d"))
+    prefix, at, instance = stem.partition("@")
+    if not at:
+        for one in sorted(known, key=len, reverse=True):
+            if stem.startswith(one) and stem[len(one) :][:1] in ("-", "_", "."):
+                prefix, instance = one, stem[len(one) + 1 :]
+                break
+    close = difflib.get_close_matches(prefix, known, 1)
+    unit = f"{known[close[0]]}@{instance}.socket" if close and instance else ""
+    return "" if f"{unit}.d" == folder else unit
+
+
+def _is_ours(context: Context, unit: str) -> bool:
+    if unit in context.now.units:
+        return True
+    try:
+        return (
+            unit.endswith(".socket")
+            and declared_daemon(unit, context.now.files) is not None
+        )
+    except BadName:
+        return False
+
+
+def _ls(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _declares(path: Path) -> bool:
+    """Whether a file that nobody has put aside opens an address for a qube."""
+    if path.name.startswith(".") or _ASIDE.search(path.name):
+        return False
+    keys = {
+        one.key
+        for one in assignments(read_file(str(path)).text or "")
+        if one.section == "Socket"
+    }
+    return {"ListenStream", "FileDescriptorName"} <= keys

@@ -1,0 +1,257 @@
+"""The steps of `check` about units: those that ship, the daemons, and what
+systemd itself says of the files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+
+from ..routing.unitfile import assignments
+from .daemons import Daemon, read_file
+from .kinds import KINDS
+from .steps import Context, Level, Step, joined, output, set_aside, sudo
+
+__all__ = ["daemons", "reloads", "syntax", "units"]
+
+_COMPLAINT = re.compile(r"(/[^:]+):(\d+): (.+)")
+
+
+def units(context: Context) -> Iterator[Step]:
+    """The units that ship: all there, and not hidden by older ones."""
+    fragments = context.now.files.fragments
+    missing = []
+    for prefix in KINDS.values():
+        names = (f"{prefix}@.socket", f"{prefix}.service")
+        missing += [name for name in names if name not in fragments]
+        hiding = False
+        for name in names:
+            paths = context.now.files.all_fragments.get(name, [])
+            if (
+                len(paths) > 1
+                and read_file(paths[0]).text != read_file(paths[-1]).text
+                and os.path.realpath(paths[0]) != "/dev/null"
+            ):
+                hiding = True
+                yield Step(
+                    "units",
+                    Level.WARNING,
+                    f"{paths[0]} hides {paths[-1]} and is not the same: it"
+                    f" may be of an older version",
+                    joined(set_aside(paths[0]), context.reload()),
+                )
+        if not hiding and all(name in fragments for name in names):
+            yield Step(
+                "units", Level.OK, f"{names[0]} and {names[1]} are installed"
+            )
+    if missing:
+        yield Step(
+            "units",
+            Level.ERROR,
+            f"not installed: {', '.join(missing)}",
+            advice="install the package qrexec-activate in the template, and"
+            " start this qube again",
+        )
+
+
+def daemons(context: Context) -> Iterator[Step]:
+    """Every service that runs serve, also a person's own."""
+    found = sorted(context.now.daemons.values(), key=lambda one: one.unit)
+    rows = context.manager.unit_properties(
+        [one.unit for one in found], "Service", ["KillMode", "Result"]
+    )
+    for daemon, row in zip(found, rows, strict=True):
+        sockets = _sockets(context, daemon)
+        if daemon.dead:
+            yield _dead(context, daemon, sockets)
+        elif program := _lacking(daemon):
+            yield Step(
+                "units",
+                Level.ERROR,
+                f"{daemon.unit} starts {program}, which is not there",
+                *_without_culprit(context, daemon, sockets, "ExecStart"),
+            )
+        elif daemon.active == "failed":
+            yield Step(
+                "units",
+                Level.ERROR,
+                f"{daemon.unit} has failed ({row['Result']}): the journal"
+                f" says why, journalctl"
+                f"{' --user' if context.now.user else ''} -u {daemon.unit}",
+                joined(
+                    context.systemctl.written("reset-failed", daemon.unit),
+                    context.systemctl.written("restart", *sockets),
+                )
+                if sockets
+                else context.systemctl.written("reset-failed", daemon.unit),
+            )
+        elif row["KillMode"] not in (None, "process", "mixed"):
+            yield Step(
+                "units",
+                Level.WARNING,
+                f"{daemon.unit} has KillMode={row['KillMode']}, so open"
+                f" connections end with the daemon:"
+                " set KillMode=process",
+                *_without_culprit(context, daemon, (), "KillMode"),
+            )
+        else:
+            yield Step(
+                "units",
+                Level.OK,
+                f"{daemon.unit} calls {daemon.service}, and is {daemon.active}",
+            )
+
+
+def _sockets(context: Context, daemon: Daemon) -> list[str]:
+    """The socket units of a daemon that have a route."""
+    return sorted(
+        {
+            entry.unit
+            for entry in context.now.entries
+            if entry.daemon == daemon.unit and entry.enabled != "masked"
+        }
+    )
+
+
+def _lacking(daemon: Daemon) -> str:
+    """A program on a daemon's command line that is not there."""
+    words = daemon.argv[: daemon.argv.index("serve")]
+    for word in words:
+        if word.startswith("/") and not os.path.exists(word):
+            return word
+    return ""
+
+
+def _dead(context: Context, daemon: Daemon, sockets: list[str]) -> Step:
+    mend, advice = "", "install the package qrexec-activate in the template"
+    if daemon.load == "masked":
+        mend = context.systemctl.written("unmask", daemon.unit)
+        if sockets:
+            mend = joined(mend, context.systemctl.written("restart", *sockets))
+    elif daemon.load != "not-found":
+        mend, advice = _without_culprit(context, daemon, sockets, "ExecStart")
+    return Step("units", Level.ERROR, daemon.dead, mend, "" if mend else advice)
+
+
+def _without_culprit(
+    context: Context, daemon: Daemon, sockets: Iterable[str], key: str
+) -> tuple[str, str]:
+    """How the file that spoils a service is taken away: mend and advice."""
+    files = context.now.files
+    fragments = files.all_fragments.get(daemon.unit, [])
+    drop_ins = [
+        path
+        for path in files.drop_ins(daemon.unit)
+        if any(
+            (one.section, one.key) == ("Service", key)
+            for one in assignments(read_file(path).text or "")
+        )
+    ]
+    if drop_ins:
+        culprit = drop_ins[-1]
+    elif len(fragments) > 1:
+        culprit = fragments[0]
+    else:
+        return "", (
+            f"install the package again that {daemon.unit} came with"
+            f" ({', '.join(fragments) or 'no file'})"
+        )
+    again = context.start_again(*sockets) if sockets else context.reload()
+    return joined(set_aside(culprit), again), ""
+
+
+def reloads(context: Context) -> Iterator[Step]:
+    """Whether systemd has read everything that is on the disk, and can."""
+    wrong = False
+    for unit in context.now.units.values():
+        for file in unit.socket.files:
+            command = (
+                sudo(shlex.join(["rm", file.path]), file.path)
+                if os.path.islink(file.path) and not os.path.exists(file.path)
+                else sudo(shlex.join(["chmod", "a+r", file.path]), file.path)
+                if file.problem.startswith("cannot be read")
+                else ""
+            )
+            if command:
+                wrong = True
+                yield Step(
+                    "units",
+                    Level.ERROR,
+                    f"{file.path} {file.problem}",
+                    joined(command, context.reload(unit.name)),
+                )
+    names = sorted({*context.now.units, *context.now.daemons})
+    rows = context.manager.unit_properties(names, "Unit", ["NeedDaemonReload"])
+    stale = {
+        name
+        for name, row in zip(names, rows, strict=True)
+        if row["NeedDaemonReload"]
+    }
+    # systemd reads a unit that it could not load each time that it is asked
+    # for, and has nothing to compare with.
+    stale -= {
+        unit.name
+        for unit in context.now.units.values()
+        if unit.load != "loaded"
+    }
+    stale |= {
+        unit.name
+        for unit in context.now.units.values()
+        if unit.unread and unit.load == "loaded"
+    }
+    if not stale or wrong:
+        if not wrong:
+            yield Step(
+                "units", Level.OK, "systemd has read all files as they are"
+            )
+        return
+    active = [
+        name
+        for name in sorted(stale)
+        if name in context.now.units
+        and context.now.units[name].active == "active"
+    ]
+    yield Step(
+        "units",
+        Level.WARNING,
+        f"files were changed after systemd read them:"
+        f" {', '.join(sorted(stale))}",
+        context.reload(*active),
+    )
+
+
+def syntax(context: Context) -> Iterator[Step]:
+    """What systemd itself says of the files, line by line."""
+    files = {
+        path: unit.name
+        for unit in context.now.units.values()
+        for path in (*(file.path for file in unit.socket.files), *unit.unread)
+    }
+    if not files:
+        return
+    words = [
+        "systemd-analyze",
+        *(["--user"] if context.now.user else []),
+        "verify",
+        "--man=no",
+        *context.now.units,
+    ]
+    complaints = {
+        match[0]: match[1]
+        for line in output(words).splitlines()
+        if (match := _COMPLAINT.match(line)) and match[1] in files
+    }
+    for complaint, path in sorted(complaints.items()):
+        yield Step(
+            "units",
+            Level.WARNING,
+            complaint,
+            *context.edit(files[path], path),
+        )
+    if not complaints:
+        yield Step(
+            "units",
+            Level.OK,
+            f"systemd understands every line of {len(files)} files",
+        )

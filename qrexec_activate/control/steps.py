@@ -1,0 +1,141 @@
+"""What a look of `check` is given, and what it says: a step each, with what
+mends it.
+
+A mend is a command that a person can run just as it is printed. What no command
+can mend is advice, in words.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from ..systemd.journalreader import Record
+from ..systemd.manager import Manager
+from ..systemd.systemctl import Systemctl
+from ..systemd.unitdirs import own_folder
+from .survey import Survey
+
+__all__ = ["Context", "Level", "Step", "joined", "output", "set_aside", "sudo"]
+
+PROGRAM_TIMEOUT = 10.0
+
+
+class Level(IntEnum):
+    """How good a step's news is; check's exit code is that of the worst."""
+
+    OK = 0
+    WARNING = 1
+    ERROR = 2
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What was seen and, if something is wrong, the command that mends it, or
+    what a person has to do."""
+
+    area: str
+    level: Level
+    text: str
+    mend: str = ""
+    advice: str = ""
+
+
+@dataclass(slots=True)
+class Context:
+    """What all steps look at."""
+
+    manager: Manager
+    now: Survey
+    systemctl: Systemctl
+    environment: dict[str, str] = field(default_factory=dict)
+    #: The last calls, the latest first, as far as the journal goes.
+    calls: list[Record] = field(default_factory=list)
+    #: What the daemons said of listeners that they refuse, the latest first.
+    refusals: list[Record] = field(default_factory=list)
+
+    def edit(self, unit: str, path: str) -> tuple[str, str]:
+        """How a file is changed and a unit listens afterwards, as mend and
+        advice, one of which is empty."""
+        if not path.startswith(f"{own_folder(user=self.now.user)}/"):
+            return "", (
+                f"{path} is not yours to change: put a file of the same name"
+                f" into {own_folder(user=self.now.user)}/{unit}.d"
+            )
+        edit = shlex.join(
+            [
+                "qrexec-activate",
+                "edit",
+                *([] if self.now.user else ["--system"]),
+                path,
+            ]
+        )
+        edit = edit if self.now.user else sudo(edit)
+        known = self.now.units.get(unit)
+        if known and known.active == "active":
+            return edit, ""
+        return joined(edit, self.systemctl.written("enable", "--now", unit)), ""
+
+    def reload(self, *units: str) -> str:
+        """The commands by which systemd reads the files, and these units listen
+        as they now say."""
+        commands = [self.systemctl.written("daemon-reload")]
+        if units:
+            commands.append(self.systemctl.written("restart", *units))
+        return joined(*commands)
+
+    def start_again(self, *units: str) -> str:
+        """As reload(); these units are also to be there after the next
+        login."""
+        return joined(
+            self.systemctl.written("daemon-reload"),
+            self.systemctl.written("enable", *units),
+            self.systemctl.written("restart", *units),
+        )
+
+
+def joined(*commands: str) -> str:
+    return " && ".join(commands)
+
+
+def set_aside(path: str) -> str:
+    """The command that takes a file away from systemd, and keeps it."""
+    return sudo(shlex.join(["mv", path, f"{path}.off"]), path)
+
+
+def sudo(command: str, path: str = "") -> str:
+    """A command as whoever runs check can run it: `path` is what it changes,
+    by default something that is root's."""
+    folder = os.path.dirname(path)
+    if os.geteuid() == 0 or (folder and os.access(folder, os.W_OK)):
+        return command
+    return f"sudo {command}"
+
+
+def output(words: list[str], *, must_succeed: bool = False) -> str:
+    """What a program prints, on both; empty where it does not run or, if it
+    must, does not succeed."""
+    try:
+        result = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PROGRAM_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return (
+        ""
+        if must_succeed and result.returncode
+        else result.stdout + result.stderr
+    )
