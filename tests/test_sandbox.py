@@ -324,7 +324,10 @@ def test_systemd_takes_every_line_of_the_units(tmp_path: Path) -> None:
 async def test_a_path_that_a_drop_in_opens_is_for_its_own_user(
     scene: Scene, instance: str
 ) -> None:
-    path = scene.machine.runtime / "routes" / "work.sock"
+    # A folder of its own, which is made for this unit alone.
+    name = instance.partition("@")[0]
+    path = scene.machine.runtime / name / "work.sock"
+    assert not path.parent.exists()
     scene.drop_in("work", str(path), unit=instance)
     await scene.start(instance)
     assert path.stat().st_mode & 0o777 == 0o600
