@@ -113,3 +113,12 @@ def test_the_numbers_of_the_design_are_those_of_the_code() -> None:
         if module == "settings":
             holder = holder.Settings()
         assert getattr(holder, name) == int(value), name
+
+
+def test_every_place_that_the_design_names_is_there() -> None:
+    root = PACKAGE.parent
+    # Folders end with a slash.
+    places = re.findall(r"`(\w[\w-]*/(?:[\w./-]*(?:/|\.\w+))?)`", DESIGN)
+    assert len(places) > 10
+    for place in places:
+        assert (root / place).exists() or (PACKAGE / place).exists(), place
