@@ -75,7 +75,7 @@ install-client-python:
 
 install-client-data: man completions
 	install -d $(unit_dir)/user $(unit_dir)/system
-	$(INSTALL_DATA) units/*.service units/*.socket units/*.target $(unit_dir)/user
+	$(INSTALL_DATA) units/*.service units/*.socket units/*.target units-user/*.service $(unit_dir)/user
 	$(INSTALL_DATA) units/*.service units/*.socket units/*.target $(unit_dir)/system
 	set -e; for folder in units-system/*.d; do \
 	    install -d $(unit_dir)/system/$${folder##*/}; \
@@ -116,7 +116,7 @@ uninstall:
 	rm -f $(DESTDIR)/usr/share/bash-completion/completions/qrexec-activate
 	rm -f $(DESTDIR)/usr/share/zsh/*/_qrexec-activate
 	rm -f $(DESTDIR)/usr/share/fish/vendor_completions.d/qrexec-activate.fish
-	set -e; for name in units/*; do rm -f $(unit_dir)/user/$${name##*/} $(unit_dir)/system/$${name##*/}; done
+	set -e; for name in units/* units-user/*; do rm -f $(unit_dir)/user/$${name##*/} $(unit_dir)/system/$${name##*/}; done
 	set -e; for name in units-system/*/*.conf; do rm -f $(unit_dir)/system/$${name#units-system/}; done
 	rmdir --ignore-fail-on-non-empty $(unit_dir)/system/qrexec-connect-.service.d 2>/dev/null || true
 	set -e; for name in man/*; do rm -f $(man_dir)/man*/$${name##*/}; done

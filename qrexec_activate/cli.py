@@ -34,6 +34,7 @@ _COMMANDS = {
         "enable": "Let routes start at login or boot.",
         "list": "List every route, whoever wrote it.",
         "logs": "Show what became of connections.",
+        "notify": "Show a notification when a connection is refused or waits.",
         "policy": "Print the policy that dom0 needs.",
         "remove": "Remove a route, and leave the others alone.",
         "retarget": "Let a route reach another qube.",

@@ -22,6 +22,14 @@ from typing import Any
 
 import pytest
 from desk import PATIENCE, Desk
+from jeepney import (
+    DBusAddress,
+    HeaderFields,
+    message_bus,
+    new_method_call,
+    new_method_return,
+)
+from jeepney.io.blocking import open_dbus_connection
 from scenario import measured
 from schema import problems
 
@@ -482,6 +490,83 @@ def test_a_target_that_was_refused_is_pointed_out(desk: Desk) -> None:
     ]
     assert "the last call to work was refused" in step["text"]
     assert step["mend"] == "qrexec-activate policy work"
+
+
+@contextlib.contextmanager
+def pretended_desktop(desk: Desk) -> Iterator[list[tuple[Any, ...]]]:
+    """Whoever shows notifications; yields what it was asked to show."""
+    shown: list[tuple[Any, ...]] = []
+    bus = desk.machine.environment["DBUS_SESSION_BUS_ADDRESS"]
+    with open_dbus_connection(bus) as connection:
+        name = "org.freedesktop.Notifications"
+        connection.send_and_get_reply(message_bus.RequestName(name))
+
+        def serve() -> None:
+            # Ends with the connection.
+            with contextlib.suppress(OSError, ValueError):
+                while True:
+                    asked = connection.receive()
+                    if asked.header.fields.get(HeaderFields.member) == "Notify":
+                        shown.append(asked.body)
+                        connection.send(new_method_return(asked, "u", (1,)))
+                    elif asked.header.fields.get(HeaderFields.member) == "Stop":
+                        return
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield shown
+        finally:
+            address = DBusAddress("/", name, name)
+            with open_dbus_connection(bus) as other:
+                other.send(new_method_call(address, "Stop"))
+            thread.join()
+
+
+def test_a_refusal_and_a_wait_reach_the_person(desk: Desk) -> None:
+    policy = desk.machine.loopback / "policy"
+    policy.write_text("* * client work deny\n")
+
+    def refused() -> None:
+        with (
+            socket.create_connection(("127.0.0.1", desk.port)) as sock,
+            contextlib.suppress(ConnectionResetError),
+        ):
+            assert sock.recv(1) == b""
+
+    with (
+        pretended_desktop(desk) as shown,
+        subprocess.Popen(
+            desk.argv("notify"), env=desk.machine.environment
+        ) as process,
+    ):
+        try:
+            # It says nothing when it has begun to listen.
+            until("it is shown", lambda: refused() or shown)
+            program, _, _, summary, body, actions, _, _ = shown[0]
+            assert (program, summary, actions) == (
+                "qrexec-activate",
+                "work: refused",
+                [],
+            )
+            address = f"127.0.0.1:{desk.port}"
+            assert body == (
+                f"A connection to {address} was refused by dom0's policy, or"
+                " the qube cannot take it. See: qrexec-activate policy"
+                f" {address}"
+            )
+            # One per route and minute.
+            refused()
+            assert len(shown) == 1
+            desk.machine.add_qube("gitweb")
+            (desk.machine.loopback / "answer").unlink(missing_ok=True)
+            desk.run("add", "tcp", str(desk.port), "gitweb")
+            policy.write_text("* * client gitweb ask default_target=gitweb\n")
+            with socket.create_connection(("127.0.0.2", desk.port)):
+                until("the wait is shown", lambda: len(shown) > 1)
+            assert shown[1][3] == "gitweb: waiting"
+        finally:
+            process.terminate()
 
 
 def test_a_route_that_is_named_is_shown_as_a_way(
