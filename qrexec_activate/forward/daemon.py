@@ -712,6 +712,43 @@ class Daemon:
 
     async def _adopt(self) -> None:
         """Watch again over the connections that outlived an earlier daemon."""
+        known: set[int] = set()
+        while True:
+            found: list[Orphan] = []
+            shortage: OSError | None = None
+            try:
+                for orphan in find_orphans(known):
+                    known.add(orphan.pid)
+                    found.append(orphan)
+                    await trio.lowlevel.checkpoint()
+            except OSError as error:
+                if error.errno in STARVED:
+                    shortage = error
+                else:
+                    # Where ptrace is restricted to descendants, a stranger's
+                    # descriptors cannot be had.
+                    self.log(
+                        Priority.NOTICE,
+                        "connections of an earlier daemon go on, unwatched:"
+                        f" {error}",
+                    )
+            # Not before their sockets are held here, too: a qrexec-client-vm
+            # that is killed while nobody else holds its socket ends cleanly.
+            await self._relieve_caretakers()
+            for orphan in found:
+                self._take_over(orphan)
+            if shortage is None:
+                break
+            self.starved(shortage)
+            await trio.sleep(STARVED_PAUSE)
+        if known:
+            self.log(
+                Priority.INFO,
+                f"watching over {_count(len(known), 'connection')} of an"
+                " earlier daemon",
+            )
+
+    async def _relieve_caretakers(self) -> None:
         for pidfd in find_caretakers():
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGTERM)
@@ -721,32 +758,6 @@ class Daemon:
                 pass
             finally:
                 os.close(pidfd)
-        known: set[int] = set()
-        while True:
-            try:
-                for orphan in find_orphans(known):
-                    known.add(orphan.pid)
-                    self._take_over(orphan)
-                    await trio.lowlevel.checkpoint()
-                break
-            except OSError as error:
-                if error.errno not in STARVED:
-                    # Where ptrace is restricted to descendants, a stranger's
-                    # descriptors cannot be had.
-                    self.log(
-                        Priority.NOTICE,
-                        "connections of an earlier daemon go on, unwatched:"
-                        f" {error}",
-                    )
-                    break
-                self.starved(error)
-                await trio.sleep(STARVED_PAUSE)
-        if known:
-            self.log(
-                Priority.INFO,
-                f"watching over {_count(len(known), 'connection')} of an"
-                " earlier daemon",
-            )
 
     def _take_over(self, orphan: Orphan) -> None:
         if orphan.sock is None:

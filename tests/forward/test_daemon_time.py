@@ -879,6 +879,31 @@ async def test_adoption_goes_on_after_a_shortage(
         reap(pid)
 
 
+async def test_who_looked_after_a_connection_is_relieved_once_it_is_held(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    """In between, the end of its qrexec-client-vm would be a clean one."""
+    order = []
+
+    def find_orphans(known: set[int]) -> Iterator[Orphan]:
+        order.append("held")
+        yield from ()
+
+    def find_caretakers() -> Iterator[int]:
+        order.append("relieved")
+        yield from ()
+
+    monkeypatch.setattr(daemon_module, "find_orphans", find_orphans)
+    monkeypatch.setattr(daemon_module, "find_caretakers", find_caretakers)
+    stage = Stage(Settings())
+    nursery.start_soon(stage.run)
+    await trio.sleep(1)
+    assert order == ["held", "relieved"]
+    await stage.stop()
+
+
 async def test_a_hang_up_is_seen_though_at_first_it_could_not_be_watched_for(
     stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
