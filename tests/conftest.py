@@ -53,5 +53,7 @@ def pytest_runtest_makereport(
 @pytest.fixture(params=["hand-over", "splice"])
 def relay(request: pytest.FixtureRequest, scene: Scene) -> str:
     """Run a scenario once with each way of carrying bytes."""
+    if request.param == "hand-over" and scene.stack:
+        scene.stack.needs_hand_over()
     scene.options(RELAY=request.param)
     return str(request.param)

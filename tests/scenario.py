@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -24,6 +25,7 @@ from typing import Any
 
 import pytest
 import trio
+from contract.place import Place
 
 from qrexec_activate.loopback.machine import Machine
 
@@ -257,13 +259,15 @@ class Stack:
     loopback; docs/testing.md says what its folder holds.
 
     All its qubes share the addresses of this machine, so each service of
-    qubes.ConnectTCP is a link to an address of its own.
+    qubes.ConnectTCP connects to an address of its own: a link to it, or, before
+    qrexec 4.2.19, which knows none, a script, as it was there.
     """
 
     SERVICE = "qubes.ConnectTCP+{}"
     #: Why a test is skipped: pytest-trio drops what pytest.skip says.
     lacking = ""
     CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"
+    SCRIPT = "#!/bin/sh\nexec socat -b 65536 -t 604800 STDIO TCP:{}:{}\n"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -281,6 +285,10 @@ class Stack:
         Stack.lacking = f"the stack {self.folder} {what}"
         pytest.skip(Stack.lacking)
 
+    def needs_hand_over(self) -> None:
+        if not self.hands_over:
+            self.lacks("has no --use-stdin-socket")
+
     def rpc(self, qube: str) -> Path:
         """Where the qube's services lie."""
         folder = self.folder / "qubes" / qube / "qubes-rpc"
@@ -291,11 +299,19 @@ class Stack:
     def serve(self, qube: str, port: int, host: str) -> None:
         """Let port of the qube be that port of host."""
         name = self.SERVICE.format(port)
-        link = self.rpc(qube) / name
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"/dev/tcp/{host}")
-        self._made.append(link)
-        self._write(link.parent.parent / "rpc-config" / name, self.CONFIG)
+        service = self.rpc(qube) / name
+        self._made.append(service)
+        if not self.hands_over:
+            write_script(service, self.SCRIPT.format(host, port))
+            return
+        service.unlink(missing_ok=True)
+        service.symlink_to(f"/dev/tcp/{host}")
+        self._write(service.parent.parent / "rpc-config" / name, self.CONFIG)
+
+    @functools.cached_property
+    def hands_over(self) -> bool:
+        """Whether its qrexec is 4.2.19 or newer."""
+        return Place(str(self.client)).hands_over
 
     def policy(self, *lines: str) -> None:
         """These lines and no others."""

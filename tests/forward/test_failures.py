@@ -90,6 +90,10 @@ async def test_a_call_that_never_comes_about_is_a_reset_with_its_reason(
         unit = "qrexec-connect-tcp-bind@2049-127.0.1.1.socket"
         service = "qrexec-connect-tcp-bind.service"
         scene.options(service=service, RELAY=relay)
+    elif arrange == "closed port" and scene.stack:
+        # 125 is of services that are sockets, and so of 4.2.19 and newer.
+        scene.stack.needs_hand_over()
+        scene.stack.serve("work", scene.port, "127.0.0.1")
     elif arrange.startswith("exit"):
         await scene.serve("work", says("work"))
         scene.faults(arrange)
@@ -301,6 +305,11 @@ async def test_an_agent_that_stays_away_is_a_reset_after_some_tries(
 
 
 def be_old(scene: Scene) -> None:
+    """Know no --use-stdin-socket."""
+    if scene.stack:
+        if scene.stack.hands_over:
+            scene.stack.lacks("is newer than 4.2.18")
+        return
     (scene.loopback / "version").write_text("4.2.18\n")
 
 
@@ -397,7 +406,7 @@ TIMES = 200
 
 def add_short(scene: Scene, name: str, script: str) -> tuple[str, int]:
     """A qube whose service does this, and counts how often it has run."""
-    folder = scene.machine.add_qube(name)
+    folder = scene.add_qube(name)
     service = folder / "rpc" / "qubes.ConnectTCP"
     write_script(service, f"#!/bin/sh\necho >>{folder}/runs\n{script}\n")
     address = scene.address()
@@ -413,7 +422,10 @@ async def test_short_calls_by_pipes_have_their_answer_and_run_once(
     scene: Scene,
 ) -> None:
     """The signs of the data phase are gone when it has ended."""
-    be_old(scene)
+    if scene.stack and scene.stack.hands_over:
+        scene.options(RELAY="splice")
+    else:
+        be_old(scene)
     addresses = {
         name: add_short(scene, name, script)
         for name, (script, *_) in SHORT.items()
@@ -433,7 +445,9 @@ async def test_short_calls_by_pipes_have_their_answer_and_run_once(
         for name in 2 * tuple(SHORT):
             nursery.start_soon(customer, name)
     await scene.logged("lasted", times=len(SHORT) * TIMES)
-    assert not scene.lines("tries")
+    if not scene.stack:
+        # qrexec itself loses some calls, which are made again.
+        assert not scene.lines("tries")
     for name, (_, _, _, code) in SHORT.items():
         assert runs(scene, name) == TIMES
         words = f"exit code {code}," if code else "ended, "

@@ -216,7 +216,7 @@ async def test_a_denial_while_no_daemon_runs_is_a_reset_and_is_logged(
         await scene.systemctl("stop", SERVICE)
         await scene.logged("watching over 1 connection of an earlier daemon")
         assert scene.state() == "inactive"
-        (scene.machine.loopback / "answer").write_text("deny\n")
+        scene.answer("deny")
         assert await sees_reset(stream)
     await scene.logged("ended before the call was set up")
 

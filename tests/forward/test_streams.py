@@ -137,10 +137,10 @@ async def test_sixty_four_mebibytes_go_both_ways_at_once_unharmed(
     # qubes.ConnectTCP ends when the service half-closes, and what the client
     # still sends is lost: so a plain service.
     folder = await scene.qube("work", serve)
-    (folder / "rpc" / "qubes.ConnectTCP").symlink_to("/dev/tcp/127.0.0.1")
-    (folder / "rpc-config" / "qubes.ConnectTCP").write_text(
-        "skip-service-descriptor=true\n"
-    )
+    name = f"qubes.ConnectTCP+{scene.port}"
+    if not scene.stack:
+        (folder / "rpc" / name).symlink_to("/dev/tcp/127.0.0.1")
+    (folder / "rpc-config" / name).write_text("skip-service-descriptor=true\n")
     address = scene.address()
     scene.drop_in("work", address)
     await scene.start()
