@@ -14,7 +14,13 @@ from .daemons import Daemon
 from .netproc import Listening
 from .steps import Context, Level, Step, output, sudo
 
-__all__ = ["DEFAULT_CLIENT", "agent_steps", "client_steps", "clients"]
+__all__ = [
+    "DEFAULT_CLIENT",
+    "agent_steps",
+    "client_steps",
+    "clients",
+    "xen_steps",
+]
 
 DEFAULT_CLIENT = "/usr/bin/qrexec-client-vm"
 AGENT_SOCKET = "/run/qubes/qrexec-agent"
@@ -105,7 +111,7 @@ def client_steps(path: str, listening: Listening | None) -> Iterator[Step]:
             os.path.exists(AGENT_SOCKET),
             listening.holds(AGENT_SOCKET) if listening else None,
         )
-        yield from _xen()
+        yield from xen_steps()
 
 
 def agent_steps(is_there: bool, listens: bool | None) -> Iterator[Step]:
@@ -126,7 +132,7 @@ def agent_steps(is_there: bool, listens: bool | None) -> Iterator[Step]:
     )
 
 
-def _xen(
+def xen_steps(
     folder: Path = Path("/dev/xen"), grants: Path = GRANTS
 ) -> Iterator[Step]:
     """Whether this user can open what a call needs, and often enough."""

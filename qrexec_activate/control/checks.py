@@ -26,7 +26,10 @@ from .check_units import daemons, reloads, syntax, units
 from .steps import Context, Level, Step
 from .survey import Survey, take_survey
 
-__all__ = ["Level", "Step", "walk"]
+__all__ = ["Level", "Step", "to_reach", "walk"]
+
+#: Where logind keeps the runtime folders of users.
+RUNTIME = "/run/user"
 
 #: How far back the journal is searched, in records.
 LOOK_BACK = 500
@@ -61,7 +64,7 @@ def walk(*, user: bool) -> tuple[list[Step], Survey | None]:
                 steps += look(context)
             return steps, now
     except ActivateError as error:
-        mend, advice = _to_reach(user=user)
+        mend, advice = to_reach(user=user)
         return [
             *client_steps(DEFAULT_CLIENT, None),
             Step("systemd", Level.ERROR, str(error), mend, advice),
@@ -82,7 +85,7 @@ def _records(now: Survey) -> list[Record]:
         return []
 
 
-def _to_reach(*, user: bool) -> tuple[str, str]:
+def to_reach(*, user: bool) -> tuple[str, str]:
     """How the manager is reached: mend and advice."""
     if not user:
         return "", "start dbus, and see whether systemd runs on this machine"
@@ -92,7 +95,7 @@ def _to_reach(*, user: bool) -> tuple[str, str]:
             f"your routes are those of {name}: run it without sudo, or with"
             f" --system for those of this machine"
         )
-    runtime = f"/run/user/{uid}"
+    runtime = f"{RUNTIME}/{uid}"
     if (
         Path(runtime, "bus").exists()
         and os.environ.get("XDG_RUNTIME_DIR") != runtime

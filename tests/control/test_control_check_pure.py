@@ -1,0 +1,220 @@
+"""What check says where a test as root on a machine without Xen cannot break
+anything: its steps, from made-up sights."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from qrexec_activate.control import check_qrexec, check_routes, checks
+from qrexec_activate.control.address import Obstacle, Trouble
+from qrexec_activate.control.check_names import likely_target, meant_unit
+from qrexec_activate.control.check_qrexec import agent_steps, client_steps
+from qrexec_activate.control.check_units import reloads
+from qrexec_activate.control.daemons import Daemon
+from qrexec_activate.control.steps import Context, Level
+from qrexec_activate.control.survey import Entry, Survey, Unit
+from qrexec_activate.routing.routes import SocketUnit
+from qrexec_activate.routing.unitfile import SourceFile
+from qrexec_activate.systemd.systemctl import Systemctl
+
+UNIT = "qrexec-connect-tcp@80.socket"
+DAEMON = Daemon("qrexec-connect-tcp.service", "qubes.ConnectTCP", None)
+
+
+class Silent:
+    """A manager that knows nothing."""
+
+    def unit_properties(
+        self, units: list[str], kind: str, names: list[str]
+    ) -> list[dict[str, Any]]:
+        return [dict.fromkeys(names) for _ in units]
+
+
+def context(*files: SourceFile, active: str = "inactive") -> Context:
+    now = Survey(user=True)
+    socket_unit = SocketUnit(UNIT, files, (), UNIT)
+    now.units[UNIT] = Unit(
+        socket_unit, DAEMON, "loaded", active, "dead", "enabled"
+    )
+    now.daemons[DAEMON.unit] = DAEMON
+    return Context(cast("Any", Silent()), now, Systemctl(user=True))
+
+
+def entry(listener: str, file: str = "", active: str = "inactive") -> Entry:
+    return Entry(
+        listener,
+        "work",
+        DAEMON.service,
+        "80",
+        UNIT,
+        DAEMON.unit,
+        file,
+        "enabled",
+        active,
+        False,
+    )
+
+
+# -------------------------------------------------------------------- qrexec
+
+
+def test_an_agent_that_is_dead_leaves_its_socket_file() -> None:
+    for is_there, listens in ((True, False), (False, None)):
+        (step,) = agent_steps(is_there, listens)
+        assert step.level is Level.ERROR
+        assert step.mend.endswith("systemctl restart qubes-qrexec-agent")
+    for listens in (True, None):
+        (step,) = agent_steps(True, listens)
+        assert step.level is Level.OK
+
+
+def test_a_package_that_is_missing_in_the_template_is_no_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(check_qrexec, "DEFAULT_CLIENT", "/nowhere/client")
+    monkeypatch.setattr(check_qrexec, "QUBES_SIGNS", (str(tmp_path),))
+    (step,) = client_steps("/nowhere/client", None)
+    assert (step.level, step.mend) == (Level.ERROR, "")
+    assert "in the template" in step.advice
+
+
+def test_xen_that_is_closed_to_this_user_is_told_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "gntalloc").touch()
+    (tmp_path / "limit").write_text("1024\n")
+    assert [
+        step.level
+        for step in check_qrexec.xen_steps(tmp_path, tmp_path / "limit")
+    ] == [Level.WARNING]
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    closed, few = check_qrexec.xen_steps(tmp_path, tmp_path / "limit")
+    assert f"{tmp_path}/gntalloc cannot be opened" in closed.text
+    assert (closed.mend, "group qubes" in closed.advice) == ("", True)
+    assert "about 30 calls" in few.text
+    (tmp_path / "gntalloc").unlink()
+    (tmp_path / "limit").write_text("1073741824\n")
+    assert not list(check_qrexec.xen_steps(tmp_path, tmp_path / "limit"))
+
+
+# -------------------------------------------------------------------- routes
+
+
+def test_a_file_that_cannot_be_read_is_opened_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "gitweb.conf"
+    path.touch()
+    file = SourceFile(str(path), None, "cannot be read (Permission denied)")
+    (step,) = reloads(context(file))
+    assert step.level is Level.ERROR
+    assert step.mend == (
+        f"chmod a+r {path} && systemctl --user daemon-reload"
+        f" && systemctl --user restart {UNIT}"
+    )
+
+
+def test_a_privileged_port_needs_another_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        check_routes,
+        "obstacle",
+        lambda *_: Obstacle(Trouble.PRIVILEGED, "port 80 needs privileges"),
+    )
+    file = f"{tmp_path}/systemd/user/{UNIT}.d/work.conf"
+    one = context()
+    one.now.entries.append(entry("127.0.0.1:80", file, "failed"))
+    (step,) = check_routes.routes(one)
+    assert "port 80 needs privileges" in step.text
+    assert step.mend.startswith(f"qrexec-activate edit {file} && ")
+    assert "start 127" not in step.mend
+
+
+def test_a_folder_of_ones_own_is_made_writable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    one = context()
+    one.now.entries.append(entry(f"{closed}/socket"))
+    (step,) = check_routes.routes(one)
+    assert f"{closed} cannot be written to" in step.text
+    assert step.mend == (
+        f"chmod u+rwx {closed} && systemctl --user start {UNIT}"
+    )
+
+
+# --------------------------------------------------------------- the manager
+
+
+def test_who_cannot_be_asked_is_reached_in_the_way_that_works(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(checks, "RUNTIME", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    # Nobody is logged in, and nothing lingers.
+    assert checks.to_reach(user=True) == ("loginctl enable-linger", "")
+    (tmp_path / "1000").mkdir()
+    with socket.socket(socket.AF_UNIX) as bus:
+        bus.bind(str(tmp_path / "1000" / "bus"))
+        # The manager runs, and this shell does not know where.
+        mend, _ = checks.to_reach(user=True)
+        assert mend == f"export XDG_RUNTIME_DIR={tmp_path}/1000"
+        monkeypatch.setenv("XDG_RUNTIME_DIR", f"{tmp_path}/1000")
+        assert checks.to_reach(user=True)[0] == ""
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    assert "--system" in checks.to_reach(user=True)[1]
+    monkeypatch.setenv("SUDO_USER", "user")
+    mend, advice = checks.to_reach(user=True)
+    assert (mend, "those of user: run it without sudo" in advice) == ("", True)
+    assert checks.to_reach(user=False)[0] == ""
+
+
+# --------------------------------------------------------------- near misses
+
+
+@pytest.mark.parametrize(
+    ("target", "others", "likely"),
+    [
+        ("gitwep", ["gitweb"], "gitweb"),
+        ("gitweb", ["gitwep"], ""),
+        ("GitWeb", ["gitweb"], "gitweb"),
+        ("gitweb", ["GitWeb"], ""),
+        ("gitwb", ["gitweb", "gitweb"], "gitweb"),
+        ("work-2", ["work-1"], ""),
+        ("mail-b", ["mail-a"], ""),
+        ("work-web", ["work"], ""),
+        ("vault", ["work"], ""),
+    ],
+)
+def test_a_qube_that_looks_like_another(
+    target: str, others: list[str], likely: str
+) -> None:
+    assert likely_target(target, Counter([target, *others])) == likely
+
+
+@pytest.mark.parametrize(
+    ("folder", "unit"),
+    [
+        ("qrexec-connect-tcp@1237.sockets.d", "qrexec-connect-tcp@1237.socket"),
+        ("qrexec-connect-tpc@1237.socket.d", "qrexec-connect-tcp@1237.socket"),
+        ("qrexec-connect-tcp-1237.socket.d", "qrexec-connect-tcp@1237.socket"),
+        ("tcp-1237.socket.d", "qrexec-connect-tcp@1237.socket"),
+        ("tpc@1237.socket.d", "qrexec-connect-tcp@1237.socket"),
+        ("qrexec-connect-tcp@1237.socket.d", ""),
+        ("pipewire.socket.d", ""),
+        ("sshd@.service.d", ""),
+    ],
+)
+def test_a_folder_that_is_of_no_unit(folder: str, unit: str) -> None:
+    prefixes = {"qrexec-connect-tcp", "qrexec-connect-unix"}
+    assert meant_unit(folder, prefixes) == unit
