@@ -45,6 +45,7 @@ from .options import (
     complete_targets,
     system_option,
 )
+from .persistence import warn_of_loss
 from .policy import FILE as POLICY_FILE
 from .policy import policy_lines, this_qube
 from .select import written
@@ -204,6 +205,7 @@ def command(
                 )
     folder = own_folder(user=not system)
     systemctl = Systemctl(user=not system)
+    warn_of_loss(folder)
     if dry_run:
         _show(_plan(wishes, folder, not system), systemctl, no_start)
         return

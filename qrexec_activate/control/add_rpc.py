@@ -15,6 +15,7 @@ from ..systemd.unitdirs import UnitFiles, own_folder, scan
 from .dropins import create_file, finishing, locked
 from .kinds import KINDS
 from .options import system_option
+from .persistence import warn_of_loss
 from .survey import read_file
 from .table import short_path
 
@@ -61,6 +62,7 @@ def command(name: str, rpc: str, dry_run: bool, system: bool) -> None:
     texts = {
         unit.format(name): _text(files, unit, name, rpc) for unit in _UNITS
     }
+    warn_of_loss(folder)
     if dry_run:
         for unit, text in texts.items():
             click.echo(f"# {folder / unit}\n{text}")

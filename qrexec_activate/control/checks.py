@@ -23,6 +23,7 @@ from .check_qrexec import DEFAULT_CLIENT, client_steps, clients
 from .check_routes import clashes, exposure, overrides, routes
 from .check_services import services
 from .check_units import daemons, reloads, syntax, units
+from .persistence import forgotten
 from .steps import Context, Level, Step
 from .survey import Survey, take_survey
 
@@ -30,6 +31,8 @@ __all__ = ["Level", "Step", "to_reach", "walk"]
 
 #: Where logind keeps the runtime folders of users.
 RUNTIME = "/run/user"
+#: Where it keeps who lingers.
+LINGER = Path("/var/lib/systemd/linger")
 
 #: How far back the journal is searched, in records.
 LOOK_BACK = 500
@@ -104,6 +107,8 @@ def to_reach(*, user: bool) -> tuple[str, str]:
     if uid == 0:
         return "", "root has no routes of its own: add --system"
     if not Path(runtime).exists():
+        if lost := forgotten(LINGER):
+            return "", f"log in, or loginctl enable-linger; {lost}"
         return "loginctl enable-linger", ""
     return "", (
         "log in as this user, not by su or sudo; where that is so, install"

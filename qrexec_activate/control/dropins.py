@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ..errors import ActivateError
 from ..routing.unitfile import assignments
+from ..systemd.unitdirs import own_folder
 
 __all__ = [
     "create_file",
@@ -40,6 +41,8 @@ UNFINISHED = ".qrexec-activate-"
 #: Another run holds the lock for as long as systemd takes to start a socket,
 #: which is a fraction of a second.
 LOCK_TIMEOUT = 60.0
+LOCK = ".qrexec-activate.lock"
+SYSTEM_LOCK = Path("/run", LOCK)
 
 _PHYSICAL_LINE = re.compile("([^\n\r\0]*)(\r\n|\n\r|[\n\r\0]|$)")
 _WHITESPACE = " \t\n\r"
@@ -48,10 +51,18 @@ _WHITESPACE = " \t\n\r"
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Let nobody else change unit files in this folder; makes it if need be,
-    and tidies up after a run that died."""
+    and tidies up after a run that died.
+
+    The lock is on a file that only its user can open: whoever can open a file,
+    or a folder, can hold its lock for ever.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock = os.open(
+            _lock_of(folder),
+            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+            0o600,
+        )
     except OSError as error:
         raise ActivateError(_cannot("open", folder, error)) from error
     try:
@@ -72,6 +83,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _lock_of(folder: Path) -> Path:
+    """Where the lock of a folder lies: among what ends with the session or the
+    boot; without a session, in the folder itself."""
+    if folder == own_folder(user=False):
+        return SYSTEM_LOCK
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    return Path(runtime if os.path.isdir(runtime) else folder, LOCK)
 
 
 def _tidy(folder: Path) -> None:

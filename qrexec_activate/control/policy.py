@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterable
 
 import click
 
+from ..errors import BadName
 from ..routing.names import check_target
 from .options import complete_routes, system_option
+from .persistence import qubesdb
 from .select import select
 from .survey import Entry, survey
 
@@ -27,19 +27,9 @@ TARGET_QUBE = "TARGET-QUBE"
 
 def this_qube() -> str:
     """This qube's name, or THIS-QUBE where it cannot be told."""
-    program = shutil.which("qubesdb-read")
-    if program is None:
-        return THIS_QUBE
     try:
-        result = subprocess.run(
-            [program, "/name"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-        return check_target(result.stdout.strip())
-    except (OSError, ValueError, subprocess.SubprocessError):
+        return check_target(qubesdb("/name"))
+    except BadName:
         return THIS_QUBE
 
 

@@ -14,6 +14,7 @@ import click
 from ..control.dropins import create_file, finishing, locked
 from ..control.netproc import listening
 from ..control.options import complete_files, complete_units, debug_option
+from ..control.persistence import warn_of_loss
 from ..control.policy import FILE as POLICY_FILE
 from ..control.policy import policy_line, this_qube
 from ..control.publications import (
@@ -275,6 +276,7 @@ def _publish_services(services: list[Service], *, dry_run: bool) -> None:
             f"{min(taken)} is published already: qrexec-activate unpublish it"
             f" first"
         )
+    warn_of_loss(one.folder, *([Path("/etc/passwd")] if one.for_system else []))
     with contextlib.ExitStack() as acts, locked(one.folder), finishing():
         for service in services:
             what = service.about
@@ -317,6 +319,7 @@ def _publish_unit(name: str, unit: str) -> None:
             if one.name == name and one.unit == unit and one.file:
                 click.echo(f"{short_path(one.file)} makes it already", err=True)
                 drop_in = Path(one.file)
+    warn_of_loss(drop_in)
     with locked(own_folder(user=True)), finishing():
         if not drop_in.exists():
             create_file(drop_in, f"[Socket]\nSymlinks={FOLDER}/{name}\n")

@@ -404,6 +404,15 @@ def test_a_file_that_says_nothing_is_idle(text: str, idle: bool) -> None:
     assert is_idle(text) is idle
 
 
+@pytest.fixture
+def session(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime folder, as a login has one: locks lie there."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
+
+
+@pytest.mark.usefixtures("session")
 def test_a_file_is_made_changed_and_removed_whole(tmp_path: Path) -> None:
     path = tmp_path / "x.socket.d" / "a.conf"
     with locked(tmp_path):
@@ -432,6 +441,7 @@ def test_a_link_to_a_file_kept_elsewhere_stays_a_link(tmp_path: Path) -> None:
     assert real.read_text() == "two\n"
 
 
+@pytest.mark.usefixtures("session")
 def test_what_a_killed_run_left_is_tidied_away(tmp_path: Path) -> None:
     (tmp_path / ".qrexec-activate-abc").mkdir()
     (tmp_path / ".qrexec-activate-abc" / "a.conf").touch()
