@@ -17,7 +17,7 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import ActivateError
@@ -30,9 +30,11 @@ __all__ = [
     "is_idle",
     "locked",
     "remove_file",
+    "remove_files",
     "replace_file",
     "with_lines",
     "without_lines",
+    "write_files",
 ]
 
 #: Names of what is not yet, or no longer, a unit file. systemd does not read
@@ -120,58 +122,85 @@ def finishing() -> Iterator[None]:
 def create_file(path: Path, text: str) -> None:
     """Make a new file, and its folder if need be, in one step; never overwrites
     one."""
-    try:
-        if path.parent.is_dir():
-            with _written(path.parent, text, 0o644) as unfinished:
-                os.link(unfinished, path)
-            _sync(path.parent)
-            return
-        folder = Path(
-            tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent.parent)
-        )
-        try:
-            folder.chmod(0o755)
-            with _written(folder, text, 0o644) as unfinished:
-                os.rename(unfinished, folder / path.name)
-            _sync(folder)
-            os.rename(folder, path.parent)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        _sync(path.parent.parent)
-    except OSError as error:
-        raise ActivateError(_cannot("write", path, error)) from error
+    write_files({path: text}, {})
 
 
 def replace_file(path: Path, text: str) -> None:
     """Give a file another text, in one step; a symbolic link stays one."""
-    try:
-        real = path.resolve(strict=True)
-        with _written(
-            real.parent, text, stat.S_IMODE(real.stat().st_mode)
-        ) as unfinished:
-            os.rename(unfinished, real)
-        _sync(real.parent)
-    except OSError as error:
-        raise ActivateError(_cannot("write", path, error)) from error
+    write_files({}, {path: text})
 
 
 def remove_file(path: Path) -> None:
     """Remove a file, and its folder of drop-ins where it was the last one."""
+    remove_files([path])
+
+
+def write_files(new: Mapping[Path, str], changed: Mapping[Path, str]) -> None:
+    """Make and change many files, each in one step, and none before all are
+    safely on the disk: a disk takes as long for that as for one."""
+    path = Path()
     try:
-        path.unlink(missing_ok=True)
-        if path.parent.name.endswith(".d"):
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
-        _sync(path.parent if path.parent.is_dir() else path.parent.parent)
+        with contextlib.ExitStack() as stack:
+            moves: list[tuple[Callable[[Path, Path], None], Path, Path]] = []
+            for path, text in new.items():
+                if path.parent.is_dir():
+                    name = stack.enter_context(
+                        _written(path.parent, text, 0o644)
+                    )
+                    moves.append((os.link, Path(name), path))
+                else:
+                    folder = stack.enter_context(_folder_of(path, text))
+                    moves.append((os.rename, folder, path.parent))
+            for path, text in changed.items():
+                real = path.resolve(strict=True)
+                mode = stat.S_IMODE(real.stat().st_mode)
+                name = stack.enter_context(_written(real.parent, text, mode))
+                moves.append((os.rename, Path(name), real))
+            for _, unfinished, _ in moves:
+                _sync(*unfinished.glob("*"), unfinished)
+            for move, unfinished, path in moves:
+                move(unfinished, path)
+            _sync(*{path.parent for _, _, path in moves})
+    except OSError as error:
+        raise ActivateError(_cannot("write", path, error)) from error
+
+
+def remove_files(paths: Iterable[Path]) -> None:
+    """Remove files, and folders of drop-ins where they were the last ones."""
+    path = Path()
+    touched = set()
+    try:
+        for path in paths:
+            path.unlink(missing_ok=True)
+            if path.parent.name.endswith(".d"):
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+            touched.add(
+                path.parent if path.parent.is_dir() else path.parent.parent
+            )
+        _sync(*(folder for folder in touched if folder.is_dir()))
     except OSError as error:
         raise ActivateError(_cannot("remove", path, error)) from error
 
 
 @contextlib.contextmanager
+def _folder_of(path: Path, text: str) -> Iterator[Path]:
+    """A folder with this file in it, which systemd does not read yet; gone at
+    the end, unless it was renamed."""
+    folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent.parent))
+    try:
+        folder.chmod(0o755)
+        with _written(folder, text, 0o644) as unfinished:
+            os.rename(unfinished, folder / path.name)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def _written(folder: Path, text: str, mode: int) -> Iterator[str]:
-    """A file that systemd does not read yet, safely on the disk; gone at the
-    end, unless it was renamed."""
+    """A file that systemd does not read yet; gone at the end, unless it was
+    renamed."""
     descriptor, name = tempfile.mkstemp(prefix=UNFINISHED, dir=folder)
     try:
         with open(
@@ -184,19 +213,21 @@ def _written(folder: Path, text: str, mode: int) -> Iterator[str]:
             file.write(text)
             file.flush()
             os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
         yield name
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sync(*paths: Path) -> None:
+    """Wait until files, or folders and which names are in them, are on the
+    disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _cannot(do: str, path: Path, error: OSError) -> str:

@@ -14,19 +14,16 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import click
 
 from ..errors import ActivateError, ManagerError
 from ..routing.unitfile import address_key
 from ..systemd.systemctl import Systemctl
-from .dropins import create_file, remove_file, replace_file
+from .dropins import remove_files, write_files
 from .netproc import holders, listening, owner
 
 __all__ = ["Change", "active_of", "carry_out", "undo", "why_not_started"]
-
-_Item = TypeVar("_Item")
 
 #: A socket unit is refused while its daemon starts, which a connection to
 #: another one of its ports may bring about at any moment.
@@ -95,13 +92,17 @@ def carry_out(change: Change, systemctl: Systemctl) -> None:
     """
     if change.enable:
         systemctl.run("enable", "--no-reload", *change.enable)
-    for path, text in progress("Writing", list(change.new.items())):
-        create_file(path, text)
-    for name, changed in progress("Changing", list(change.files.items())):
-        if changed is None:
-            remove_file(Path(name))
-        else:
-            replace_file(Path(name), changed)
+    write_files(
+        change.new,
+        {
+            Path(path): text
+            for path, text in change.files.items()
+            if text is not None
+        },
+    )
+    remove_files(
+        Path(path) for path, text in change.files.items() if text is None
+    )
     for chunk in _chunks("Stopping", change.stop):
         systemctl.run("stop", *chunk)
     if change.stop:
@@ -191,8 +192,7 @@ def undo(change: Change, systemctl: Systemctl) -> None:
     """Take back the making of new routes, as far as it came."""
     if change.start:
         systemctl.run("stop", *change.start, check=False)
-    for path in change.new:
-        remove_file(path)
+    remove_files(change.new)
     if change.enable:
         systemctl.run("disable", "--no-reload", *change.enable, check=False)
     systemctl.run("daemon-reload", check=False)
@@ -216,18 +216,12 @@ def active_of(
 # -------------------------------------------------------------------- progress
 
 
-def progress(what: str, items: Sequence[_Item]) -> Iterator[_Item]:
-    """Go through many things, and show on a terminal how far one is."""
-    shown = len(items) > CHUNK and sys.stderr.isatty()
-    for number, item in enumerate(items):
-        if shown and number % CHUNK == 0:
-            click.echo(f"\r{what} {number} of {len(items)}", nl=False, err=True)
-        yield item
+def _chunks(what: str, units: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Go through many units, and show on a terminal how far one is."""
+    shown = len(units) > CHUNK and sys.stderr.isatty()
+    for start in range(0, len(units), CHUNK):
+        if shown:
+            click.echo(f"\r{what} {start} of {len(units)}", nl=False, err=True)
+        yield units[start : start + CHUNK]
     if shown:
         click.echo("\r\x1b[K", nl=False, err=True)
-
-
-def _chunks(what: str, units: Sequence[str]) -> Iterator[Sequence[str]]:
-    for number, _ in enumerate(progress(what, units)):
-        if number % CHUNK == 0:
-            yield units[number : number + CHUNK]

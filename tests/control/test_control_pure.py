@@ -17,8 +17,10 @@ from qrexec_activate.control.dropins import (
     is_idle,
     locked,
     remove_file,
+    remove_files,
     replace_file,
     without_lines,
+    write_files,
 )
 from qrexec_activate.control.kinds import unit_of
 from qrexec_activate.control.netproc import Listening, overlaps
@@ -402,6 +404,31 @@ def test_taking_lines_out_takes_out_just_those_or_refuses(
 )
 def test_a_file_that_says_nothing_is_idle(text: str, idle: bool) -> None:
     assert is_idle(text) is idle
+
+
+def test_of_many_files_none_comes_before_all_are_written(
+    tmp_path: Path,
+) -> None:
+    there = tmp_path / "there.conf"
+    there.write_text("old\n")
+    fresh = tmp_path / "x.socket.d" / "new.conf"
+    beside = tmp_path / "beside.conf"
+    with pytest.raises(ActivateError, match="nowhere"):
+        write_files(
+            {
+                fresh: "new\n",
+                beside: "new\n",
+                tmp_path / "nowhere" / "y.socket.d" / "z.conf": "new\n",
+            },
+            {there: "new\n"},
+        )
+    assert list(tmp_path.iterdir()) == [there]
+    assert there.read_text() == "old\n"
+    write_files({fresh: "new\n", beside: "new\n"}, {there: "new\n"})
+    for path in (fresh, beside, there):
+        assert path.read_text() == "new\n"
+    remove_files([fresh, beside])
+    assert list(tmp_path.iterdir()) == [there]
 
 
 @pytest.fixture
