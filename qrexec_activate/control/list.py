@@ -44,6 +44,7 @@ def entry_as_json(entry: Entry) -> dict[str, Any]:
         "call": entry.call,
         "rpc": entry.service,
         "argument": entry.argument,
+        "label": entry.label or None,
         "unit": entry.unit,
         "daemon": entry.daemon,
         "file": entry.file or None,
@@ -119,9 +120,9 @@ def command(
     """List every route: listener, target, service, file, and whether it is
     enabled, listening or refused.
 
-    ROUTE is an address, a unit, a target, a call or a file; without one, all
-    are listed. Routes that were written by hand, or by other programs, are
-    listed too.
+    ROUTE is an address, a unit, a label, a target, a call or a file; without
+    one, all are listed. Routes that were written by hand, or by other
+    programs, are listed too.
     """
     entries = select(survey(user=not system).entries, routes)
     if as_json:

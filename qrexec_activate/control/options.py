@@ -134,12 +134,9 @@ def complete_routes(
     """Offer the addresses, units, labels and targets of all routes; and files,
     which may be theirs, too."""
 
-    from ..routing.names import parse_unit_name
-
     def words(entry: Entry) -> list[tuple[str, str]]:
         about = f"{entry.target or 'refused'} {entry.call}"
-        label = parse_unit_name(entry.unit).label
-        names = [entry.listener, entry.unit, label]
+        names = [entry.listener, entry.unit, entry.label]
         offered = [(name, about) for name in names if name]
         return (
             [*offered, (entry.target, entry.call)] if entry.target else offered

@@ -148,11 +148,8 @@ def _by_kind(words: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
     return [
         entry
         for entry in found
-        if words[2] in (entry.target, parse_unit_name(entry.unit).label)
-        or (
-            parse_unit_name(entry.unit).label == ""
-            and not os.path.exists(entry.file)
-        )
+        if words[2] in (entry.target, entry.label)
+        or not (entry.label or os.path.exists(entry.file))
     ]
 
 

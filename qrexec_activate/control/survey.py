@@ -88,6 +88,10 @@ class Entry:
         return call_name(self.service, self.argument)
 
     @property
+    def label(self) -> str:
+        return parse_unit_name(self.unit).label
+
+    @property
     def state(self) -> str:
         """In one word or two, how it is: `listening`, `not started`, `restart
         needed`, `failed`, `refused`, `masked`…"""
