@@ -82,6 +82,9 @@ class Admission:
         self.max_setups = max_setups
         self.max_connections = max_connections
         self.max_total = max_total
+        #: Whether all are counted here that an earlier daemon has left. Until
+        #: then they are among the others, and may all be open to one qube.
+        self.knows_all = True
         #: Connections of others in this qube, and when they were counted.
         self.others = 0
         self._counted_at = -math.inf
@@ -96,6 +99,9 @@ class Admission:
         self._places: dict[Hashable, float] = {}
         self._by_target: dict[str, dict[Hashable, float]] = {}
         self._waiting: dict[Hashable, str] = {}
+        #: Whether there may be room since everybody who waits was told no.
+        self._may_have_room = False
+        self._turns_at = -math.inf
         #: By qube: so many were open to it when it refused another ...
         self._full: dict[str, _Ceiling] = {}
         #: ... or open in all when it could not be reached for another. Each
@@ -112,7 +118,8 @@ class Admission:
         if len(self._open) + self.others + more > self.max_total:
             return Verdict.ALL_FULL
         to_target = self._per_target[target]
-        if to_target + more > self.max_connections:
+        unknown = 0 if self.knows_all else self.others
+        if to_target + unknown + more > self.max_connections:
             return Verdict.TARGET_FULL
         all_held = len(self._places)
         ceiling = self._no_room.get(target)
@@ -156,11 +163,20 @@ class Admission:
         if self._places:
             times.append(next(iter(self._places.values())) + PLACE_AGE)
         if self._waiting:
-            times += [one.probe_at for one in self._no_room.values()]
-            times += [one.probe_at for one in self._full.values()]
+            times.append(self._next_probe(now))
             if self.waits_for_others:
                 times.append(self._counted_at + CENSUS_WAITING)
         return min((time for time in times if time > now), default=math.inf)
+
+    def _next_probe(self, after: float) -> float:
+        """When a ceiling may be tried next."""
+        times = [
+            one.probe_at
+            for ceilings in (self._no_room, self._full)
+            for one in ceilings.values()
+            if one.probe_at > after
+        ]
+        return min(times, default=math.inf)
 
     # -------------------------------------------------------------- the others
 
@@ -172,6 +188,7 @@ class Admission:
     def counted(self, others: int, now: float) -> None:
         self.others = others
         self._counted_at = now
+        self._may_have_room = True
 
     @property
     def waits_for_others(self) -> bool:
@@ -206,6 +223,7 @@ class Admission:
         """It is established, has ended, or is too old to hold a place."""
         if self._places.pop(call, None) is None:
             return False
+        self._may_have_room = True
         target = self._open[call]
         held = self._by_target[target]
         del held[call]
@@ -268,6 +286,7 @@ class Admission:
         self.gives_place_back(call)
         self._established.discard(call)
         self._waiting.pop(call, None)
+        self._may_have_room = True
         target = self._open.pop(call)
         self._per_target[target] -= 1
         if not self._per_target[target]:
@@ -281,6 +300,7 @@ class Admission:
     def waits(self, who: Hashable, target: str) -> None:
         """Somebody (a call that is open, or a listener) waits for its turn."""
         self._waiting.setdefault(who, target)
+        self._may_have_room = True
 
     def waits_no_more(self, who: Hashable) -> None:
         self._waiting.pop(who, None)
@@ -291,6 +311,9 @@ class Admission:
         A call of which `begins` is told before the next is asked for takes its
         place; so whoever comes after sees what is left.
         """
+        if not self._may_have_room and now < self._next_probe(self._turns_at):
+            return
+        self._may_have_room, self._turns_at = False, now
         none_for: set[tuple[str, bool]] = set()
         for who, target in list(self._waiting.items()):
             opened = who in self._open

@@ -222,6 +222,7 @@ class Daemon:
                 self._nursery = nursery
                 with trio.CancelScope() as accepting:
                     nursery.start_soon(self._stop_on_signal, signals, accepting)
+                    self.admission.knows_all = False
                     self._start_looking()
                     nursery.start_soon(self._report)
                     nursery.start_soon(self._adopt)
@@ -712,6 +713,13 @@ class Daemon:
 
     async def _adopt(self) -> None:
         """Watch again over the connections that outlived an earlier daemon."""
+        try:
+            await self._adopt_all()
+        finally:
+            self.admission.knows_all = True
+            self._next_turns()
+
+    async def _adopt_all(self) -> None:
         known: set[int] = set()
         while True:
             found: list[Orphan] = []

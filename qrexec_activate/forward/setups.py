@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from .admission import Admission
-from .call import PROMPT_AGE, Call, Pace
+from .call import OVERTAKEN_AGE, PROMPT_AGE, Call, Pace
 from .outcome import Ending
 
 __all__ = ["LOOK_INTERVAL", "Setups"]
@@ -88,10 +88,12 @@ class Setups(Generic[Who]):
     def due(self, who: Who, now: float) -> Ending | None:
         """Whether to give up waiting for an answer to it, and why."""
         call, target, service = self._calls[who]
-        # Where every call starts a qube of its own, none overtakes another.
-        overtaken = not target.startswith("@dispvm") and self._paces[
-            target, service
-        ].overtook(call.began_at)
+        overtaken = (
+            now - call.began_at >= OVERTAKEN_AGE
+            # Where every call starts a qube of its own, none overtakes another.
+            and not target.startswith("@dispvm")
+            and self._paces[target, service].overtook(call.began_at)
+        )
         return call.due(now, self.timeout, overtaken)
 
     def soon(self, now: float) -> list[Who]:

@@ -755,6 +755,47 @@ async def test_more_calls_than_there_is_room_for_wait_and_are_all_served(
         nursery.cancel_scope.cancel()
 
 
+def pretend_orphan(pids: list[int]) -> Orphan:
+    """A qrexec-client-vm of an earlier daemon; who asks for it ends it."""
+    ours, theirs = socket.socketpair()
+    theirs.detach()
+    pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {})
+    pids.append(pid)
+    route = Route("127.0.0.1:80", "work", "qubes.ConnectTCP", "80")
+    return Orphan(pid, os.pidfd_open(pid), ours, route, "1-1", "pid 1", 1.0)
+
+
+async def test_what_an_earlier_daemon_left_counts_before_it_is_adopted(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    pids: list[int] = []
+    rounds = itertools.count(1)
+
+    def find(known: set[int]) -> Iterator[Orphan]:
+        if next(rounds) < 20:
+            raise OSError(errno.EMFILE, "Too many open files")
+        for _ in range(2):
+            yield pretend_orphan(pids)
+
+    monkeypatch.setattr(daemon_module, "find_orphans", find)
+    stage = Stage(Settings(max_connections=2))
+    monkeypatch.setattr(signal, "pidfd_send_signal", stage.client.signal)
+    stage.daemon._census = Others(2)  # type: ignore[assignment]
+    async with await stage.connect():
+        nursery.start_soon(stage.run)
+        await stage.recorded("watching over 2 connections")
+        stage.daemon._census.count = 0  # type: ignore[attr-defined]
+        await trio.sleep(5)
+        assert not stage.client.started
+        os.kill(pids[0], signal.SIGKILL)
+        await stage.nth(1)
+    await stage.stop()
+    for pid in pids:
+        reap(pid)
+
+
 class Others:
     """The calls of others in this qube, as many as the test says."""
 
@@ -864,12 +905,7 @@ async def test_adoption_goes_on_after_a_shortage(
 
     def find(known: set[int]) -> Iterator[Orphan]:
         rounds.append(set(known))
-        ours, theirs = socket.socketpair()
-        theirs.detach()
-        pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {})
-        pids.append(pid)
-        route = Route("127.0.0.1:80", "work", "qubes.ConnectTCP", "80")
-        yield Orphan(pid, os.pidfd_open(pid), ours, route, "1-1", "pid 1", 1.0)
+        yield pretend_orphan(pids)
         if len(rounds) < 3:
             raise OSError(errno.EMFILE, "Too many open files")
 

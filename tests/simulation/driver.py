@@ -1,0 +1,352 @@
+"""The core, called as daemon.py and connection.py call it.
+
+One method for each of theirs that decides nothing: what these do with
+descriptors and tasks, this does with pretend ones. Keep the two alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qrexec_activate.forward.admission import Admission, Verdict
+from qrexec_activate.forward.call import Call, Evidence, has_run
+from qrexec_activate.forward.outcome import Ending
+from qrexec_activate.forward.setups import LOOK_INTERVAL, Setups
+
+from .world import ASLEEP, LOOSE, OVER, STARTED, WAITS, Child, Conn, RouteOf
+
+if TYPE_CHECKING:
+    from .simulation import Simulation
+
+#: Of connection.py, which holds descriptors and cannot be imported for less.
+STARVED_DELAY = 0.25
+HANG_UP_LOOK = 0.25
+HANG_UP_GRACE = 2.0
+
+
+class Shell:
+    """One daemon, from its start to its end."""
+
+    def __init__(self, world: Simulation, timeout: float) -> None:
+        limits = world.scenario
+        self.world = world
+        self.admission = Admission(
+            limits.max_setups, limits.max_connections, limits.max_total
+        )
+        self.admission.knows_all = self.has_adopted = False
+        self.setups: Setups[Conn] = Setups(self.admission, timeout)
+        self.ours: set[Conn] = set()
+        self.accepts = True
+        self.woken: list[Conn] = []
+        self.ready: list[RouteOf] = list(world.routes)
+        self.look_id = 0
+        self.looks_often = False
+        self.up_at = world.now
+        for route in world.routes:
+            route.parked = False
+
+    # ------------------------------------------------------------------ accept
+
+    def settle(self) -> None:
+        """All that trio's tasks do before the clock moves on."""
+        rounds = 0
+        while self.woken or self.ready:
+            rounds += 1
+            assert rounds < 10_000, "it spins"
+            woken, self.woken = self.woken, []
+            for conn in woken:
+                if conn.place == WAITS:
+                    self.has_place(conn)
+            ready, self.ready = self.ready, []
+            if self.accepts:
+                self.ready += [
+                    route
+                    for route in ready
+                    if route.backlog and not route.parked and self.admit(route)
+                ]
+
+    def admit(self, route: RouteOf) -> bool:
+        """_admit(): whether there may be more to accept."""
+        world, now = self.world, self.world.now
+        self.count_others(now)
+        verdict = self.admission.verdict(route.target, now, opened=False)
+        if verdict is not Verdict.YES:
+            route.parked = True
+            self.admission.waits(route, route.target)
+            self.changed()
+            return False
+        conn = route.backlog.popleft()
+        world.accepted(conn)
+        if conn.gone and not conn.sent:
+            world.over(conn)
+            return bool(route.backlog)
+        conn.call = Call(now, random=world.random)
+        self.opens(conn)
+        self.admission.begins(conn, now)
+        self.start(conn)
+        if conn.gone:
+            self.hung_up(conn)
+        return bool(route.backlog)
+
+    def opens(self, conn: Conn) -> None:
+        self.ours.add(conn)
+        self.admission.opens(conn, conn.route.target)
+
+    def count_others(self, now: float) -> None:
+        if self.admission.count_is_due(now):
+            self.admission.counted(self.world.others_for(self.ours), now)
+
+    def next_turns(self) -> None:
+        now = self.world.now
+        if self.admission.waits_for_others:
+            self.count_others(now)
+        for who in self.admission.turns(now):
+            if isinstance(who, Conn):
+                self.admission.begins(who, now)
+                self.woken.append(who)
+            elif isinstance(who, RouteOf):
+                who.parked = False
+                self.ready.append(who)
+
+    # ------------------------------------------------------------- connections
+
+    def start(self, conn: Conn) -> None:
+        """Connection.start(): the place is taken."""
+        world = self.world
+        if world.is_starved():
+            self.place_back(conn)
+            self.sleeps(conn, STARVED_DELAY)
+            return
+        world.spawn(conn)
+        conn.place = STARTED
+        conn.call.begins(world.now)
+        self.setups.begins(conn, conn.call, conn.route.target, "service")
+        if not self.looks_often:
+            self.changed()
+
+    def sleeps(self, conn: Conn, delay: float) -> None:
+        conn.tended = True
+        conn.place = ASLEEP
+        conn.timer += 1
+        self.world.at(delay, self.wakes, conn, conn.timer)
+
+    def wakes(self, conn: Conn, timer: int) -> bool:
+        """The delay before another try is over: turn()."""
+        if (
+            conn.place != ASLEEP
+            or conn.timer != timer
+            or self.world.shell is not self
+        ):
+            return False
+        now = self.world.now
+        if (
+            self.admission.verdict(conn.route.target, now, opened=True)
+            is Verdict.YES
+        ):
+            self.admission.begins(conn, now)
+            self.has_place(conn)
+        else:
+            conn.place = WAITS
+            self.admission.waits(conn, conn.route.target)
+            self.changed()
+        return True
+
+    def has_place(self, conn: Conn) -> None:
+        if conn.gone and not conn.sent:
+            self.place_back(conn)
+            self.closes(conn)
+        else:
+            self.start(conn)
+
+    def place_back(self, conn: Conn) -> None:
+        if self.admission.gives_place_back(conn):
+            self.next_turns()
+
+    def closes(self, conn: Conn) -> None:
+        self.ours.discard(conn)
+        self.world.over(conn)
+        self.admission.closes(conn)
+        self.next_turns()
+
+    def look_if_established(self, conn: Conn) -> bool:
+        call, child = conn.call, conn.child
+        if call.established_at is None and child is not None and child.flag:
+            call.is_established(self.world.now)
+        return call.established_at is not None
+
+    def child_ended(self, conn: Conn, child: Child) -> None:
+        """_child_ends(), _after_try(), and what _tries() does then."""
+        world, call = self.world, conn.call
+        self.look_if_established(conn)
+        ending = call.interrupted or Ending.CLIENT_EXITED
+        self.setup_ends(conn)
+        # An earlier daemon's child tells no exit code.
+        code = child.code if child in world.children_of_this_daemon else None
+        if (
+            conn.by_pipes
+            and call.established_at is None
+            and has_run(
+                Evidence(
+                    False,
+                    by_pipes=True,
+                    bytes_out=child.loud,
+                    bytes_in=child.loud,
+                    exit_code=code,
+                )
+            )
+        ):
+            call.is_established(world.now)
+        if call.established_at is not None:
+            self.closes(conn)
+            return
+        no_room = self.no_room(conn, ending, code)
+        again = call.after_try(world.now, ending, code, no_room)
+        if again is None:
+            self.closes(conn)
+            return
+        conn.child = None
+        self.sleeps(conn, again.delay)
+
+    def no_room(self, conn: Conn, ending: Ending, code: int | None) -> bool:
+        if ending is not Ending.CLIENT_EXITED or code not in (1, 126):
+            return False
+        now = self.world.now
+        if code == 126:
+            full = self.admission.refused(conn, now)
+        else:
+            full = self.admission.failed(conn, now)
+        self.next_turns()
+        return full
+
+    def interrupt(self, conn: Conn, ending: Ending) -> None:
+        call = conn.call
+        before = call.interrupted
+        call.interrupt(ending)
+        conn.tended = True
+        if before is not None:
+            return
+        if conn.place == STARTED:
+            self.look_if_established(conn)
+            if call.takes_back(self.world.now):
+                return
+            child = conn.child
+            assert child is not None
+            if ending is Ending.LOST:
+                self.world.kill(child, 0.005)
+            elif ending is not Ending.CLIENT_GONE or not child.established:
+                self.world.kill(child, HANG_UP_GRACE)
+            else:
+                # _last_bytes(): nearly always it ends by itself.
+                self.world.kill(child, 5 * HANG_UP_GRACE)
+        elif conn.place in (ASLEEP, WAITS):
+            self.admission.waits_no_more(conn)
+            self.place_back(conn)
+            self.closes(conn)
+
+    # -------------------------------------------------------------- the client
+
+    def hung_up(self, conn: Conn) -> None:
+        """The kernel says so, once."""
+        if conn.tended:
+            self.hangs_up(conn)
+        else:
+            self.world.at(HANG_UP_LOOK, self.looks_after_hang_up, conn, 0)
+
+    def looks_after_hang_up(self, conn: Conn, timer: int) -> bool:
+        if conn not in self.ours or self.world.shell is not self:
+            return False
+        self.hangs_up(conn)
+        return True
+
+    def hangs_up(self, conn: Conn) -> None:
+        if conn.place == OVER:
+            return
+        if not self.look_if_established(conn) and conn.sent:
+            conn.client_left = True
+            return
+        self.interrupt(conn, Ending.CLIENT_GONE)
+
+    # ----------------------------------------------------------------- set-ups
+
+    def setup_ends(self, conn: Conn) -> None:
+        established = self.setups.ends(conn)
+        if established is None:
+            return
+        if established and conn.client_left:
+            self.hung_up(conn)
+        self.next_turns()
+
+    def changed(self) -> None:
+        """_setups_changed: whoever sleeps for long looks at the clock again."""
+        if not self.looks_often:
+            self.plan_look()
+
+    def plan_look(self) -> None:
+        world = self.world
+        interval = self.setups.next_look(world.now)
+        self.looks_often = interval < LOOK_INTERVAL
+        self.look_id += 1
+        if interval < 1e6:
+            self.look_at = world.now + interval
+            world.at(interval, self.look, None, self.look_id)
+        else:
+            self.look_at = interval
+
+    def look(self, _: None, number: int) -> bool:
+        """_look_at_setups()."""
+        if number != self.look_id or self.world.shell is not self:
+            return False
+        now, setups = self.world.now, self.setups
+        for conn, asks_dom0 in setups.look(now):
+            self.world.looks += 1
+            if self.look_if_established(conn):
+                self.setup_ends(conn)
+                continue
+            child = conn.child
+            assert child is not None
+            if asks_dom0 and child.answered:
+                conn.call.is_answered(now)
+            ending = setups.due(conn, now)
+            if ending is not None:
+                self.interrupt(conn, ending)
+        for one in self.admission.old(now):
+            self.admission.gives_place_back(one)
+        self.next_turns()
+        self.settle()
+        self.plan_look()
+        return True
+
+    # ------------------------------------------------------------ start and end
+
+    def adopt(self, conn: Conn, number: int) -> bool:
+        """_take_over() of one that outlived an earlier daemon."""
+        if self.world.shell is not self or conn.place != LOOSE:
+            return False
+        child = conn.child
+        assert child is not None
+        age = self.world.now - child.started_at
+        conn.call = Call(self.world.now - age, random=self.world.random)
+        self.opens(conn)
+        conn.call.begins(conn.call.accepted_at)
+        conn.place = STARTED
+        conn.client_left = conn.tended = False
+        self.setups.begins(conn, conn.call, conn.route.target, "service")
+        if not self.looks_often:
+            self.changed()
+        if conn.gone:
+            self.hung_up(conn)
+        return True
+
+    def adopted(self, _: None, number: int) -> bool:
+        if self.world.shell is not self:
+            return False
+        self.admission.knows_all = self.has_adopted = True
+        self.next_turns()
+        return True
+
+    def outlives_daemon(self, conn: Conn) -> bool:
+        return (
+            conn.place == STARTED
+            and not conn.by_pipes
+            and conn.call.interrupted is not Ending.LOST
+        )

@@ -1,0 +1,604 @@
+"""A run: one scenario, and what must hold after each event of it.
+
+Every accepted connection has exactly one outcome, and is in exactly one hand
+until then; no service runs twice for it; no limit is exceeded; who waits, waits
+for a reason; a healthy qube is kept from nobody by what others do; after a
+crash the next daemon knows what is there.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from heapq import heappop, heappush
+from typing import Any
+
+from qrexec_activate.forward.admission import FIRST_PLACES, Verdict
+
+from .driver import Shell
+from .world import (
+    ASLEEP,
+    BACKLOG,
+    KINDS,
+    LOOSE,
+    OVER,
+    STARTED,
+    WAITS,
+    Child,
+    Conn,
+    Qube,
+    RouteOf,
+    Scenario,
+)
+
+#: The clock when all must be over that began before the world calmed down.
+CALM = 4000.0
+#: Everything is looked at after so many events; what an event has touched, after
+#: each.
+ALL = 512
+#: How long it takes at most until an answer is seen.
+MARGIN = 0.021
+#: Open at once are so many to a qube that is full, or in all on Xen.
+FULL, GRANTS = 40, 30
+EXIT_CODES = (0, 0, 0, 0, 1, 3, 125, 126, 127, 255, -9)
+LIKE_NOT_RUN = (1, 2, 126, 255)
+
+
+class Broken(Exception):
+    """Something does not hold."""
+
+
+class Simulation:
+    """The world's clock, and its account of the truth."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.random = random.Random(scenario.seed)
+        self.now = 0.0
+        self.events = 0
+        #: How often the clock was held against a call: several in one event.
+        self.looks = 0
+        self.calm = False
+        self.accepted_count = self.over_count = 0
+        self._heap: list[
+            tuple[float, int, Callable[[Any, int], bool], Any, int]
+        ] = []
+        self._number = 0
+        self._checked: object = None
+        self._check_at = 0.0
+        #: Calls begun, of connections.
+        self.started = 0
+        rng, faults = self.random, scenario.faults
+        self.timeout = rng.choice((5.0, 30.0, 300.0))
+        kinds = ["healthy", *(kind for kind in KINDS if kind in faults)]
+        self.routes: list[RouteOf] = []
+        for number in range(scenario.targets):
+            name = rng.choice(("qube", "qube", "@dispvm:")) + str(number)
+            qube = Qube(name, rng.choice(kinds))
+            qube.routes = rng.choice((1, 1, 2))
+            self.routes += [RouteOf(qube) for _ in range(qube.routes)]
+        self.rate = rng.choice((2.0, 20.0, 100.0)) / len(self.routes) ** 0.5
+        #: A healthy qube answers within so many seconds.
+        self.answer = rng.choice((0.004, 0.06))
+        self.life = rng.choice((0.01, 0.3, 5.0))
+        self.alive = 0
+        self.others = 0
+        #: Connections that are neither in a backlog nor over.
+        self.flying: set[Conn] = set()
+        self.children_of_this_daemon: set[Child] = set()
+        self.shell: Shell | None = None
+        for route in self.routes:
+            self.at(rng.expovariate(self.rate), self.connects, route, 0)
+        for fault, do in (
+            ("crash", self.crashes),
+            ("stop", self.stops),
+            ("others", self.change_others),
+        ):
+            if fault in faults:
+                self.at(rng.expovariate(0.2), do, None, 0)
+        self.starts(None, 0)
+
+    # ------------------------------------------------------------------- clock
+
+    def at(
+        self,
+        delay: float,
+        do: Callable[[Any, int], bool],
+        what: Any,
+        timer: int,
+    ) -> None:
+        self._number += 1
+        heappush(self._heap, (self.now + delay, self._number, do, what, timer))
+
+    def step(self) -> bool:
+        """One event, and what must hold after it; False: nothing happened."""
+        self.now, _, do, what, timer = heappop(self._heap)
+        if not do(what, timer):
+            return False
+        if self.shell is not None:
+            self.shell.settle()
+        self.events += 1
+        self.check()
+        if not self.events % ALL:
+            self.check_all()
+        return True
+
+    def run(self) -> None:
+        """The scenario, and then calm until all is over."""
+        while self.events < self.scenario.events:
+            self.step()
+        self.calm = True
+        self.others = 0
+        for route in self.routes:
+            route.qube.sick = True
+            route.qube.kind = "healthy"
+        end = self.now + CALM
+        while (
+            self._heap
+            and self.now < end
+            and (self.flying or any(route.backlog for route in self.routes))
+        ):
+            self.step()
+        self.check_all()
+        hold(not self.flying, "connections hang", self.flying)
+        hold(
+            not any(route.backlog for route in self.routes),
+            "clients wait for ever",
+        )
+
+    def problem(self) -> str | None:
+        """Run, and tell what does not hold."""
+        try:
+            self.run()
+        except Broken as broken:
+            return str(broken)
+        except (AssertionError, LookupError) as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            return f"{type(error).__name__} in {where.name}: {error}"
+        return None
+
+    # ----------------------------------------------------------------- clients
+
+    def connects(self, route: RouteOf, _: int) -> bool:
+        rng = self.random
+        if self.calm:
+            return False
+        self.at(rng.expovariate(self.rate), self.connects, route, 0)
+        if len(route.backlog) > 30:
+            return False
+        conn = Conn(route, self.now, len(route.backlog))
+        if "pipes" in self.scenario.faults:
+            conn.by_pipes = rng.random() < 0.5
+        if "vanish" in self.scenario.faults and rng.random() < 0.3:
+            conn.sent = rng.random() < 0.3
+            self.at(rng.expovariate(2.0), self.vanishes, conn, 0)
+        route.backlog.append(conn)
+        if self.shell is not None and not route.parked:
+            self.shell.ready.append(route)
+        return True
+
+    def vanishes(self, conn: Conn, _: int) -> bool:
+        if conn.place == OVER or conn.gone:
+            return False
+        conn.gone = True
+        child = conn.child
+        if (
+            child is not None
+            and child.established
+            and self.random.random() < 0.8
+        ):
+            self.at(0.01, self.exits, child, 0)
+        if self.shell is not None and conn.place in (STARTED, ASLEEP, WAITS):
+            self.shell.hung_up(conn)
+        return True
+
+    # ------------------------------------------------------------ the daemon's
+
+    def accepted(self, conn: Conn) -> None:
+        self.accepted_count += 1
+        hold(conn.place == BACKLOG, "accepted twice", conn)
+        conn.place = ASLEEP
+        self.flying.add(conn)
+        qube = conn.route.qube
+        if (
+            qube.kind == "healthy"
+            and not qube.sick
+            and "starved" not in self.scenario.faults
+        ):
+            assert self.shell is not None
+            since = max(
+                conn.arrived,
+                self.now if qube.blocked else qube.blocked_at,
+                self.shell.up_at,
+            )
+            # Those ahead, and as many on each other route to that qube; and
+            # what is being set up already.
+            share = ((conn.ahead + 1) * qube.routes + 1) * (
+                self.answer + MARGIN
+            )
+            hold(
+                self.now - since <= share,
+                f"waited {self.now - since} s, its share is {share} s",
+                conn,
+            )
+
+    def over(self, conn: Conn) -> None:
+        """Its one outcome."""
+        hold(conn.place not in (OVER, BACKLOG), "two outcomes", conn)
+        conn.place = OVER
+        self.over_count += 1
+        self.flying.remove(conn)
+
+    def is_starved(self) -> bool:
+        return (
+            "starved" in self.scenario.faults
+            and not self.calm
+            and self.random.random() < 0.05
+        )
+
+    def others_for(self, ours: Iterable[Conn]) -> int:
+        """What a census counts: all that are alive, without those of `ours`."""
+        return (
+            self.others
+            + self.alive
+            - sum(one.child is not None and one.child.alive for one in ours)
+        )
+
+    # --------------------------------------------------------- qrexec-client-vm
+
+    def spawn(self, conn: Conn) -> None:
+        """A call begins: what its qube will make of it is decided now."""
+        hold(conn.ran == 0, "a call is made again whose service has run", conn)
+        hold(
+            conn.child is None or not conn.child.alive,
+            "two calls for one connection",
+            conn,
+        )
+        qube, limits = conn.route.qube, self.scenario
+        conn.child = child = Child(conn, self.now)
+        self.children_of_this_daemon.add(child)
+        qube.open += 1
+        qube.started += 1
+        self.alive += 1
+        self.started += 1
+        hold(
+            qube.open - qube.orphans <= limits.max_connections,
+            "more than may be open to a qube",
+            conn,
+        )
+        rng = self.random.random
+        after = rng() * self.answer
+        kind = qube.kind
+        if kind == "silent" and rng() < 0.95:
+            return
+        if kind == "prompt":
+            conn.prompts += 1
+            after += self.random.expovariate(0.3)
+            if rng() < 0.3:
+                self.at(after, self.exits, child, 126)
+                return
+            self.at(after, self.answers, child, 0)
+            if rng() < 0.3:
+                self.at(after + 0.1, self.exits, child, 1)
+                return
+        elif kind == "refusing":
+            self.at(after, self.exits, child, 126)
+            return
+        elif kind == "broken":
+            self.at(after, self.exits, child, 1)
+            return
+        elif kind == "lossy":
+            lost = rng()
+            if lost < 0.05:
+                return
+            if lost < 0.2:
+                self.at(after, self.answers, child, 0)
+                return
+        elif kind == "flaky":
+            if rng() < 0.5:
+                self.at(
+                    after,
+                    self.exits,
+                    child,
+                    self.random.choice((1, 1, 1, 2, 255, -9)),
+                )
+                return
+        elif (kind == "full" and qube.open > FULL) or (
+            kind == "grants" and self.alive > GRANTS
+        ):
+            self.at(after, self.exits, child, 126 if kind == "full" else 1)
+            return
+        self.at(after, self.establishes, child, 0)
+
+    def answers(self, child: Child, _: int) -> bool:
+        child.answered = child.alive
+        if child.alive and not self.random.random() < 0.1:
+            self.at(
+                self.random.random() * self.answer, self.establishes, child, 0
+            )
+        return child.alive
+
+    def establishes(self, child: Child, _: int) -> bool:
+        """A service runs."""
+        if not child.alive or child.established:
+            return False
+        conn, rng = child.conn, self.random
+        child.established = child.flag = child.answered = True
+        child.loud = rng.random() < 0.8
+        conn.ran += 1
+        conn.route.qube.started -= 1
+        hold(conn.ran == 1, "a service runs twice", conn)
+        life = rng.expovariate(1 / self.life)
+        if conn.gone:
+            life = min(life, 0.01)
+        code = rng.choice(EXIT_CODES)
+        if conn.by_pipes and not child.loud and code in LIKE_NOT_RUN:
+            # By pipes, nobody can tell it from one that did not run.
+            code = 0
+        self.at(life, self.exits, child, code)
+        return True
+
+    def kill(self, child: Child, within: float) -> None:
+        self.at(self.random.random() * within, self.exits, child, -9)
+
+    def exits(self, child: Child, code: int) -> bool:
+        if not child.alive:
+            return False
+        conn, qube = child.conn, child.conn.route.qube
+        child.alive = False
+        child.code = code
+        if conn.by_pipes and code >= 0:
+            # Whoever is not killed makes them blocking again.
+            child.flag = False
+        qube.open -= 1
+        if not child.established:
+            qube.started -= 1
+        self.alive -= 1
+        if conn.child is child:
+            if conn.place == LOOSE:
+                # The kernel closes the last copy of its socket.
+                self.over(conn)
+            elif self.shell is not None and conn in self.shell.ours:
+                self.shell.child_ended(conn, child)
+        self.children_of_this_daemon.discard(child)
+        if child.orphan:
+            qube.orphans -= 1
+        return True
+
+    # ------------------------------------------------------- starts and stops
+
+    def starts(self, _: None, number: int) -> bool:
+        if self.shell is not None:
+            return False
+        self.shell = shell = Shell(self, self.timeout)
+        delay = 0.0
+        for conn in sorted(self.flying, key=lambda one: one.arrived):
+            hold(
+                conn.place == LOOSE,
+                "neither over nor alone while there is no daemon",
+                conn,
+            )
+            delay += self.random.random() * 0.002
+            self.at(delay, shell.adopt, conn, 0)
+        self.at(delay, shell.adopted, None, 0)
+        return True
+
+    def crashes(self, _: None, number: int) -> bool:
+        if self.calm:
+            return False
+        self.at(self.random.expovariate(0.2), self.crashes, None, 0)
+        if self.shell is None:
+            return False
+        self.is_gone()
+        return True
+
+    def is_gone(self) -> None:
+        """There is no daemon any more: what holds its socket itself goes on."""
+        shell, self.shell = self.shell, None
+        assert shell is not None
+        for conn in sorted(shell.ours, key=lambda one: one.arrived):
+            child = conn.child
+            if (
+                conn.place == STARTED
+                and child is not None
+                and child.alive
+                and not conn.by_pipes
+            ):
+                conn.place = LOOSE
+            else:
+                if child is not None and child.alive and not child.orphan:
+                    conn.route.qube.orphans += 1
+                    child.orphan = True
+                    self.kill(child, 4.0)
+                self.over(conn)
+        self.children_of_this_daemon.clear()
+        self.at(self.random.choice((0.0, 0.1, 3.0)), self.starts, None, 0)
+
+    def stops(self, _: None, number: int) -> bool:
+        """_wind_up(): accept no more, and after a while let go."""
+        if self.calm:
+            return False
+        self.at(self.random.expovariate(0.2), self.stops, None, 0)
+        if self.shell is None or not self.shell.accepts:
+            return False
+        self.shell.accepts = False
+        self.at(self.random.random() * 4.0, self.lets_go, self.shell, 0)
+        return True
+
+    def lets_go(self, shell: Shell, number: int) -> bool:
+        if self.shell is not shell:
+            return False
+        self.is_gone()
+        return True
+
+    def change_others(self, _: None, number: int) -> bool:
+        if self.calm:
+            return False
+        self.at(self.random.expovariate(1.0), self.change_others, None, 0)
+        self.others = self.random.choice(
+            (0, 0, 1, self.scenario.max_total // 2, self.scenario.max_total)
+        )
+        return True
+
+    # ------------------------------------------------------- what must hold
+
+    def check(self) -> None:
+        """What may have changed with any event."""
+        shell = self.shell
+        if shell is None:
+            return
+        admission, limits, now = shell.admission, self.scenario, self.now
+        places = len(admission._places)
+        hold(
+            places <= limits.max_setups * FIRST_PLACES,
+            "more are set up than may be",
+        )
+        if not admission._waiting or not shell.accepts:
+            return
+        # Of all that a verdict depends on, the clock is the part that moves
+        # most, and does little.
+        state = (
+            shell,
+            len(shell.ours),
+            admission.others,
+            shell.has_adopted,
+            places,
+            len(admission._established),
+            len(admission._waiting),
+            self.accepted_count,
+            self.over_count,
+            self.alive,
+            self.started,
+        )
+        if state == self._checked and now < self._check_at:
+            return
+        self._checked, self._check_at = state, admission._next_probe(now)
+        seen = set()
+        soon = shell.look_at <= now + 0.0011
+        for who, target in admission._waiting.items():
+            opened = type(who) is Conn
+            if (target, opened) in seen:
+                continue
+            seen.add((target, opened))
+            verdict = admission.verdict(target, now, opened=opened)
+            hold(
+                verdict is not Verdict.YES or soon,
+                "a place is free, wanted and not given",
+                who,
+            )
+            qube = who.route.qube if type(who) is Conn else who.qube  # type: ignore[union-attr,attr-defined]
+            # ... by what the limits say, and by nothing else.
+            blocked = (
+                qube.open >= limits.max_connections
+                or len(shell.ours) + admission.others >= limits.max_total
+                or not shell.has_adopted
+                or (
+                    places >= limits.max_setups * FIRST_PLACES
+                    and not qube.started
+                )
+            )
+            if blocked or qube.blocked:
+                qube.blocked_at = now
+                qube.blocked = blocked
+
+    def check_all(self) -> None:
+        """Each connection is in one hand, and the core knows which."""
+        shell = self.shell
+        if shell is None:
+            hold(
+                all(conn.place == LOOSE for conn in self.flying),
+                "in no hand while there is no daemon",
+            )
+            return
+        hold(
+            shell.ours == set(shell.admission._open),
+            "the core counts others than there are",
+        )
+        for conn in self.flying:
+            if conn.place == LOOSE:
+                hold(
+                    not shell.has_adopted,
+                    "left behind by the next daemon",
+                    conn,
+                )
+                continue
+            hold(conn in shell.ours, "in no hand", conn)
+            if conn.place == STARTED:
+                hold(
+                    conn.child is not None and conn.child.alive,
+                    "waits for nothing",
+                    conn,
+                )
+                known = conn in shell.setups._calls
+                hold(
+                    known == (conn.call.established_at is None),
+                    "not looked at",
+                    conn,
+                )
+            elif conn.place == WAITS:
+                hold(conn in shell.admission._waiting, "waits unknown", conn)
+            hold(
+                conn not in shell.admission._waiting or conn.place == WAITS,
+                "in two hands",
+                conn,
+            )
+            hold(
+                conn not in shell.admission._places or conn.place == STARTED,
+                "holds a place for nothing",
+                conn,
+            )
+        for route in self.routes:
+            hold(
+                not route.backlog
+                or route.parked
+                or not shell.accepts
+                or route in shell.ready,
+                "a client waits, and nobody looks",
+                route,
+            )
+            hold(
+                route.parked == (route in shell.admission._waiting),
+                "parked unknown",
+                route,
+            )
+
+
+def hold(truth: object, words: str, what: object = None) -> None:
+    if not truth:
+        if isinstance(what, Conn):
+            words += ": " + ", ".join(
+                f"{name}={getattr(what, name)!r}" for name in what.__slots__
+            )
+        raise Broken(words)
+
+
+def failure(scenario: Scenario) -> str | None:
+    """What does not hold in a scenario."""
+    return Simulation(scenario).problem()
+
+
+def shrunk(scenario: Scenario) -> Scenario:
+    """The least scenario found that fails in the same way."""
+    kind, scenario = failing(scenario)
+    while True:
+        for other in scenario.smaller():
+            found, shorter = failing(other)
+            if found == kind:
+                scenario = shorter
+                break
+        else:
+            return scenario
+
+
+def failing(scenario: Scenario) -> tuple[str | None, Scenario]:
+    """How it fails, and as much of it as that takes."""
+    simulation = Simulation(scenario)
+    problem = simulation.problem()
+    if problem is None:
+        return None, scenario
+    # What is said before the first number or colon is the kind.
+    events = min(simulation.events + 1, scenario.events)
+    return re.split(r"[:\d]", problem)[0], replace(scenario, events=events)

@@ -1,0 +1,132 @@
+"""The core in pretend worlds: a fixed set of seeds, and that what does not hold
+is found. `make simulate` takes other seeds, for as long as it is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from qrexec_activate.forward import admission
+from qrexec_activate.forward.admission import Admission, Verdict
+from qrexec_activate.forward.call import Again, Call
+from tests.simulation.simulation import Simulation, failure, shrunk
+from tests.simulation.world import Scenario
+
+#: About a minute, by the number of events and not by a clock.
+SEEDS, EVENTS = 200, 5000
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, 10))
+def test_whatever_happens_each_connection_has_one_outcome_in_time(
+    first: int,
+) -> None:
+    for seed in range(first, first + 10):
+        scenario = Scenario.of(seed, EVENTS)
+        problem = failure(scenario)
+        if problem is not None:
+            pytest.fail(
+                f"{problem}\npython -m tests.simulation {shrunk(scenario)}"
+            )
+
+
+def test_a_seed_repeats_a_run_to_the_last_event() -> None:
+    runs = []
+    for _ in range(2):
+        simulation = Simulation(Scenario.of(3, 2000))
+        simulation.run()
+        runs.append((simulation.now, simulation.events, simulation.over_count))
+    assert runs[0] == runs[1]
+
+
+# What would be wrong, and what is then found.
+
+
+def tries_what_has_run(patch: pytest.MonkeyPatch) -> None:
+    def after_try(self: Call, *_: object) -> Again | None:
+        return Again(0.1) if self.tries < 3 else None
+
+    patch.setattr(Call, "after_try", after_try)
+    patch.setattr(Call, "is_established", lambda self, now: None)
+
+
+def forgets_that_there_is_room(patch: pytest.MonkeyPatch) -> None:
+    before = Admission.gives_place_back
+
+    def gives_place_back(self: Admission, who: object) -> bool:
+        given = before(self, who)
+        self._may_have_room = False
+        return given
+
+    patch.setattr(Admission, "gives_place_back", gives_place_back)
+
+
+def admits_all(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Admission, "verdict", lambda *_, **__: Verdict.YES)
+
+
+def shares_all_places(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(admission, "FIRST_PLACES", 1)
+    patch.setattr(admission, "SLOW_PLACES", 100)
+
+
+def never_gives_up(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Call, "due", lambda *_: None)
+
+
+def closes_twice(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Admission, "closes", lambda *_: None)
+
+
+def takes_a_failure_for_everybodys(patch: pytest.MonkeyPatch) -> None:
+    before = Admission.failed
+
+    def failed(self: Admission, who: object, now: float) -> bool:
+        full = before(self, who, now)
+        for ceiling in list(self._no_room.values()):
+            for target in set(self._per_target):
+                self._no_room.setdefault(target, ceiling)
+        return full
+
+    patch.setattr(Admission, "failed", failed)
+
+
+def counts_others_once(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Admission, "waits_for_others", property(lambda _: False))
+
+
+def accepts_before_it_knows_all(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        Admission,
+        "knows_all",
+        property(lambda _: True, lambda *_: None),
+        raising=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (tries_what_has_run, "service has run"),
+        (forgets_that_there_is_room, "a place is free"),
+        (admits_all, "more"),
+        (never_gives_up, "hang"),
+        (closes_twice, "the core counts others"),
+        (takes_a_failure_for_everybodys, "its share"),
+        (counts_others_once, "for ever|a place is free"),
+        (accepts_before_it_knows_all, "more than may be open"),
+    ],
+)
+def test_what_does_not_hold_is_found(
+    spoil: Callable[[pytest.MonkeyPatch], None],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spoil(monkeypatch)
+    for seed in range(200):
+        problem = failure(Scenario.of(seed, 2000))
+        if problem is not None:
+            break
+    assert problem is not None
+    assert re.search(words, problem), problem
