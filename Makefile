@@ -4,6 +4,7 @@
 #
 # make bench   measure it next to what one would use otherwise: bench/results.md; ten minutes on a quiet machine
 # make fuzz    10 million random inputs for all that takes input from elsewhere, and the RPC services: hours
+# make simulate  the core in pretend worlds, from ever new seeds; SIMULATE="--minutes 60"
 # make soak    a load with faults, in which every client knows each byte that it must get; SOAK="--minutes 5"
 #
 # make deb, make rpm                    the packages, in dist/
@@ -11,7 +12,7 @@
 # make install-client, install-service  without a package manager; with DESTDIR= for one
 # make uninstall                        what these two have installed
 
-.PHONY: demo check clean bench fuzz soak deb rpm check-installed
+.PHONY: demo check clean bench fuzz simulate soak deb rpm check-installed
 
 demo:
 	@tools/setup demo
@@ -29,6 +30,10 @@ bench:
 fuzz:
 	@tools/setup check
 	@.venv/bin/python fuzz/run
+
+simulate:
+	@tools/setup check
+	@.venv/bin/python -m tests.simulation --from $$(date +%s) $(SIMULATE)
 
 soak:
 	@tools/setup check

@@ -200,6 +200,11 @@ class Admission:
 
     # ------------------------------------------------------------------ events
 
+    def knows_all_now(self) -> None:
+        """What an earlier daemon has left is counted here from now on."""
+        self.knows_all = True
+        self._may_have_room = True
+
     def opens(self, call: Hashable, target: str) -> None:
         """A connection counts from now on."""
         assert call not in self._open

@@ -400,16 +400,20 @@ class Daemon:
         return True
 
     def _verdict(self, target: str, now: float) -> Verdict:
-        self._count_others(now)
+        if self._count_others(now):
+            # Who waits already comes first.
+            self._next_turns()
         return self.admission.verdict(target, now, opened=False)
 
-    def _count_others(self, now: float) -> None:
+    def _count_others(self, now: float) -> bool:
+        """Count them, if it is time; whether there are fewer than before."""
+        before = others = self.admission.others
         if self.admission.count_is_due(now):
             ours = {one.pid or 0 for one in self.connections}
-            others = self.admission.others
             with contextlib.suppress(OSError):
                 others = self._census.others(ours)
             self.admission.counted(others, now)
+        return others < before
 
     def _opens(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -716,7 +720,7 @@ class Daemon:
         try:
             await self._adopt_all()
         finally:
-            self.admission.knows_all = True
+            self.admission.knows_all_now()
             self._next_turns()
 
     async def _adopt_all(self) -> None:

@@ -133,6 +133,36 @@ def test_who_waits_for_others_has_them_counted_again() -> None:
     assert list(admission.turns(11)) == ["listener"]
 
 
+def test_what_an_earlier_daemon_left_may_all_be_open_to_one_qube() -> None:
+    admission = Admission(8, 3, 10)
+    admission.knows_all = False
+    admission.counted(3, 0)
+    assert admission.verdict("work", 0, opened=False) is Verdict.TARGET_FULL
+    admission.counted(2, 0)
+    assert admission.verdict("work", 0, opened=False) is Verdict.YES
+    admission.counted(3, 0)
+    admission.waits("listener", "work")
+    assert list(admission.turns(0)) == []
+    admission.knows_all_now()
+    assert list(admission.turns(0)) == ["listener"]
+
+
+def test_who_waits_is_asked_again_only_where_there_may_be_room() -> None:
+    door = Door(setups=1)
+    calls = [door.establish()]
+    while not fail(door):
+        pass
+    door.admission.waits("listener", "work")
+    assert list(door.admission.turns(0)) == []
+    assert list(door.admission.turns(FIRST_PROBE - 0.01)) == []
+    assert list(door.admission.turns(FIRST_PROBE)) == ["listener"]
+    door.admission.waits("listener", "work")
+    calls.append(door.begin("other"))
+    assert list(door.admission.turns(0)) == []
+    door.admission.gives_place_back(calls[1])
+    assert list(door.admission.turns(FIRST_PROBE)) == ["listener"]
+
+
 def test_others_are_counted_more_often_near_the_limit() -> None:
     admission = Admission(8, 120, 10)
     admission.counted(4, 0)

@@ -33,7 +33,8 @@ class Shell:
         self.admission = Admission(
             limits.max_setups, limits.max_connections, limits.max_total
         )
-        self.admission.knows_all = self.has_adopted = False
+        self.admission.knows_all = False
+        self.has_adopted = False
         self.setups: Setups[Conn] = Setups(self.admission, timeout)
         self.ours: set[Conn] = set()
         self.accepts = True
@@ -68,7 +69,8 @@ class Shell:
     def admit(self, route: RouteOf) -> bool:
         """_admit(): whether there may be more to accept."""
         world, now = self.world, self.world.now
-        self.count_others(now)
+        if self.count_others(now):
+            self.next_turns()
         verdict = self.admission.verdict(route.target, now, opened=False)
         if verdict is not Verdict.YES:
             route.parked = True
@@ -92,9 +94,11 @@ class Shell:
         self.ours.add(conn)
         self.admission.opens(conn, conn.route.target)
 
-    def count_others(self, now: float) -> None:
+    def count_others(self, now: float) -> bool:
+        before = self.admission.others
         if self.admission.count_is_due(now):
             self.admission.counted(self.world.others_for(self.ours), now)
+        return self.admission.others < before
 
     def next_turns(self) -> None:
         now = self.world.now
@@ -340,7 +344,8 @@ class Shell:
     def adopted(self, _: None, number: int) -> bool:
         if self.world.shell is not self:
             return False
-        self.admission.knows_all = self.has_adopted = True
+        self.admission.knows_all_now()
+        self.has_adopted = True
         self.next_turns()
         return True
 

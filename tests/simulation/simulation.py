@@ -81,6 +81,8 @@ class Simulation:
             qube.routes = rng.choice((1, 1, 2))
             self.routes += [RouteOf(qube) for _ in range(qube.routes)]
         self.rate = rng.choice((2.0, 20.0, 100.0)) / len(self.routes) ** 0.5
+        #: How often each thing happens to daemons, in a second.
+        self.change = rng.choice((0.2, 2.0))
         #: A healthy qube answers within so many seconds.
         self.answer = rng.choice((0.004, 0.06))
         self.life = rng.choice((0.01, 0.3, 5.0))
@@ -98,7 +100,7 @@ class Simulation:
             ("others", self.change_others),
         ):
             if fault in faults:
-                self.at(rng.expovariate(0.2), do, None, 0)
+                self.at(rng.expovariate(self.change), do, None, 0)
         self.starts(None, 0)
 
     # ------------------------------------------------------------------- clock
@@ -135,6 +137,7 @@ class Simulation:
         for route in self.routes:
             route.qube.sick = True
             route.qube.kind = "healthy"
+        self.life = 0.01
         end = self.now + CALM
         while (
             self._heap
@@ -389,7 +392,7 @@ class Simulation:
     def crashes(self, _: None, number: int) -> bool:
         if self.calm:
             return False
-        self.at(self.random.expovariate(0.2), self.crashes, None, 0)
+        self.at(self.random.expovariate(self.change), self.crashes, None, 0)
         if self.shell is None:
             return False
         self.is_gone()
@@ -415,13 +418,13 @@ class Simulation:
                     self.kill(child, 4.0)
                 self.over(conn)
         self.children_of_this_daemon.clear()
-        self.at(self.random.choice((0.0, 0.1, 3.0)), self.starts, None, 0)
+        self.at(self.random.choice((0.0, 0.1, 1.0)), self.starts, None, 0)
 
     def stops(self, _: None, number: int) -> bool:
         """_wind_up(): accept no more, and after a while let go."""
         if self.calm:
             return False
-        self.at(self.random.expovariate(0.2), self.stops, None, 0)
+        self.at(self.random.expovariate(self.change), self.stops, None, 0)
         if self.shell is None or not self.shell.accepts:
             return False
         self.shell.accepts = False
@@ -437,7 +440,12 @@ class Simulation:
     def change_others(self, _: None, number: int) -> bool:
         if self.calm:
             return False
-        self.at(self.random.expovariate(1.0), self.change_others, None, 0)
+        self.at(
+            self.random.expovariate(5 * self.change),
+            self.change_others,
+            None,
+            0,
+        )
         self.others = self.random.choice(
             (0, 0, 1, self.scenario.max_total // 2, self.scenario.max_total)
         )
