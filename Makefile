@@ -124,6 +124,7 @@ uninstall:
 	set -e; for name in units/* units-user/*; do rm -f $(unit_dir)/user/$${name##*/} $(unit_dir)/system/$${name##*/}; done
 	set -e; for name in units-system/*/*.conf; do rm -f $(unit_dir)/system/$${name#units-system/}; done
 	rmdir --ignore-fail-on-non-empty $(unit_dir)/system/qrexec-connect-.service.d 2>/dev/null || true
+	rm -f $(man_dir)/man1/qrexec-activate-*.1
 	set -e; for name in man/*; do rm -f $(man_dir)/man*/$${name##*/}; done
 	rm -f $(man_dir)/man1/qrexec-activate-*.1
 	set -e; for name in rpc/qubes.*; do rm -f $(DESTDIR)/etc/qubes-rpc/$${name##*/} $(DESTDIR)/etc/qubes/rpc-config/$${name##*/}; done

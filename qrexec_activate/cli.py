@@ -37,6 +37,7 @@ _COMMANDS = {
         "notify": "Show a notification when a connection is refused or waits.",
         "policy": "Print the policy that dom0 needs.",
         "remove": "Remove a route, and leave the others alone.",
+        "remove-rpc": "Take away the units of an RPC of your own.",
         "retarget": "Let a route reach another qube.",
         "start": "Let routes listen now.",
         "status": "Show the routes and what is alive on them.",
@@ -158,6 +159,37 @@ def cli(ctx: click.Context) -> None:
     """
     if isinstance(ctx.obj, Invocation):
         ctx.obj.command = ctx.invoked_subcommand
+
+
+def _complete_commands(
+    ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[str]:
+    names = cli.list_commands(ctx.find_root())
+    return [name for name in names if name.startswith(incomplete)]
+
+
+@cli.command(
+    "help",
+    short_help="Show the help of a command.",
+    epilog="""\b
+Example:
+    $ qrexec-activate help add
+""",
+)
+@click.argument("name", required=False, shell_complete=_complete_commands)
+@click.pass_context
+def show_help(ctx: click.Context, name: str | None) -> None:
+    """Show the help of the command NAME, as NAME --help does; without one, that
+    of all."""
+    root = ctx.find_root()
+    if name is None:
+        click.echo(root.get_help())
+        return
+    name, command, _ = cli.resolve_command(root, [name])
+    assert command is not None
+    settings = command.context_settings
+    with click.Context(command, root, name, **settings) as inner:
+        click.echo(inner.get_help())
 
 
 def main() -> None:

@@ -23,6 +23,18 @@ PAGES = [
     "qubes.ConnectTCPBind.8",
     "qubes.ConnectUnix.8",
 ]
+
+
+def page_of(name: str) -> str:
+    """Where a command is described."""
+    if not name:
+        return "qrexec-activate.1"
+    section = 8 if name == "serve" else 1
+    return f"qrexec-activate-{name}.{section}"
+
+
+with click.Context(cli) as _ctx:
+    PAGES = sorted({*PAGES, *map(page_of, cli.list_commands(_ctx))})
 #: No line of an option is broken.
 WIDTH = "4000"
 
@@ -108,17 +120,20 @@ def every_option() -> Iterator[tuple[str, str, str, str]]:
             ) as ctx:
                 for parameter in command.get_params(ctx):
                     if record := parameter.get_help_record(ctx):
-                        page = (
-                            "qrexec-activate-serve.8"
-                            if name == "serve"
-                            else "qrexec-activate.1"
+                        yield (
+                            page_of(name),
+                            name,
+                            record[0],
+                            " ".join(record[1].split()),
                         )
-                        yield page, name, record[0], " ".join(record[1].split())
 
 
 @needs_man
 def test_the_pages_have_every_option_in_the_words_of_help(pages: Path) -> None:
-    texts = {page: rendered(pages / page) for page in PAGES[:2]}
+    texts = {
+        page: rendered(pages / page)
+        for page in {option[0] for option in every_option()}
+    }
     missing = [
         option
         for option in every_option()

@@ -19,13 +19,13 @@ from .persistence import warn_of_loss
 from .survey import read_file
 from .table import short_path
 
-__all__ = ["command"]
+__all__ = ["UNITS", "check_prefix", "command"]
 
 #: The units that ship for unix sockets are the pattern: their sockets are the
 #: owner's alone.
 _PATTERN_PREFIX, _PATTERN_RPC = "qrexec-connect-unix", "qubes.ConnectUnix"
 #: The template comes last: without it, the others are of no use to anybody.
-_UNITS = ("{}-quiesce.target", "{}.service", "{}@.socket")
+UNITS = ("{}-quiesce.target", "{}.service", "{}@.socket")
 
 
 @click.command(
@@ -53,15 +53,13 @@ def command(name: str, rpc: str, dry_run: bool, system: bool) -> None:
     says there.
     """
     check_service(rpc)
-    _check_prefix(name)
+    check_prefix(name)
     user = not system
     folder = own_folder(user=user)
     with open_manager(user=user) as manager:
         (search_path,) = manager.manager_properties("UnitPath")
     files = scan(search_path or (), suffixes=("socket", "service", "target"))
-    texts = {
-        unit.format(name): _text(files, unit, name, rpc) for unit in _UNITS
-    }
+    texts = {unit.format(name): _text(files, unit, name, rpc) for unit in UNITS}
     warn_of_loss(folder)
     if dry_run:
         for unit, text in texts.items():
@@ -84,7 +82,9 @@ def command(name: str, rpc: str, dry_run: bool, system: bool) -> None:
     )
 
 
-def _check_prefix(name: str) -> None:
+def check_prefix(name: str) -> None:
+    """Raise BadName or UsageProblem where no RPC of one's own can have this
+    name."""
     template = parse_unit_name(f"{name}@.socket")
     if template.prefix != name or name.endswith("-"):
         raise BadName(f"{name!r} is no prefix of units: write it like my-rpc")

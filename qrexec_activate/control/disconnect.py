@@ -19,27 +19,36 @@ __all__ = ["command"]
 Examples:
     $ qrexec-activate disconnect 3dac-2
     $ qrexec-activate disconnect gitweb
+    $ qrexec-activate disconnect --all
 """,
 )
 @click.argument(
     "words",
-    metavar="ID|ROUTE...",
+    metavar="[ID|ROUTE]...",
     nargs=-1,
-    required=True,
     shell_complete=complete_routes,
 )
+@click.option(
+    "--all", "everything", is_flag=True, help="End all that are open."
+)
 @system_option
-def command(words: tuple[str, ...], system: bool) -> None:
+def command(words: tuple[str, ...], everything: bool, system: bool) -> None:
     """End open connections: one by its ID, as status shows it, or all of a
     route, unit, target or call.
 
     The route stays, and takes new connections.
     """
+    if bool(words) is everything:
+        raise UsageProblem("name an ID or a ROUTE, or else say --all")
     now = survey(user=not system)
     connections = open_connections(now)
     chosen = [
-        one for one in connections if any(one.matches(word) for word in words)
+        one
+        for one in connections
+        if everything or any(one.matches(word) for word in words)
     ]
+    if everything and not chosen:
+        say("No connection is open", err=True)
     for word in words:
         if not any(one.matches(word) for one in connections):
             known = any(entry.matches(word) for entry in now.entries)

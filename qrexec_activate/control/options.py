@@ -18,6 +18,7 @@ __all__ = [
     "Invocation",
     "complete_files",
     "complete_kinds",
+    "complete_own_kinds",
     "complete_routes",
     "complete_targets",
     "complete_units",
@@ -173,6 +174,19 @@ def complete_kinds(
         CompletionItem(kind, help=about or None)
         for kind, about in kinds.items()
         if kind.startswith(incomplete)
+    ]
+
+
+def complete_own_kinds(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offer the prefixes that add-rpc has made."""
+    from .kinds import KINDS
+
+    return [
+        item
+        for item in complete_kinds(ctx, param, incomplete)
+        if item.value not in KINDS
     ]
 
 

@@ -180,8 +180,8 @@ def test_a_route_is_disconnected_and_takes_new_connections(desk: Desk) -> None:
         assert "neither an open connection nor a route" in desk.fails(
             "disconnect", "nobody", code=2
         )
-    with connection(desk):
-        pass
+    with connection(desk), connection(desk):
+        assert desk.run("disconnect", "--all").count("Ended") == 2
 
 
 def test_the_log_says_that_a_person_ended_it_and_no_failure_is_counted(

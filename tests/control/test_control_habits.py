@@ -199,3 +199,40 @@ def test_bash_completes_what_follows_a_colon(
     desk.run("add", "tcp", str(desk.port), "work")
     line = f"qrexec-activate list 127.0.0.1:{str(desk.port)[:2]}"
     assert completed(desk, "bash", line, tmp_path) == {str(desk.port)}
+
+
+# --------------------------------------------------------------- other habits
+
+
+def test_help_is_a_command_too(desk: Desk) -> None:
+    assert desk.run("help", "add") == desk.run("add", "--help")
+    assert desk.run("help") == desk.run("--help")
+    assert "(did you mean status?)" in desk.fails("help", "statsu", code=2)
+
+
+def test_an_rpc_is_removed_when_nothing_uses_it(desk: Desk) -> None:
+    desk.run("add-rpc", "my-rpc", "my.Rpc")
+    made = desk.files()
+    assert made
+    desk.run("add", "my-rpc", "backup", "archive")
+    said = desk.fails("remove-rpc", "my-rpc", code=2)
+    unit = "my-rpc@backup:archive.socket"
+    assert f"qrexec-activate remove {unit} first" in said
+    desk.run("remove", unit)
+    shown = desk.run("remove-rpc", "my-rpc", "--dry-run")
+    assert shown.count("$ rm ") == len(made)
+    assert desk.files() == made
+    assert desk.run("remove-rpc", "my-rpc").count("Removed: ") == len(made)
+    assert desk.files() == set()
+    assert "there are no units of" in desk.fails("remove-rpc", "my-rpc", code=2)
+    assert "ships with" in desk.fails("remove-rpc", "tcp", code=2)
+
+
+def test_disconnecting_all_has_to_be_said(desk: Desk) -> None:
+    desk.run("add", "tcp", str(desk.port), "work")
+    assert "or else say --all" in desk.fails("disconnect", code=2)
+    assert "or else say --all" in desk.fails(
+        "disconnect", "work", "--all", code=2
+    )
+    none = desk.try_("disconnect", "--all")
+    assert (none.returncode, none.stderr) == (0, "No connection is open\n")
