@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from .outcome import Ending
 
-__all__ = ["Again", "Call", "Evidence", "Pace", "has_run"]
+__all__ = ["Again", "Call", "Evidence", "LastBytes", "Pace", "has_run"]
 
 #: A call that qrexec could not set up (exit code 1) is tried so often again. On
 #: Xen, setting up more than 10 to 25 calls at once fails in this way
@@ -39,6 +39,15 @@ VCHAN_PATIENCE = 10.0
 OVERTAKEN_AGE = 10.0
 OVERTAKERS = 2
 QUICK = 0.5
+
+#: A client that hung up leaves qrexec-client-vm so long to end by itself before
+#: SIGTERM, and then before SIGKILL.
+HANG_UP_GRACE = 2.0
+#: As long as bytes that the client had sent are waiting, and for so long after
+#: the last of them moved; then still, unless it uses more than BUSY of a CPU,
+#: which is what it does where the service sends on and on.
+STALL_GRACE = 10.0
+BUSY = 0.05
 
 #: Exit codes by which qrexec-client-vm (4.2.18 to 4.4.2) says that no service
 #: was run; a service may exit with any of them, too. 125 and 127 are not among
@@ -194,3 +203,34 @@ class Pace:
         """Whether enough calls that began later were quick."""
         later = [time for time in self.quick if time > began_at]
         return len(later) >= OVERTAKERS
+
+
+@dataclass(slots=True)
+class LastBytes:
+    """How long a qrexec-client-vm is left whose client has gone.
+
+    It ends by itself in all cases but two: a service that goes on sending it
+    drains for ever, at most of a CPU; and a service may not care that nobody is
+    there. What the client sent before it went is to arrive first, however
+    slowly and whatever the service does meanwhile.
+    """
+
+    #: How many bytes of the client have yet to be read, as last seen.
+    left: int
+    #: When the last of them moved, and the seconds of CPU used by then.
+    since: float
+    used: float
+
+    def are_over(self, left: int, now: float, used: float) -> bool:
+        """Whether it is of no use to wait any longer."""
+        before, self.left = self.left, left
+        if left < before:
+            self.since, self.used = now, used
+            return False
+        waited = now - self.since
+        if waited < (STALL_GRACE if left else HANG_UP_GRACE):
+            return False
+        if not left or used - self.used >= BUSY * waited:
+            return True
+        self.since, self.used = now, used
+        return False

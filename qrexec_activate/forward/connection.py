@@ -25,7 +25,14 @@ from typing import Protocol
 import trio
 
 from ..routing.claim import Route
-from .call import Again, Call, Evidence, has_run
+from .call import (
+    HANG_UP_GRACE,
+    Again,
+    Call,
+    Evidence,
+    LastBytes,
+    has_run,
+)
 from .child import (
     STARVED,
     Child,
@@ -42,15 +49,7 @@ __all__ = ["Connection", "Host", "reset"]
 #: While the machine is short of descriptors, memory or processes, a start is
 #: tried again after so many seconds.
 STARVED_DELAY = 0.25
-#: A client that hung up leaves qrexec-client-vm so long to end by itself before
-#: SIGTERM, and then before SIGKILL.
-HANG_UP_GRACE = 2.0
-#: As long as bytes that the client had sent are waiting, and for so long after
-#: the last of them moved; then still, unless it uses more than BUSY of a CPU,
-#: which is what it does where the service sends on and on.
-STALL_GRACE = 10.0
-BUSY = 0.05
-#: How often to look whether they move.
+#: How often to look whether the last bytes of a client that has gone move.
 HANG_UP_LOOK = 0.25
 #: How long what was sent may take to reach a client that went on sending after
 #: the service had ended.
@@ -402,7 +401,7 @@ class Connection:
             return None
         outcome = self._over(Ending.CLIENT_EXITED, code)
         self._count_bytes(outcome)
-        if outcome.cut or outcome.without_a_byte:
+        if not outcome.ends_cleanly:
             return None
         if (
             half_close(self._sock)
@@ -459,9 +458,7 @@ class Connection:
         self._count_bytes(outcome)
         if outcome.ending is Ending.CLIENT_GONE:
             return
-        well = outcome.ending is Ending.CLIENT_EXITED and outcome.established
-        killed = outcome.exit_code is not None and outcome.exit_code < 0
-        if well and not (killed or outcome.cut or outcome.without_a_byte):
+        if outcome.ends_cleanly:
             await self._farewell()
             self._count_bytes(outcome)
         else:
@@ -641,28 +638,16 @@ class Connection:
 
     async def _last_bytes(self, child: Child) -> bool:
         """Wait for a qrexec-client-vm whose client has gone; False if it is of
-        no use to wait longer.
-
-        It ends by itself in all cases but two: a service that goes on sending
-        it drains for ever, at most of a CPU; and a service may not care that
-        nobody is there. What the client sent before it went is to arrive first,
-        however slowly and whatever the service does meanwhile.
-        """
-        left, since = self._unread(), trio.current_time()
-        used = child.cpu_time()
+        no use to wait longer."""
+        last = LastBytes(self._unread(), trio.current_time(), child.cpu_time())
         while True:
             with trio.move_on_after(HANG_UP_LOOK):
                 await child.ended()
                 return True
-            before, left = left, self._unread()
-            now = trio.current_time()
-            if left < before:
-                since, used = now, child.cpu_time()
-            elif now - since >= (STALL_GRACE if left else HANG_UP_GRACE):
-                idle = child.cpu_time() - used < BUSY * (now - since)
-                if not (left and idle):
-                    return False
-                since, used = now, child.cpu_time()
+            if last.are_over(
+                self._unread(), trio.current_time(), child.cpu_time()
+            ):
+                return False
 
     def _unread(self) -> int:
         """How many bytes of the client are still on their way to an established

@@ -31,9 +31,10 @@ from ..systemd.notify import Notifier, watchdog_interval
 from ..systemd.passed import format_address
 from . import xen
 from .admission import Admission, Verdict
+from .call import HANG_UP_GRACE
 from .census import Census
 from .child import STARVED, Client, StartProblem, Starved
-from .connection import HANG_UP_GRACE, HANG_UP_LOOK, Connection, reset
+from .connection import HANG_UP_LOOK, Connection, reset
 from .orphans import (
     Orphan,
     find_caretakers,

@@ -133,6 +133,18 @@ class Outcome:
         )
 
     @property
+    def ends_cleanly(self) -> bool:
+        """Whether the client may see the end of a stream: all others see a
+        reset, where that is still possible."""
+        return (
+            self.ending is Ending.CLIENT_EXITED
+            and self.established
+            and not (self.exit_code is not None and self.exit_code < 0)
+            and not self.cut
+            and not self.without_a_byte
+        )
+
+    @property
     def without_a_byte(self) -> bool:
         """Whether qrexec says that no service ran, or that the target went
         away, and nothing came back.

@@ -7,15 +7,19 @@ import random
 import pytest
 
 from qrexec_activate.forward.call import (
+    BUSY,
+    HANG_UP_GRACE,
     OVERTAKEN_AGE,
     PROMPT_AGE,
     QUICK,
     RETRIES,
     RETRY_DELAY,
+    STALL_GRACE,
     VCHAN_PATIENCE,
     Again,
     Call,
     Evidence,
+    LastBytes,
     Pace,
     has_run,
 )
@@ -211,3 +215,44 @@ def test_only_quick_calls_that_began_later_overtake() -> None:
         # A person may have answered these.
         pace.is_established(began_at, began_at + QUICK)
     assert not pace.overtook(5)
+
+
+# ------------------------------------------------- the client's last bytes
+
+
+def test_what_has_nothing_to_read_is_left_two_seconds() -> None:
+    last = LastBytes(0, 10, 0)
+    assert not last.are_over(0, 10 + HANG_UP_GRACE - 0.1, 0)
+    assert last.are_over(0, 10 + HANG_UP_GRACE, 0)
+
+
+def test_bytes_that_move_are_waited_for_however_slowly() -> None:
+    last, now = LastBytes(100, 0, 0), 0.0
+    for left in range(99, 0, -1):
+        now += STALL_GRACE
+        # Also by one that is busy.
+        assert not last.are_over(left, now, now)
+    assert not last.are_over(0, now + 1, now)
+    assert last.are_over(0, now + 1 + HANG_UP_GRACE, now)
+
+
+def test_an_idle_qrexec_client_vm_is_left_its_bytes_for_ever() -> None:
+    last = LastBytes(100, 0, 0)
+    used = 0.0
+    for now in range(1, 1000):
+        used += BUSY / 2
+        assert not last.are_over(100, now, used)
+
+
+def test_a_busy_one_whose_bytes_do_not_move_drains_a_service() -> None:
+    last = LastBytes(100, 0, 5)
+    assert not last.are_over(100, STALL_GRACE - 0.1, 15)
+    assert last.are_over(100, STALL_GRACE, 5 + BUSY * STALL_GRACE)
+
+
+def test_one_that_was_busy_while_bytes_moved_may_rest() -> None:
+    last = LastBytes(100, 0, 0)
+    assert not last.are_over(50, 5, 5)
+    assert not last.are_over(50, 5 + STALL_GRACE, 5)
+    assert not last.are_over(50, 5 + 2 * STALL_GRACE - 0.1, 100)
+    assert last.are_over(50, 5 + 2 * STALL_GRACE, 100)

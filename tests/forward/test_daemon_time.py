@@ -24,9 +24,13 @@ import trio
 from scenario import is_reset_error, sees_reset, vanish
 from trio.testing import MockClock
 
-from qrexec_activate.forward import connection as connection_module
 from qrexec_activate.forward import daemon as daemon_module
-from qrexec_activate.forward.call import OVERTAKEN_AGE, PROMPT_AGE, RETRY_DELAY
+from qrexec_activate.forward.call import (
+    HANG_UP_GRACE,
+    OVERTAKEN_AGE,
+    PROMPT_AGE,
+    RETRY_DELAY,
+)
 from qrexec_activate.forward.child import Child, Client
 from qrexec_activate.forward.daemon import Daemon
 from qrexec_activate.forward.orphans import Orphan
@@ -492,11 +496,11 @@ async def test_a_client_that_hung_up_leaves_qrexec_two_seconds_and_then_two_more
     await trio.sleep(1)
     gone = now()
     started.loses(stream)
-    await trio.sleep(connection_module.HANG_UP_GRACE - 0.5)
+    await trio.sleep(HANG_UP_GRACE - 0.5)
     assert started.is_alive()
     await stage.recorded("the client hung up")
     assert not started.is_alive()
-    assert now() - gone >= 2 * connection_module.HANG_UP_GRACE
+    assert now() - gone >= 2 * HANG_UP_GRACE
 
 
 @pytest.mark.parametrize("settings", [Settings(exit_idle_time=600)])

@@ -215,3 +215,27 @@ def test_an_end_by_a_person_is_no_failure(established: bool) -> None:
     )
     outcome.exit_code = -signal.SIGTERM
     assert outcome.failed
+
+
+@pytest.mark.parametrize(
+    ("outcome", "cleanly"),
+    [
+        (ended(0), True),
+        (ended(5), True),
+        (ended(None), True),
+        (ended(-9), False),
+        (ended(0, established=False), False),
+        (Outcome(Ending.STOPPED, True, 1), False),
+        (Outcome(Ending.CLIENT_EXITED, True, 1, exit_code=1, cut=True), False),
+        (
+            Outcome(
+                Ending.CLIENT_EXITED, True, 1, exit_code=127, bytes_from_qube=0
+            ),
+            False,
+        ),
+    ],
+)
+def test_only_what_may_be_a_whole_answer_ends_cleanly(
+    outcome: Outcome, cleanly: bool
+) -> None:
+    assert outcome.ends_cleanly is cleanly
