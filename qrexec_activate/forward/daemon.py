@@ -118,6 +118,8 @@ class Daemon:
         )
         self.tally = Tally()
         self.connections: set[Connection] = set()
+        #: Those of an earlier daemon that are only seen out, by their pids.
+        self._orphans: set[int] = set()
         self._gate = Gate(settings.allow_uids) if settings.allow_uids else None
         self._listeners: dict[int, Listener] = {}
         self._ready = select.epoll()
@@ -255,7 +257,7 @@ class Daemon:
                     nursery.start_soon(self._stop_on_signal, signals, looking)
                     self._start_looking()
                     await self._adopt()
-                    while self.connections:
+                    while self.connections or self._orphans:
                         await self._connection_ends(math.inf)
                 nursery.cancel_scope.cancel()
         self._close()
@@ -774,6 +776,7 @@ class Daemon:
 
     def _take_over(self, orphan: Orphan) -> None:
         if orphan.sock is None:
+            self._orphans.add(orphan.pid)
             self._nursery.start_soon(self._see_out, orphan)
             return
         connection = Connection(
@@ -802,6 +805,8 @@ class Daemon:
             return
         finally:
             os.close(orphan.pidfd)
+            self._orphans.discard(orphan.pid)
+            self._some_ended.set()
 
     # ----------------------------------------------------------------- set-ups
 
