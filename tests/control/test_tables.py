@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrexec_activate.control.list import HEADER, row
+from qrexec_activate.control.status import CONNECTION_HEADER
 from qrexec_activate.control.survey import Entry
 from qrexec_activate.control.table import cells, lay_out, shortened
 
@@ -72,6 +73,42 @@ def test_the_tables_are_those_that_were_looked_at(
     if WRITE_GOLDEN:
         path.write_text(text)
     assert text == path.read_text()
+
+
+CONNECTIONS = [
+    [
+        f"3dac-{number}",
+        age,
+        state,
+        peer,
+        f"127.0.0.{number}:1234",
+        target,
+        "2.9 MiB",
+        "1023.9 KiB",
+    ]
+    for number, (age, state, peer, target) in enumerate(
+        [
+            ("1 s", "open", "git-remote-https (pid 4194303)", "gitweb"),
+            ("59 min 59 s", "waiting", "curl (pid 7)", "@dispvm:whonix-17"),
+            ("23 h 59 min", "setting up", "pid 17 uid 1000", "work"),
+        ],
+        start=1,
+    )
+]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_connections_are_those_that_were_looked_at(width: int) -> None:
+    lines = lay_out(CONNECTION_HEADER, CONNECTIONS, width)
+    text = "".join(f"{line}\n" for line in lines)
+    path = GOLDEN / f"connections-{width}.txt"
+    if WRITE_GOLDEN:
+        path.write_text(text)
+    assert text == path.read_text()
+    for one in CONNECTIONS:
+        assert all(one[at] in text for at in (0, 4, 5))
+    if width >= 60:
+        assert max(map(cells, lines)) <= width
 
 
 @pytest.mark.parametrize("width", range(20, 220, 7))
