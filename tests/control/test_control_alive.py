@@ -210,27 +210,29 @@ def test_no_decoy_hides_a_connection(desk: Desk) -> None:
     # The oldest of a name is the decoy: it is there before the connection.
     number = int(found["id"].rpartition("-")[2]) + 1
     name = f"{found['id'].rpartition('-')[0]}-{number}"
-    route = {
-        "LISTENER": f"127.0.0.1:{desk.port}",
-        "UNIT": desk.labelled("work"),
-    }
     decoy = {
-        **desk.machine.environment,
-        "QREXEC_ACTIVATE_CONNECTION": name,
-        **{f"QREXEC_ACTIVATE_{key}": value for key, value in route.items()},
+        "CONNECTION": name,
+        "LISTENER": found["listener"],
+        "UNIT": found["unit"],
     }
-    words = ["tail", "-f", "/dev/null"]
-    with subprocess.Popen(words, env=decoy) as process:
-        try:
-            with connection(desk) as sock:
-                (found,) = desk.json("status")["connections"]
-                assert (found["id"], found["target"]) == (name, "work")
-                assert desk.run("disconnect", "work").count("Ended") == 1
-                with contextlib.suppress(ConnectionResetError):
-                    assert sock.recv(1) == b""
-            assert process.poll() is None
-        finally:
-            process.kill()
+    # Any program of the same user's manager.
+    desk.machine.run(
+        [
+            *("systemd-run", "--user", "--quiet", "--unit=decoy"),
+            *(f"-EQREXEC_ACTIVATE_{key}={decoy[key]}" for key in decoy),
+            *("tail", "-f", "/dev/null"),
+        ]
+    )
+    try:
+        with connection(desk) as sock:
+            (found,) = desk.json("status")["connections"]
+            assert (found["id"], found["target"]) == (name, "work")
+            assert desk.run("disconnect", "work").count("Ended") == 1
+            with contextlib.suppress(ConnectionResetError):
+                assert sock.recv(1) == b""
+        assert desk.machine.systemctl("is-active", "decoy") == "active\n"
+    finally:
+        desk.machine.systemctl("stop", "decoy")
 
 
 def test_one_that_waits_for_an_answer_is_shown_as_waiting(desk: Desk) -> None:
@@ -376,6 +378,12 @@ def test_what_a_qube_has_its_end_say_is_no_record(
     )
     client.chmod(0o755)
     desk.scene.options(CLIENT=str(client))
+    # As it is where the program's own name is that.
+    desk.machine.write_drop_in(
+        "qrexec-connect-tcp.service",
+        "identifier",
+        "[Service]\nSyslogIdentifier=qrexec-activate\n",
+    )
     desk.machine.systemctl("daemon-reload")
     with connection(desk):
         pass

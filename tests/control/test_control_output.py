@@ -188,6 +188,28 @@ def test_no_word_of_anybody_reaches_a_terminal_raw(
     assert shown.replace("\r\n", "").isprintable(), ascii(shown)
 
 
+def test_nothing_gets_past_the_streams() -> None:
+    """Also what nobody has thought of making printable."""
+    program = (
+        "import sys, click\n"
+        "from qrexec_activate.control.terminal import guard_streams, say, styled\n"
+        "guard_streams()\n"
+        "click.echo(sys.argv[1])\n"
+        "print(sys.argv[1], file=sys.stderr)\n"
+        "sys.stdout.writelines([sys.argv[1], '\\n'])\n"
+        "say(styled(sys.argv[1], 'red'), sys.argv[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, ESCAPE],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == f"{printable(ESCAPE)}\n"
+    one = printable(ESCAPE)
+    assert done.stdout == f"{one}\n{one}\n{one}{one}\n"
+
+
 def test_json_holds_no_control_characters_and_is_complete(desk: Desk) -> None:
     file = desk.drop_in(
         desk.tcp,
