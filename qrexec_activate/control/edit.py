@@ -303,7 +303,11 @@ def _opens_nothing_new(
         for entry in now.entries
         if entry.unit == unit and entry.listens is not False
     }
-    return all(address_key(claim.address) in opened for claim in after) and all(
+    # systemd 252 loses a path that is not ASCII at any daemon-reload.
+    return all(
+        claim.address.isascii() and address_key(claim.address) in opened
+        for claim in after
+    ) and all(
         _rest(text) == _rest(read_file(path).text or "")
         for path, text in texts.items()
     )

@@ -104,7 +104,7 @@ def carry_out(change: Change, systemctl: Systemctl) -> None:
         Path(path) for path, text in change.files.items() if text is None
     )
     for chunk in _chunks("Stopping", change.stop):
-        systemctl.run("stop", *chunk)
+        _stop(systemctl, chunk)
     if change.stop:
         systemctl.run("reset-failed", *change.stop, check=False)
     problem = _disable(systemctl, change.disable)
@@ -120,6 +120,15 @@ def carry_out(change: Change, systemctl: Systemctl) -> None:
         _start(systemctl, "start", chunk, change)
     if problem:
         raise problem
+
+
+def _stop(systemctl: Systemctl, units: Sequence[str]) -> None:
+    """Stop units. One that systemd has never loaded is an error to systemctl,
+    and keeps it (262) from stopping the others."""
+    systemctl.run("stop", *units, check=False)
+    left = [unit for unit, yes in active_of(systemctl, units) if yes]
+    if left:
+        systemctl.run("stop", *left)
 
 
 def _disable(systemctl: Systemctl, units: Sequence[str]) -> ManagerError | None:

@@ -174,6 +174,31 @@ def test_a_route_is_known_by_its_file_before_systemd_has_read_it(
     assert desk.routes() == {f"127.0.0.2:{desk.port}": "work"}
 
 
+def test_a_unit_that_systemd_has_never_seen_goes_like_any_other(
+    desk: Desk,
+) -> None:
+    desk.run("add", "tcp", str(desk.port), "work")
+    desk.drop_in(
+        desk.gitweb,
+        "gitweb",
+        "[Socket]",
+        f"ListenStream=127.0.0.9:{desk.port}",
+        "FileDescriptorName=gitweb",
+    )
+    desk.run("remove", "gitweb", "work")
+    assert desk.files() == set()
+    assert desk.active() == set()
+
+
+def test_a_path_that_is_not_ascii_is_open_after_a_change(desk: Desk) -> None:
+    path = str(desk.machine.runtime / "ü.sock")
+    desk.run("add", "unix", "x", "work", "--listen", path)
+    desk.run("retarget", path, "vault")
+    assert listens(path)
+    desk.run("remove", path)
+    assert desk.active() == set()
+
+
 def test_a_route_that_goes_leaves_its_unit_running(desk: Desk) -> None:
     two_in_a_unit(desk)
     began = since(desk, desk.tcp)
