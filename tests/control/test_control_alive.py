@@ -493,11 +493,12 @@ def test_a_target_that_was_refused_is_pointed_out(desk: Desk) -> None:
     )
     (step,) = [
         one
-        for one in desk.json("check", code=1)["steps"]
-        if one["level"] == "warning"
+        for one in desk.json("check", code=2)["steps"]
+        if one["level"] == "error"
     ]
-    assert "the last call to work was refused" in step["text"]
-    assert step["mend"] == "qrexec-activate policy work"
+    assert "failed with exit code 126: refused" in step["text"]
+    assert step["mend"] is None
+    assert f"qrexec-activate policy 127.0.0.1:{desk.port}" in step["advice"]
 
 
 @contextlib.contextmanager
