@@ -14,12 +14,10 @@ import errno
 import itertools
 import math
 import os
-import resource
 import select
 import signal
 import socket
 import struct
-import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +41,12 @@ from .orphans import (
 )
 from .outcome import Ending, Outcome, format_seconds
 from .peers import Gate, GateProblem, borrowed, exposure
-from .settings import CARETAKER, Settings
+from .process import (
+    client_environment,
+    leave_caretaker,
+    raise_descriptor_limit,
+)
+from .settings import Settings
 from .setups import LOOK_INTERVAL, Setups
 from .watch import Watch
 
@@ -111,7 +114,7 @@ class Daemon:
         self.settings = settings
         self.log = log
         self.client = Client(
-            settings.client, settings.relay, _client_environment()
+            settings.client, settings.relay, client_environment()
         )
         self.admission = Admission(
             settings.max_setups, settings.max_connections, settings.max_total
@@ -215,7 +218,7 @@ class Daemon:
         """Serve until SIGTERM, SIGINT or idleness; connections that were handed
         over outlive this."""
         self._idle_since = trio.current_time()
-        _raise_descriptor_limit()
+        raise_descriptor_limit()
         with trio.open_signal_receiver(
             signal.SIGTERM, signal.SIGINT
         ) as signals:
@@ -235,7 +238,7 @@ class Daemon:
                 left = await self._wind_up()
                 nursery.cancel_scope.cancel()
         if left and self._notifier.wanted:
-            _leave_caretaker()
+            leave_caretaker()
         self._close()
 
     async def look_after(self) -> None:
@@ -245,7 +248,7 @@ class Daemon:
         Who would else reset the client of a call that is refused after a
         prompt, or make a call again that was lost?
         """
-        _raise_descriptor_limit()
+        raise_descriptor_limit()
         with trio.open_signal_receiver(
             signal.SIGTERM, signal.SIGINT
         ) as signals:
@@ -898,24 +901,6 @@ class Daemon:
             await trio.sleep(STATUS_INTERVAL)
 
 
-def _leave_caretaker() -> None:
-    """Start this program once more, to look after what goes on without a
-    daemon. Where that cannot be, it goes on by itself."""
-    environment = _client_environment() | {
-        key: value
-        for key, value in os.environ.items()
-        if key.startswith("QREXEC_ACTIVATE_")
-    }
-    with contextlib.suppress(OSError):
-        os.posix_spawnp(
-            sys.orig_argv[0],
-            sys.orig_argv,
-            {**environment, CARETAKER: "1"},
-            setpgroup=0,
-            setsigmask=(),
-        )
-
-
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
@@ -932,22 +917,3 @@ def _peer(sock: socket.socket, address: object) -> str:
     except OSError:
         return "unknown process"
     return f"pid {pid} uid {uid}"
-
-
-def _client_environment() -> dict[str, str]:
-    """The environment for qrexec-client-vm: ours, without what systemd meant
-    for this process only."""
-    ours = ("LISTEN_", "NOTIFY_", "WATCHDOG_", "QREXEC_ACTIVATE_")
-    return {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(ours)
-    }
-
-
-def _raise_descriptor_limit() -> None:
-    """Use as many descriptors as we are allowed to; the soft limit is low for
-    programs that call select()."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
