@@ -64,7 +64,8 @@ def imported_by(desk: Desk, *words: str) -> set[str]:
 
 
 def test_help_imports_little_but_click(desk: Desk) -> None:
-    own = {"__main__", "cli", "control", "control.options", "errors"}
+    own = {"__main__", "cli", "errors", "printable"}
+    own |= {"control", "control.options", "control.terminal"}
     assert imported_by(desk, "--help") == {
         "click",
         "qrexec_activate",
