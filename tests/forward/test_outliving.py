@@ -27,6 +27,13 @@ from scenario import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _hand_over(scene: Scene) -> None:
+    """By pipes a connection ends with its daemon."""
+    if scene.stack:
+        scene.stack.needs_hand_over()
+
+
 async def open_many(
     scene: Scene, stack: AsyncExitStack, address: tuple[str, int], count: int
 ) -> list[trio.SocketStream]:
