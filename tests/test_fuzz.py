@@ -104,7 +104,7 @@ LOG = "logger -t qubes.ConnectUnix -p daemon.info --"
         (f'{LOG} "$1"', "-f/etc/passwd"),
         (f'{LOG} "unknown caller: refused: $1"', "a\nb"),
         (f'{LOG} "unknown caller: refused: $1"', "/" * 500),
-        (f'{LOG} "unknown caller: connected to $1"', "a b"),
+        (f'{LOG} "unknown caller: could not connect to $1"', "a b"),
         (f'{LOG} "unknown caller: refused"; ls', "a b"),
         (f'ls; {LOG} "unknown caller: refused"', "a b"),
         (":", "a b"),

@@ -271,7 +271,13 @@ def test_each_call_is_one_line_of_the_journal(
     logger.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/log\n')
     logger.chmod(0o755)
     server = pretend.serve_tcp(echo)
-    for argument, code in ((f"{server.port}-127.0.0.1", 0), ("80", 2)):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        closed = listener.getsockname()[1]
+    for argument, code in (
+        (f"{server.port}-127.0.0.1", 0),
+        ("80", 2),
+        (f"{closed}-127.0.0.1", 1),
+    ):
         ours, theirs = socket.socketpair()
         with ours:
             process = subprocess.Popen(
@@ -287,13 +293,51 @@ def test_each_call_is_one_line_of_the_journal(
             theirs.close()
             ours.shutdown(socket.SHUT_WR)
             assert process.wait(PATIENCE) == code
-    served, refused = (tmp_path / "log").read_text().splitlines()
+    served, refused, failed = (tmp_path / "log").read_text().splitlines()
     assert "-t qubes.ConnectTCPBind" in served
     assert served.endswith(
         f"work: connected to 127.0.0.1:{server.port} from 127.0.0.1,"
         " exit code 0"
     )
     assert "work: refused: the argument holds no" in refused
+    assert failed.endswith(
+        f"work: could not connect to 127.0.0.1:{closed} from 127.0.0.1,"
+        " exit code 1"
+    )
+
+
+def test_a_call_to_a_unix_socket_is_one_line_of_the_journal(
+    pretend: Pretend, tmp_path: Path
+) -> None:
+    programs, folder = tmp_path / "programs", tmp_path / "qubes.ConnectUnix"
+    programs.mkdir()
+    folder.mkdir()
+    logger = programs / "logger"
+    logger.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/log\n')
+    logger.chmod(0o755)
+    pretend.serve_unix(folder / "there", echo)
+    bound_unix_socket(folder / "dead").close()
+    for name, code in (("there", 0), ("dead", 1), ("none", 1)):
+        ours, theirs = socket.socketpair()
+        with ours:
+            process = subprocess.Popen(
+                [UNIX, name],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=subprocess.DEVNULL,
+                env={
+                    "PATH": f"{programs}:/usr/bin:/bin",
+                    "QREXEC_REMOTE_DOMAIN": "work",
+                    "XDG_RUNTIME_DIR": str(tmp_path),
+                },
+            )
+            theirs.close()
+            ours.shutdown(socket.SHUT_WR)
+            assert process.wait(PATIENCE) == code
+    there, dead, none = (tmp_path / "log").read_text().splitlines()
+    assert there.endswith("work: connected to there, exit code 0")
+    assert dead.endswith("work: could not connect to dead, exit code 1")
+    assert "work: failed: cannot connect to" in none
 
 
 @pytest.fixture(params=["unix", "tcp"])
@@ -502,7 +546,7 @@ def run_many(
             ["/bin/bash", "-c", driver, shell, str(script)],
             stdin=stdin,
             capture_output=True,
-            timeout=60,
+            timeout=5 * PATIENCE,
             check=True,
             env={"PATH": str(tracer), **env},
         )
