@@ -164,9 +164,11 @@ class Admission:
             times.append(next(iter(self._places.values())) + PLACE_AGE)
         if self._waiting:
             times.append(self._next_probe(now))
-            if self.waits_for_others:
-                times.append(self._counted_at + CENSUS_WAITING)
-        return min((time for time in times if time > now), default=math.inf)
+        times = [time for time in times if time > now]
+        if self.waits_for_others:
+            # That may be due already.
+            times.append(max(self._counted_at + CENSUS_WAITING, now))
+        return min(times, default=math.inf)
 
     def _next_probe(self, after: float) -> float:
         """When a ceiling may be tried next."""

@@ -71,12 +71,11 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def format_bytes(count: int) -> str:
     """Write a number of bytes for people: `512 B`, `1.5 MiB`."""
-    size = float(count)
-    for unit in _UNITS:
-        # 1,048,575 bytes are 1.0 MiB, not 1024.0 KiB.
-        if round(size, 1) < 1024 or unit == _UNITS[-1]:
-            break
-        size /= 1024
+    size, units = float(count), iter(_UNITS)
+    unit = next(units)
+    # 1,048,575 bytes are 1.0 MiB, not 1024.0 KiB.
+    while round(size, 1) >= 1024 and (larger := next(units, None)):
+        size, unit = size / 1024, larger
     return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 

@@ -124,6 +124,8 @@ def test_who_waits_for_others_has_them_counted_again() -> None:
     admission.waits("listener", "work")
     assert admission.waits_for_others
     assert admission.next_look(10) == 10 + CENSUS_WAITING
+    # Whoever begins to wait later is not forgotten for that.
+    assert admission.next_look(20) == 20
     assert not admission.count_is_due(10)
     assert admission.count_is_due(10 + CENSUS_WAITING)
     assert list(admission.turns(10)) == []

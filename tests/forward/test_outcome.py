@@ -239,3 +239,12 @@ def test_only_what_may_be_a_whole_answer_ends_cleanly(
     outcome: Outcome, cleanly: bool
 ) -> None:
     assert outcome.ends_cleanly is cleanly
+
+
+def test_an_answer_that_qrexec_cut_off_says_so() -> None:
+    outcome = ended(1)
+    outcome.cut = True
+    assert outcome.failed
+    assert outcome.words().startswith(
+        "cut off: qrexec-client-vm failed with exit code 1"
+    )

@@ -14,8 +14,8 @@ from qrexec_activate.forward.call import Again, Call
 from tests.simulation.simulation import Simulation, failure, shrunk
 from tests.simulation.world import Scenario
 
-#: About a minute, by the number of events and not by a clock.
-SEEDS, EVENTS = 200, 5000
+#: Half a minute or so, by the number of events and not by a clock.
+SEEDS, EVENTS = 100, 5000
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, 10))
