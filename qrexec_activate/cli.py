@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 import signal
+import sys
 from pathlib import Path
 
 import click
@@ -195,6 +196,10 @@ def show_help(ctx: click.Context, name: str | None) -> None:
 def main() -> None:
     """Run the command; every error is one line that says what to do, and its
     exit code 2 if it is one of usage."""
+    if sys.getfilesystemencoding() == "ascii":
+        # systemd names files in UTF-8, whatever the locale.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     invocation = Invocation()
     # While Python imports and ends, a KeyboardInterrupt would be a traceback.
     hears = signal.getsignal(signal.SIGINT) is signal.SIG_DFL

@@ -113,7 +113,7 @@ def test_a_locale_without_utf_8_is_no_bug(desk: Desk) -> None:
     desk.start(unit)
     for words in (["list"], ["status"], ["policy"], ["list", "nösuch"]):
         said = desk.try_(*words, environment=ASCII)
-        assert "bug" not in said.stderr
+        assert "bug" not in said.stderr, (words, said.stderr)
     routes = desk.try_("list", "--json", environment=ASCII).stdout
     assert json.loads(routes)[0]["listener"] == f"127.0.0.1:{desk.port}"
     desk.try_("check", environment=ASCII)
