@@ -170,13 +170,13 @@ def test_root_follows_no_link_of_a_user(minion: Minion) -> None:
     (own / "qrexec-connect-tcp@1234.socket.d").symlink_to(forbidden)
     for path in [minion.folder, *minion.folder.parents][:3]:
         path.chmod(0o755)
-    subprocess.run(["chown", "-R", "nobody", minion.home], check=True)
-    minion.user = "nobody"
+    subprocess.run(["chown", "-R", "daemon", minion.home], check=True)
+    minion.user = "daemon"
     minion.pillar(EXAMPLE.read_text())
     minion.try_to_apply("work", "app")
     assert not list(forbidden.iterdir())
     other = own / "qrexec-connect-tcp@8118.socket.d/proxy.conf"
-    assert other.owner() == "nobody"
+    assert other.owner() == "daemon"
 
 
 def test_a_route_that_is_absent_goes(minion: Minion) -> None:
