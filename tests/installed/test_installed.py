@@ -126,7 +126,11 @@ def test_installing_enables_nothing(debian: Container) -> None:
     )
     assert (
         debian.run(
-            "dpkg", "--verify", "qrexec-activate", "qrexec-activate-services"
+            "dpkg",
+            "--verify",
+            "qrexec-activate",
+            "qrexec-activate-publish",
+            "qrexec-activate-services",
         )
         == ""
     )
@@ -519,6 +523,7 @@ def test_removal_leaves_no_unit_and_breaks_no_login(debian: Container) -> None:
         "remove",
         "--yes",
         "qrexec-activate",
+        "qrexec-activate-publish",
         "qrexec-activate-services",
     )
     for user in USERS:
@@ -571,6 +576,7 @@ def test_purging_leaves_the_users_own_files_alone(debian: Container) -> None:
         "purge",
         "--yes",
         "qrexec-activate",
+        "qrexec-activate-publish",
         "qrexec-activate-services",
     )
     found = (
