@@ -97,6 +97,11 @@ class LazyGroup(click.Group):
         word = args[0]
         if word.startswith("-") or self.get_command(ctx, word):
             return super().resolve_command(ctx, args)
+        if word in _COMMANDS["publish"]:
+            raise UsageProblem(
+                f"{word} is not installed here: it comes with the package"
+                " qrexec-activate-publish"
+            )
         known = self.list_commands(ctx)
         raise UsageProblem(
             f"there is no command {word!r}{did_you_mean(word, known)};"

@@ -50,7 +50,7 @@ Examples:
     $ qrexec-activate publish gpg-agent-ssh --unit gpg-agent-ssh.socket
     $ qrexec-activate publish notes --unix /run/user/1000/notes.sock
     $ qrexec-activate publish wiki --port 8000 --idle 5min \\
-          --exec "python3 -m http.server 8000"
+          --exec "python3 -m http.server --bind 127.0.0.1 --directory wiki 8000"
 """,
 )
 @click.argument("name")

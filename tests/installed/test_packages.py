@@ -79,16 +79,22 @@ def test_the_client_side_has_nothing_of_the_service_side(
     ]
     output("dpkg-deb", "--extract", client_of(debs), tmp_path)
     packages = tmp_path / "usr/lib/python3/dist-packages"
-    help_ = subprocess.run(
-        ["/usr/bin/python3", "-m", "qrexec_activate", "--help"],
-        env={"PYTHONPATH": str(packages), "LC_ALL": "C.UTF-8"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+
+    def said(*words: str) -> str:
+        done = subprocess.run(
+            ["/usr/bin/python3", "-m", "qrexec_activate", *words],
+            env={"PYTHONPATH": str(packages), "LC_ALL": "C.UTF-8"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout + done.stderr
+
+    help_ = said("--help")
     assert "\n  add " in help_
     assert "publish" not in help_
+    assert "comes with the package qrexec-activate-publish" in said("publish")
 
 
 def test_nothing_is_taken_for_the_real_qrexec(debs: list[Path]) -> None:
