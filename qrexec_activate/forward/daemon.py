@@ -235,7 +235,7 @@ class Daemon:
                     self._notifier.tell(f"READY=1\nSTATUS={self.status()}")
                     await self._accept()
                 self._notifier.tell("STOPPING=1")
-                left = await self._wind_up()
+                left = await self._wind_up() or not self.admission.knows_all
                 nursery.cancel_scope.cancel()
         if left and self._notifier.wanted:
             leave_caretaker()
@@ -731,14 +731,14 @@ class Daemon:
 
     async def _adopt_all(self) -> None:
         known: set[int] = set()
-        while True:
+        again = True
+        while again:
             found: list[Orphan] = []
             shortage: OSError | None = None
             try:
                 for orphan in find_orphans(known):
                     known.add(orphan.pid)
                     found.append(orphan)
-                    await trio.lowlevel.checkpoint()
             except OSError as error:
                 if error.errno in STARVED:
                     shortage = error
@@ -752,13 +752,17 @@ class Daemon:
                     )
             # Not before their sockets are held here, too: a qrexec-client-vm
             # that is killed while nobody else holds its socket ends cleanly.
-            await self._relieve_caretakers()
-            for orphan in found:
-                self._take_over(orphan)
-            if shortage is None:
-                break
-            self.starved(shortage)
-            await trio.sleep(STARVED_PAUSE)
+            # And what a caretaker has started itself is an orphan only once
+            # that has gone: look again.
+            try:
+                again = await self._relieve_caretakers()
+            finally:
+                for orphan in found:
+                    self._take_over(orphan)
+            if shortage is not None:
+                self.starved(shortage)
+                await trio.sleep(STARVED_PAUSE)
+                again = True
         if known:
             self.log(
                 Priority.INFO,
@@ -766,16 +770,21 @@ class Daemon:
                 " earlier daemon",
             )
 
-    async def _relieve_caretakers(self) -> None:
+    async def _relieve_caretakers(self) -> bool:
+        """End those who look after what an earlier daemon left; whether any has
+        gone."""
+        any_gone = False
         for pidfd in find_caretakers():
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGTERM)
                 with trio.move_on_after(STOP_PATIENCE):
                     await trio.lowlevel.wait_readable(pidfd)
+                    any_gone = True
             except ProcessLookupError:
-                pass
+                any_gone = True
             finally:
                 os.close(pidfd)
+        return any_gone
 
     def _take_over(self, orphan: Orphan) -> None:
         if orphan.sock is None:

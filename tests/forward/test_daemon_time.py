@@ -949,6 +949,69 @@ async def test_who_looked_after_a_connection_is_relieved_once_it_is_held(
     await stage.stop()
 
 
+def ended_process() -> int:
+    """A process that has ended, and has a pid until that is asked for."""
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+
+
+async def test_what_a_caretaker_has_started_is_adopted_once_that_has_gone(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    """It is the parent of those calls that it has made again."""
+    # One that has ended by the time it is told to.
+    caretaker = ended_process()
+    pidfds, pids = [os.pidfd_open(caretaker)], []
+
+    def find_orphans(known: set[int]) -> Iterator[Orphan]:
+        if not pidfds and not pids:
+            yield pretend_orphan(pids)
+
+    def find_caretakers() -> Iterator[int]:
+        if pidfds:
+            yield pidfds.pop()
+
+    monkeypatch.setattr(daemon_module, "find_orphans", find_orphans)
+    monkeypatch.setattr(daemon_module, "find_caretakers", find_caretakers)
+    stage = Stage(Settings())
+    nursery.start_soon(stage.run)
+    await stage.recorded("watching over 1 connection of an earlier daemon")
+    await stage.stop()
+    reap(caretaker)
+    reap(pids[0])
+
+
+async def test_a_stop_in_the_midst_of_adoption_leaves_nobody_alone(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    left, pids = [], []
+
+    def find_orphans(known: set[int]) -> Iterator[Orphan]:
+        yield pretend_orphan(pids)
+
+    async def never(daemon: object) -> bool:
+        await trio.sleep_forever()
+        return False
+
+    monkeypatch.setattr(daemon_module, "find_orphans", find_orphans)
+    monkeypatch.setattr(Daemon, "_relieve_caretakers", never)
+    monkeypatch.setattr(
+        daemon_module, "leave_caretaker", lambda: left.append(True)
+    )
+    stage = Stage(Settings())
+    monkeypatch.setattr(type(stage.daemon._notifier), "wanted", True)
+    nursery.start_soon(stage.run)
+    await trio.sleep(1)
+    await stage.stop()
+    assert left == [True]
+    reap(pids[0])
+
+
 async def test_a_hang_up_is_seen_though_at_first_it_could_not_be_watched_for(
     stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
