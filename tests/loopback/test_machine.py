@@ -272,8 +272,10 @@ def test_nothing_is_left_behind(
     text = HOLDER.format(
         tests=str(Path(__file__).parent), port=free_ports(1)[0], then=then
     )
+    # Whoever runs the tests may ignore them, as nohup does.
+    heed = ["env", "--default-signal=HUP,INT,TERM"]
     with subprocess.Popen(
-        [sys.executable, "-c", text],
+        [*heed, sys.executable, "-c", text],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
