@@ -389,3 +389,7 @@ def test_a_unit_name_that_is_too_long_for_systemd_is_refused() -> None:
 @given(REAL_TEXT)
 def test_an_address_is_written_back_as_a_person_wrote_it(text: str) -> None:
     assert c_unescape(c_escape(text.encode())) == text
+
+
+def test_what_is_no_text_is_left_as_systemd_shows_it() -> None:
+    assert c_unescape(r"/run/\377") == r"/run/\377"

@@ -20,7 +20,10 @@ from qrexec_activate.routing.unitfile import (
     declared_listeners,
     expand_specifiers,
     is_fd_name,
+    is_silent,
     only_adds,
+    plain_address,
+    shown_address,
     written_key,
 )
 
@@ -391,3 +394,37 @@ def test_places_are_told_by_file_and_line() -> None:
     assert declared.last_name.where == "/d/a.conf:2"
     assert declared_listeners([]).last_name is None
     assert Declaration("Stream", "1", "/d/a.conf", 7).where == "/d/a.conf:7"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("/run/é.sock", r"/run/\303\251.sock"),
+        ("@a b", "@a b"),
+        (r"/run/a\b", r"/run/a\\b"),
+        ("127.0.0.1:80", "127.0.0.1:80"),
+        ("vsock::80", "vsock::80"),
+    ],
+)
+def test_an_address_is_shown_as_systemd_shows_it_and_read_back(
+    written: str, shown: str
+) -> None:
+    assert shown_address(written) == shown
+    assert plain_address(shown) == written
+
+
+@pytest.mark.parametrize(
+    ("text", "silent"),
+    [
+        ("", True),
+        ("[Socket]\nSocketMode=0600\n", True),
+        ("[Socket]\nCPUWeight=50\n", True),
+        ("[Socket]\nListenStream=\n", False),
+        ("[Socket]\nListenStream=1\n", False),
+        ("[Socket]\nFileDescriptorName=work\n", False),
+    ],
+)
+def test_a_file_that_says_nothing_of_listeners_is_silent(
+    text: str, silent: bool
+) -> None:
+    assert is_silent(text) is silent
