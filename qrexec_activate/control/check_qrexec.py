@@ -3,9 +3,11 @@ what both need of Xen."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ __all__ = [
     "agent_steps",
     "client_steps",
     "clients",
+    "refuses",
     "xen_steps",
 ]
 
@@ -109,14 +112,24 @@ def client_steps(path: str, listening: Listening | None) -> Iterator[Step]:
     if path == DEFAULT_CLIENT:
         yield from agent_steps(
             os.path.exists(AGENT_SOCKET),
-            listening.holds(AGENT_SOCKET) if listening else None,
+            not listening
+            or listening.holds(AGENT_SOCKET)
+            or not refuses(AGENT_SOCKET),
         )
         yield from xen_steps()
 
 
-def agent_steps(is_there: bool, listens: bool | None) -> Iterator[Step]:
+def refuses(path: str) -> bool:
+    """Whether nobody is behind the file of a socket. The kernel's list has only
+    sockets of this network namespace, and an agent may have its own."""
+    kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+    with socket.socket(socket.AF_UNIX, kind) as sock:
+        return sock.connect_ex(path) == errno.ECONNREFUSED
+
+
+def agent_steps(is_there: bool, listens: bool) -> Iterator[Step]:
     """What is to be said of qrexec-agent; its socket outlives it."""
-    if is_there and listens is not False:
+    if is_there and listens:
         yield Step("qrexec", Level.OK, "qrexec-agent runs")
         return
     why = (
