@@ -15,10 +15,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import trio
-
 from ..routing.claim import Route
 from .settings import Relay
+from .watch import readable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -167,7 +166,7 @@ class Child:
         return self._pidfd
 
     async def ended(self) -> None:
-        await trio.lowlevel.wait_readable(self.open())
+        await readable(self.open())
 
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):

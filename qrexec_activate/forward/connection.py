@@ -43,6 +43,7 @@ from .child import (
 )
 from .outcome import Ending, Outcome
 from .splice import RESET_AT_CLOSE, ClientGone, Splice, half_close, unread
+from .watch import readable
 
 __all__ = ["Connection", "Host", "reset"]
 
@@ -788,7 +789,7 @@ class Connection:
         with trio.move_on_after(FAREWELL), contextlib.suppress(OSError):
             while _drop_input(self._sock) and _unsent(self._sock):
                 with trio.move_on_after(FAREWELL_LOOK):
-                    await trio.lowlevel.wait_readable(self._sock)
+                    await readable(self._sock.fileno())
 
 
 #: Where dropped bytes go.

@@ -48,7 +48,7 @@ from .process import (
 )
 from .settings import Settings
 from .setups import LOOK_INTERVAL, Setups
-from .watch import Watch
+from .watch import Watch, readable
 
 __all__ = ["Daemon"]
 
@@ -337,7 +337,7 @@ class Daemon:
             self._feed_watchdog()
             if self._first_round.is_set():
                 with trio.move_on_after(self._tick()) as self._nap:
-                    await trio.lowlevel.wait_readable(self._ready.fileno())
+                    await readable(self._ready.fileno())
             # One of each listener in turn, and then all others have theirs.
             for _ in range(BATCH):
                 ready = self._ready.poll(0, BATCH)
@@ -778,7 +778,7 @@ class Daemon:
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGTERM)
                 with trio.move_on_after(STOP_PATIENCE):
-                    await trio.lowlevel.wait_readable(pidfd)
+                    await readable(pidfd)
                     any_gone = True
             except ProcessLookupError:
                 any_gone = True
@@ -806,11 +806,11 @@ class Daemon:
         try:
             while left_to_read(orphan.pid):
                 with trio.move_on_after(HANG_UP_LOOK):
-                    await trio.lowlevel.wait_readable(orphan.pidfd)
+                    await readable(orphan.pidfd)
                     return
             for number in (signal.SIGTERM, signal.SIGKILL):
                 with trio.move_on_after(HANG_UP_GRACE):
-                    await trio.lowlevel.wait_readable(orphan.pidfd)
+                    await readable(orphan.pidfd)
                     return
                 signal.pidfd_send_signal(orphan.pidfd, number)
         except ProcessLookupError:

@@ -18,6 +18,8 @@ import termios
 
 import trio
 
+from .watch import readable, writable
+
 __all__ = ["ClientGone", "Splice", "discard", "half_close", "unread"]
 
 #: What one call may move. More than a pipe holds, so that the pipe's size is
@@ -205,8 +207,8 @@ async def _move(source: int, sink: int, *, reading_socket: bool) -> int:
             # One of the two is not ready, and the kernel does not say which.
             # Waiting for the source first means that a full sink is waited for
             # only while there is something to move.
-            await trio.lowlevel.wait_readable(source)
-            await trio.lowlevel.wait_writable(sink)
+            await readable(source)
+            await writable(sink)
         except OSError as error:
             if error.errno == errno.ENOMEM:
                 await trio.sleep(_SHORTAGE)
@@ -236,7 +238,7 @@ async def discard(sock: socket.socket) -> None:
             if not sock.recv(1 << 16):
                 return
         except BlockingIOError:
-            await trio.lowlevel.wait_readable(sock)
+            await readable(sock.fileno())
         except OSError as error:
             raise ClientGone from error
 

@@ -1,21 +1,47 @@
-"""Calls back once when a descriptor has an event, and watches sockets without
-being woken by data.
+"""Waits for descriptors, also where the kernel lacks the memory to watch one
+more. Calls back once when one has an event, without being woken by data.
 
-An epoll of its own, as trio waits for readable or writable only, and a hang-up
-is neither: with an empty event mask epoll reports hang-ups and errors alone.
+That takes an epoll of its own, as trio waits for readable or writable only, and
+a hang-up is neither: with an empty event mask epoll reports hang-ups and errors
+alone.
 """
 
 from __future__ import annotations
 
+import errno
 import select
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "readable", "writable"]
 
 #: What one turn looks at.
 BATCH = 64
+#: How long to wait where the kernel has no memory for another watch.
+NO_MEMORY_PAUSE = 0.25
+
+
+async def readable(fd: int) -> None:
+    """Wait until it is. Nobody may close the descriptor meanwhile: it is looked
+    at again by its number."""
+    await _wait(trio.lowlevel.wait_readable, fd)
+
+
+async def writable(fd: int) -> None:
+    """Likewise."""
+    await _wait(trio.lowlevel.wait_writable, fd)
+
+
+async def _wait(wait: Callable[[int], Awaitable[None]], fd: int) -> None:
+    while True:
+        try:
+            return await wait(fd)
+        except OSError as error:
+            # epoll_ctl(2): no memory, or the user's limit of watches.
+            if error.errno not in (errno.ENOMEM, errno.ENOSPC):
+                raise
+        await trio.sleep(NO_MEMORY_PAUSE)
 
 
 class Watch:
@@ -35,7 +61,7 @@ class Watch:
 
     async def run(self) -> None:
         while True:
-            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            await readable(self._epoll.fileno())
             for fd, _ in self._epoll.poll(0, BATCH):
                 # An earlier callback of this round may have forgotten it.
                 if (callback := self._callbacks.pop(fd, None)) is not None:
