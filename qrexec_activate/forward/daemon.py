@@ -76,14 +76,20 @@ LIMIT_LOG_INTERVAL = 60.0
 #: What one turn of the accept loop looks at.
 BATCH = 64
 
-#: Errors of accept(2) that tell of the listener, and not of a connection that
-#: has failed already, and is gone from the queue.
-_NO_LISTENER = {
-    errno.EBADF,
-    errno.EFAULT,
-    errno.EINVAL,
-    errno.ENOTSOCK,
+#: Errors of accept(2) that tell of the listener.
+_NO_LISTENER = {errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK}
+#: Those of a connection that has failed already, and is gone from the queue.
+_LOST = {
+    errno.ECONNABORTED,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENONET,
+    errno.ENOPROTOOPT,
     errno.EOPNOTSUPP,
+    errno.EPROTO,
+    errno.ETIMEDOUT,
 }
 
 
@@ -392,18 +398,28 @@ class Daemon:
             self._tend(connection)
         return True
 
-    def _cannot_accept(self, fd: int, route: Route, error: OSError) -> bool:
-        if error.errno in STARVED - {errno.EAGAIN}:
-            self.starved(error)
-            return False
+    def _cannot_accept(self, fd: int, claim: Claim, error: OSError) -> bool:
+        if error.errno == errno.EAGAIN:
+            return True
         if error.errno in _NO_LISTENER:
             self._ready.unregister(fd)
             self.log(
                 Priority.ERROR,
-                f"{route.address} accepts no more: {error.strerror}; restart"
-                f" {route.unit}",
+                f"{claim.address} accepts no more: {error.strerror}; restart"
+                f" {claim.unit or 'its socket unit'}",
             )
-        return True
+            return True
+        if error.errno in _LOST:
+            self._say_once(
+                claim.address,
+                f"{claim.address}: a connection was lost before it was"
+                f" accepted: {error.strerror}",
+            )
+            return True
+        # Whatever else it is: if it were tried again at once, it might fail for
+        # ever.
+        self.starved(error)
+        return False
 
     def _verdict(self, target: str, now: float) -> Verdict:
         if self._count_others(now):
@@ -445,10 +461,9 @@ class Daemon:
             try:
                 sock, _ = listener.sock.accept()
             except OSError as error:
-                if error.errno in STARVED - {errno.EAGAIN}:
-                    self.starved(error)
-                    return False
-                return True
+                return self._cannot_accept(
+                    listener.sock.fileno(), refusal, error
+                )
             # Said before it is done: whoever sees the reset finds the reason in
             # the log.
             if trio.current_time() - listener.spoke_at >= REFUSAL_LOG_INTERVAL:

@@ -858,6 +858,11 @@ def make_fussy(stage: Stage, number: int, times: int) -> Fussy:
     return fussy
 
 
+def refuse(stage: Stage) -> None:
+    (listener,) = stage.daemon._listeners.values()
+    listener.claim = Refusal("127.0.0.1:80", "it names no qube")
+
+
 @pytest.mark.parametrize(
     "number",
     [errno.ENETDOWN, errno.EPROTO, errno.EHOSTUNREACH, errno.ECONNABORTED],
@@ -868,13 +873,17 @@ async def test_an_error_of_one_connection_is_none_of_its_listener(
     make_fussy(stage, number, 1)
     stream = await stage.connect()
     await stage.nth(1)
+    assert stage.records.count("a connection was lost before it was") == 1
     await stream.aclose()
 
 
+@pytest.mark.parametrize("refused", [False, True])
 async def test_a_listener_that_is_none_is_given_up_with_a_word(
-    stage: Stage, autojump_clock: MockClock
+    stage: Stage, autojump_clock: MockClock, refused: bool
 ) -> None:
     fussy = make_fussy(stage, errno.EINVAL, 10**9)
+    if refused:
+        refuse(stage)
     stream = await stage.connect()
     await stage.recorded("accepts no more")
     await trio.sleep(60)
@@ -883,13 +892,13 @@ async def test_a_listener_that_is_none_is_given_up_with_a_word(
 
 
 @pytest.mark.parametrize("refused", [False, True])
-async def test_a_shortage_of_descriptors_makes_nobody_spin(
-    stage: Stage, autojump_clock: MockClock, refused: bool
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EPERM])
+async def test_an_accept_that_goes_on_failing_makes_nobody_spin(
+    stage: Stage, autojump_clock: MockClock, refused: bool, number: int
 ) -> None:
-    fussy = make_fussy(stage, errno.EMFILE, 10**9)
+    fussy = make_fussy(stage, number, 10**9)
     if refused:
-        (listener,) = stage.daemon._listeners.values()
-        listener.claim = Refusal("127.0.0.1:80", "it names no qube")
+        refuse(stage)
     stream = await stage.connect()
     await trio.sleep(5)
     assert 1 < fussy.tried < 50
