@@ -132,6 +132,8 @@ class Daemon:
         self._gate = Gate(settings.allow_uids) if settings.allow_uids else None
         self._listeners: dict[int, Listener] = {}
         self._ready = select.epoll()
+        #: Listeners that are yet to be listened to.
+        self._unheard: set[int] = set()
         self._turns: dict[Connection, trio.Event] = {}
         self._watch = Watch()
         self._notifier = Notifier()
@@ -189,7 +191,7 @@ class Daemon:
                 sock = socket.socket(fileno=passed.fd)
                 sock.setblocking(False)
                 self._listeners[passed.fd] = Listener(sock, claim)
-                self._ready.register(passed.fd, select.EPOLLIN)
+                self._hear(passed.fd)
             else:
                 # Nothing can connect to it; it is refused by name and left
                 # alone.
@@ -344,6 +346,8 @@ class Daemon:
             if self._first_round.is_set():
                 with trio.move_on_after(self._tick()) as self._nap:
                     await readable(self._ready.fileno())
+            for fd in tuple(self._unheard):
+                self._hear(fd)
             # One of each listener in turn, and then all others have theirs.
             for _ in range(BATCH):
                 ready = self._ready.poll(0, BATCH)
@@ -398,11 +402,31 @@ class Daemon:
             self._tend(connection)
         return True
 
+    def _hear(self, fd: int) -> None:
+        """Look for connections at a listener from now on, or as soon as the
+        kernel can."""
+        try:
+            self._ready.register(fd, select.EPOLLIN)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            self.starved(error)
+            self._unheard.add(fd)
+            self._nap.cancel()
+            return
+        self._unheard.discard(fd)
+
+    def _ignore(self, fd: int) -> None:
+        """Leave a listener alone."""
+        self._unheard.discard(fd)
+        with contextlib.suppress(OSError):
+            self._ready.unregister(fd)
+
     def _cannot_accept(self, fd: int, claim: Claim, error: OSError) -> bool:
         if error.errno == errno.EAGAIN:
             return True
         if error.errno in _NO_LISTENER:
-            self._ready.unregister(fd)
+            self._ignore(fd)
             self.log(
                 Priority.ERROR,
                 f"{claim.address} accepts no more: {error.strerror}; restart"
@@ -517,6 +541,8 @@ class Daemon:
     def _tick(self) -> float:
         """How long the accept loop may sleep at most."""
         tick = self._watchdog or math.inf
+        if self._unheard:
+            tick = min(tick, STARVED_PAUSE)
         if self.settings.exit_idle_time is not None and not self.connections:
             tick = min(
                 tick,
@@ -537,7 +563,7 @@ class Daemon:
 
     def _park(self, fd: int, route: Route, verdict: Verdict) -> None:
         """Leave a listener alone until there may be room for another call."""
-        self._ready.unregister(fd)
+        self._ignore(fd)
         self.admission.waits(fd, route.target)
         self._setups_changed.set()
         if verdict is Verdict.TARGET_FULL:
@@ -573,7 +599,7 @@ class Daemon:
                 self.admission.begins(who, now)
                 self._turns.pop(who).set()
             elif isinstance(who, int):
-                self._ready.register(who, select.EPOLLIN)
+                self._hear(who)
 
     async def turn(self, connection: Connection) -> None:
         now, target = trio.current_time(), connection.route.target

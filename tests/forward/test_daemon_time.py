@@ -911,6 +911,49 @@ async def test_an_accept_that_goes_on_failing_makes_nobody_spin(
     await stream.aclose()
 
 
+class Full:
+    """An epoll that has reached the user's limit of watches."""
+
+    def __init__(self, epoll: select.epoll) -> None:
+        self._epoll = epoll
+        self.is_full = True
+        self.tried = 0
+
+    def register(self, fd: int, events: int) -> None:
+        self.tried += 1
+        assert self.tried < 1000
+        if self.is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._epoll.register(fd, events)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._epoll, name)
+
+
+async def test_a_listener_is_served_once_there_is_room_to_watch_it(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    make = select.epoll
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "epoll", lambda: Full(make()))
+        stage = Stage(Settings())
+    full = stage.daemon._ready
+    assert isinstance(full, Full)
+    stage.daemon._watch._epoll.is_full = False  # type: ignore[attr-defined]
+    nursery.start_soon(stage.run)
+    stream = await stage.connect()
+    await trio.sleep(5)
+    assert 1 < full.tried < 50
+    assert not stage.client.started
+    assert stage.records.count("short of something") == 1
+    full.is_full = False
+    await stage.nth(1)
+    await stream.aclose()
+    await stage.stop()
+
+
 async def test_adoption_goes_on_after_a_shortage(
     nursery: trio.Nursery,
     monkeypatch: pytest.MonkeyPatch,
