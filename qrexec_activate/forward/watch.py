@@ -8,6 +8,7 @@ alone.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import select
 from collections.abc import Awaitable, Callable
@@ -57,17 +58,21 @@ class Watch:
 
     def forget(self, fd: int) -> None:
         if self._callbacks.pop(fd, None) is not None:
+            self._unregister(fd)
+
+    def _unregister(self, fd: int) -> None:
+        with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
 
     async def run(self) -> None:
         while True:
             await readable(self._epoll.fileno())
             for fd, _ in self._epoll.poll(0, BATCH):
-                # An earlier callback of this round may have forgotten it.
-                if (callback := self._callbacks.pop(fd, None)) is not None:
-                    # Once is enough, and a hang-up does not pass: left
-                    # registered, it would wake us for ever.
-                    self._epoll.unregister(fd)
+                # Once is enough, and a hang-up does not pass: left registered,
+                # it would wake us for ever. So would one that nobody watches.
+                callback = self._callbacks.pop(fd, None)
+                self._unregister(fd)
+                if callback is not None:
                     callback()
 
     def close(self) -> None:

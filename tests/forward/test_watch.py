@@ -1,16 +1,18 @@
-"""Waiting for a descriptor where the kernel has no memory to watch it."""
+"""Waiting for a descriptor where the kernel refuses to watch it, or to end
+that."""
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from qrexec_activate.forward.watch import readable, writable
+from qrexec_activate.forward.watch import Watch, readable, writable
 
 
 def refuse(
@@ -53,3 +55,36 @@ async def test_any_other_error_is_passed_on(
     refuse(monkeypatch, "wait_readable", errno.EBADF)
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         await readable(0)
+
+
+async def test_a_watch_that_cannot_be_ended_harms_no_other() -> None:
+    def refused(fd: int) -> None:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    watch = Watch()
+    epoll = watch._epoll
+    readers, writers = zip(*(os.pipe() for _ in range(3)), strict=True)
+    called = [trio.Event() for _ in readers]
+    for reader, event in zip(readers, called, strict=True):
+        watch.add(reader, select.EPOLLIN | select.EPOLLONESHOT, event.set)
+
+    class Refusing:
+        """One that knows of nothing to be ended."""
+
+        unregister = staticmethod(refused)
+        fileno, poll, close = epoll.fileno, epoll.poll, epoll.close
+
+    watch._epoll = Refusing()  # type: ignore[assignment]
+    watch.forget(readers[0])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.run)
+        for writer in writers:
+            os.write(writer, b"x")
+        with trio.fail_after(60):
+            for event in called[1:]:
+                await event.wait()
+        nursery.cancel_scope.cancel()
+    assert not called[0].is_set()
+    watch.close()
+    for fd in *readers, *writers:
+        os.close(fd)
