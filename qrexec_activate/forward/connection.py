@@ -254,6 +254,9 @@ class Connection:
     def _waiting(self) -> int:
         """How many bytes of the client have not been read for the qube."""
         in_pipe = self._splice.unread() if self._splice is not None else 0
+        if self._splice is not None and self._splice.input_over:
+            # Nobody takes what the socket may still hold.
+            return in_pipe
         try:
             return unread(self._sock.fileno()) + in_pipe
         except OSError:

@@ -120,6 +120,11 @@ class Splice:
         return 0
 
     @property
+    def input_over(self) -> bool:
+        """Whether nothing more is taken from the client."""
+        return self._input_over
+
+    @property
     def all_sent(self) -> bool:
         """Whether the child needs no pump for what the client has sent."""
         return self._released and "up" not in self._ends

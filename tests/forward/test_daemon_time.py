@@ -17,6 +17,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -1089,6 +1090,29 @@ async def test_a_hang_up_is_seen_though_at_first_it_could_not_be_watched_for(
     await stage.recorded("the client hung up")
     assert not started.is_alive()
     assert stage.records.count("short of something") == 1
+
+
+async def test_bytes_that_the_pump_cannot_take_are_not_waited_for(
+    stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stay in the socket, whose error was taken for its end."""
+    genuine = os.splice
+
+    def splice(source: int, sink: int, *arguments: int, **named: int) -> int:
+        if stat.S_ISSOCK(os.fstat(source).st_mode):
+            raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+        return genuine(source, sink, *arguments, **named)
+
+    monkeypatch.setattr(os, "splice", splice)
+    stage.client.takes_socket = False
+    stream = await stage.connect()
+    await stream.send_all(b"x")
+    started = await stage.nth(1)
+    started.establish()
+    await trio.sleep(60)
+    assert not started.is_alive()
+    assert stage.records.count("the client hung up") == 1
+    await stream.aclose()
 
 
 async def test_a_stop_leaves_the_last_words_of_a_service_their_time(
