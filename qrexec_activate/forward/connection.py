@@ -293,7 +293,13 @@ class Connection:
             if client.takes_socket is None:
                 # One that does not know --use-stdin-socket says so on stderr,
                 # which is nothing for a user to see.
-                stderr = bounded_memory("qrexec-client-vm stderr")
+                try:
+                    stderr = bounded_memory("qrexec-client-vm stderr")
+                except OSError as error:
+                    if error.errno in STARVED:
+                        raise
+                    # It cannot be kept back; pipes are what each one knows.
+                    self._splice = Splice(self._sock)
             own = {
                 "QREXEC_ACTIVATE_CONNECTION": self.id,
                 "QREXEC_ACTIVATE_LISTENER": self.route.address,
@@ -315,9 +321,13 @@ class Connection:
             if stderr is not None:
                 os.close(stderr)
             self._host.place_back(self)
-            if isinstance(error, OSError) and error.errno in STARVED:
+            if not isinstance(error, OSError):
+                raise
+            if error.errno in STARVED:
                 raise Starved(str(error)) from error
-            raise
+            raise StartProblem(
+                f"cannot start {client.path}: {error.strerror}"
+            ) from error
         self._child = Child(pid, stderr)
         self.call.begins(trio.current_time())
         self._host.setup_begins(self)

@@ -1115,6 +1115,50 @@ async def test_bytes_that_the_pump_cannot_take_are_not_waited_for(
     await stream.aclose()
 
 
+def fail(patch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """Let a function of os fail."""
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    patch.setattr(os, name, failing)
+
+
+async def test_a_first_call_without_a_memfd_is_made_by_pipes(
+    stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail(monkeypatch, "memfd_create", errno.EPERM)
+    stage.client.takes_socket = None
+    stream = await stage.connect()
+    await stream.send_all(b"question")
+    started = await stage.nth(1)
+    started.establish()
+    await trio.sleep(1)
+    assert started.reads(100) == b"question"
+    started.writes(b"answer")
+    started.exits(0)
+    with trio.fail_after(3600):
+        assert await stream.receive_some() == b"answer"
+        assert await stream.receive_some() == b""
+    # It has shown nothing of what qrexec-client-vm knows.
+    assert stage.client.takes_socket is None
+    await stream.aclose()
+
+
+async def test_a_call_without_pipes_is_the_only_one_that_fails(
+    stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.client.takes_socket = False
+    with monkeypatch.context() as patch:
+        fail(patch, "pipe2", errno.EINVAL)
+        async with await stage.connect() as stream:
+            assert await sees_reset(stream)
+    await stage.recorded("cannot start qrexec-client-vm: Invalid argument")
+    stream = await stage.connect()
+    await stage.nth(1)
+    await stream.aclose()
+
+
 async def test_a_stop_leaves_the_last_words_of_a_service_their_time(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
