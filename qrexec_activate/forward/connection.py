@@ -610,15 +610,13 @@ class Connection:
         return ending, code
 
     async def _open_pidfd(self, child: Child) -> None:
-        """Open its pidfd, however long it takes until there are descriptors
-        again."""
+        """Open its pidfd, however long it takes until that is possible: only
+        so is its end seen."""
         while True:
             try:
                 child.open()
                 return
             except OSError as error:
-                if error.errno not in STARVED:
-                    raise
                 self._host.starved(error)
                 await trio.sleep(STARVED_DELAY)
 

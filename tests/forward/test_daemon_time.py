@@ -1145,6 +1145,21 @@ async def test_a_first_call_without_a_memfd_is_made_by_pipes(
     await stream.aclose()
 
 
+async def test_a_call_that_cannot_be_watched_at_first_goes_on(
+    stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail(patch, "pidfd_open", errno.ENODEV)
+        stream = await stage.connect()
+        started = await stage.nth(1)
+        started.establish()
+        await trio.sleep(5)
+        assert stage.records.count("short of something") == 1
+    started.exits(0)
+    await stage.recorded(": ended")
+    await stream.aclose()
+
+
 async def test_a_call_without_pipes_is_the_only_one_that_fails(
     stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
