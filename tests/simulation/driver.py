@@ -191,7 +191,8 @@ class Shell:
             and call.established_at is None
             and has_run(
                 Evidence(
-                    False,
+                    # Its stdout was made blocking, and tells so at its end.
+                    child.established,
                     by_pipes=True,
                     bytes_out=child.loud,
                     bytes_in=child.loud,

@@ -44,7 +44,6 @@ MARGIN = 0.021
 #: Open at once are so many to a qube that is full, or in all on Xen.
 FULL, GRANTS = 40, 30
 EXIT_CODES = (0, 0, 0, 0, 1, 3, 125, 126, 127, 255, -9)
-LIKE_NOT_RUN = (1, 2, 126, 255)
 
 
 class Broken(Exception):
@@ -338,9 +337,6 @@ class Simulation:
         if conn.gone:
             life = min(life, 0.01)
         code = rng.choice(EXIT_CODES)
-        if conn.by_pipes and not child.loud and code in LIKE_NOT_RUN:
-            # By pipes, nobody can tell it from one that did not run.
-            code = 0
         self.at(life, self.exits, child, code)
         return True
 
@@ -354,7 +350,7 @@ class Simulation:
         child.alive = False
         child.code = code
         if conn.by_pipes and code >= 0:
-            # Whoever is not killed makes them blocking again.
+            # Whoever is not killed makes its stdin blocking again.
             child.flag = False
         qube.open -= 1
         if not child.established:
