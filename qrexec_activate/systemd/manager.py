@@ -430,23 +430,23 @@ class Manager:
         return None if value is None else min(value / 1e6, 86400.0)
 
     def reset_start_limit(self, service: str) -> None:
-        """Start counting anew how often a service was started; no answer is
-        waited for."""
-        from jeepney import DBusAddress, MessageFlag, new_method_call
+        """Start counting anew how often a service was started.
 
-        message = new_method_call(
-            DBusAddress(_ROOT, _SERVICE, _MANAGER),
-            "ResetFailedUnit",
-            "s",
-            (service,),
+        The answer is waited for: systemd asks the bus who has sent this, and
+        does nothing for one that has gone by then.
+        """
+        from jeepney import DBusAddress, new_method_call
+
+        self._ask(
+            [
+                new_method_call(
+                    DBusAddress(_ROOT, _SERVICE, _MANAGER),
+                    "ResetFailedUnit",
+                    "s",
+                    (service,),
+                )
+            ]
         )
-        message.header.flags = MessageFlag.no_reply_expected
-        try:
-            self._socket.sendall(message.serialise(serial=next(self._serials)))
-        except OSError as error:
-            raise ManagerError(
-                f"systemd did not take a D-Bus message: {_describe(error)}"
-            ) from error
 
 
 def _value(path: str, name: str, body: tuple[Any, ...] | None) -> Any:

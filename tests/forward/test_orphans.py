@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,10 @@ def parent_and_child(
     with process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
+        # In the midst of its exec it shows no environment yet.
+        environment = Path(f"/proc/{child}/environ")
+        while b"QREXEC_ACTIVATE" not in environment.read_bytes():
+            time.sleep(0.01)
         pidfd = os.pidfd_open(child)
         yield process, child
         process.kill()
