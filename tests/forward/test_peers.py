@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pytest
 import trio
 from scenario import SERVICE, Scene, is_reset, says, write_script
 
+from qrexec_activate.forward.connection import reset
 from qrexec_activate.forward.peers import Gate, GateProblem, exposure
 
 OTHER_UID = 4321
@@ -179,6 +180,108 @@ def test_before_it_was_asked_for_problems_the_gate_lets_no_tcp_in() -> None:
             decision(Gate([os.getuid()]), listener)
             == "who connects cannot be told"
         )
+
+
+class Kernel:
+    """What answers for the kernel: its socket, with something changed on the
+    way."""
+
+    def __init__(
+        self, gate: Gate, change: Callable[[bytes, int], tuple[bytes, int]]
+    ) -> None:
+        assert gate._diag is not None
+        self._socket = gate._diag._socket
+        self._change = change
+        gate._diag._socket = self  # type: ignore[assignment]
+
+    def recvfrom(self, size: int) -> tuple[bytes, tuple[int, int]]:
+        answer, (port, groups) = self._socket.recvfrom(size)
+        answer, port = self._change(answer, port)
+        return answer, (port, groups)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._socket, name)
+
+
+@pytest.fixture
+def ours() -> Iterator[tuple[Gate, socket.socket, socket.socket]]:
+    """A gate for ourselves, a connection of ours, and its other end."""
+    with (
+        closing(Gate([os.getuid()])) as gate,
+        listen(socket.AF_INET, "127.0.0.1") as listener,
+        socket.create_connection(listener.getsockname()) as other,
+    ):
+        assert gate.problem(listener) == ""
+        sock, _ = listener.accept()
+        with sock:
+            gate.check(sock)
+            yield gate, sock, other
+
+
+def test_an_answer_that_is_not_the_kernels_lets_nobody_in(
+    ours: tuple[Gate, socket.socket, socket.socket],
+) -> None:
+    """Others can send to the socket that the kernel is asked with."""
+    gate, sock, _ = ours
+    Kernel(gate, lambda answer, port: (answer, 4321))
+    with pytest.raises(GateProblem, match="no answer of the kernel"):
+        gate.check(sock)
+
+
+def test_an_answer_to_another_question_lets_nobody_in(
+    ours: tuple[Gate, socket.socket, socket.socket],
+) -> None:
+    gate, sock, _ = ours
+    answers = []
+
+    def repeat(answer: bytes, port: int) -> tuple[bytes, int]:
+        answers.append(answer)
+        return answers[0], port
+
+    Kernel(gate, repeat)
+    gate.check(sock)
+    with pytest.raises(GateProblem, match="no answer of the kernel"):
+        gate.check(sock)
+
+
+#: What the kernel numbers its TCP states by (net/tcp_states.h).
+ESTABLISHED, FIN_WAIT1, FIN_WAIT2, TCP_STATES = 1, 4, 5, 12
+
+
+@pytest.mark.parametrize("state", range(1, TCP_STATES + 1))
+def test_only_the_end_of_a_connection_tells_its_user(
+    ours: tuple[Gate, socket.socket, socket.socket], state: int
+) -> None:
+    """One that is still connecting may be another user's, who takes over the
+    ports of a client that has gone."""
+    gate, sock, _ = ours
+
+    def restate(answer: bytes, port: int) -> tuple[bytes, int]:
+        # After the header of 16 bytes: the family, the state.
+        assert answer[16:18] == bytes([socket.AF_INET, ESTABLISHED])
+        return answer[:17] + bytes([state]) + answer[18:], port
+
+    Kernel(gate, restate)
+    if state in (ESTABLISHED, FIN_WAIT1, FIN_WAIT2):
+        gate.check(sock)
+    else:
+        with pytest.raises(GateProblem, match="closed already"):
+            gate.check(sock)
+
+
+def test_a_client_that_goes_while_its_user_is_asked_for_is_not_let_in(
+    ours: tuple[Gate, socket.socket, socket.socket],
+) -> None:
+    """Its ports may be another user's by then, and the answer about those."""
+    gate, sock, other = ours
+
+    def vanish(answer: bytes, port: int) -> tuple[bytes, int]:
+        reset(other)
+        return answer, port
+
+    Kernel(gate, vanish)
+    with pytest.raises(GateProblem, match="the connection is over"):
+        gate.check(sock)
 
 
 # -- who can reach a listener
