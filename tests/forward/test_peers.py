@@ -471,6 +471,8 @@ async def test_the_socket_of_the_documents_is_for_a_group(
     async def ask_as(gid: int) -> tuple[int, str]:
         done = await trio.run_process(
             [sys.executable, "-c", AS_MEMBER, str(gid), str(path)],
+            # Not to be measured: another user cannot write what was.
+            env={},
             capture_stdout=True,
             capture_stderr=True,
             check=False,
