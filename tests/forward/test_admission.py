@@ -202,7 +202,8 @@ async def test_all_daemons_of_a_qube_share_its_limit(scene: Scene) -> None:
                 nursery.start_soon(served, stream)
     assert not waiting
     # Two daemons that look at the same moment may each find the last places.
-    assert 50 < most <= 60 + 8
+    # And what a qrexec-client-vm forks has its name until it execs.
+    assert 40 < most <= 60 + 8
 
 
 async def test_more_than_its_own_agent_takes_wait_instead_of_ending_it(
