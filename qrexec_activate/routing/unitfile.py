@@ -257,7 +257,9 @@ def is_silent(text: str) -> bool:
 
 def _as_known(file: SourceFile) -> SourceFile:
     """Doubt a file that not every systemd reads alike."""
-    if file.text is None or not _NAMELESS.search(file.text):
+    if file.text is None or "[]" not in file.text:
+        return file
+    if not _NAMELESS.search(file.text):
         return file
     problem = "has a section without a name, [] (remove that line)"
     return SourceFile(file.path, None, problem, file.text)
@@ -399,6 +401,7 @@ def plain_address(shown: str) -> str:
     return c_unescape(shown) if shown.startswith(("/", "@")) else shown
 
 
+@lru_cache(maxsize=32)
 def address_key(text: str) -> AddressKey | None:
     """Reduce a listener's address, as systemd prints it, to what can be
     compared.

@@ -186,6 +186,46 @@ def _aligned(data: bytes, to: int) -> bytes:
     return data + bytes(-len(data) % to)
 
 
+def _message_size(start: bytearray) -> int:
+    """How long a message is, from its first 16 bytes."""
+    body, _, fields = struct.unpack_from(f"{_order(start)}III", start, 4)
+    return int(16 + fields + -fields % 8 + body)
+
+
+def _order(message: bytes | bytearray) -> str:
+    """The order of a message's bytes, as struct has it."""
+    return {ord("l"): "<", ord("B"): ">"}[message[0]]
+
+
+def _header_fields(message: bytes, order: str) -> dict[int, Any]:
+    """Read the fields of a message's header: numbers, and texts as bytes.
+
+    A field is its code, its type as a signature of one letter, and its value;
+    each begins at 8 bytes. jeepney needs five times as long.
+    """
+    number = struct.Struct(f"{order}I")
+    fields: dict[int, Any] = {}
+    at, end = 16, 16 + number.unpack_from(message, 12)[0]
+    while at < end:
+        at += -at % 8
+        code, letters, kind, _ = message[at : at + 4]
+        if letters != 1 or kind not in b"gosu":
+            raise ValueError("a field of a message's header makes no sense")
+        if kind == ord("g"):
+            length, at = message[at + 4], at + 5
+        else:
+            (length,), at = number.unpack_from(message, at + 4), at + 8
+        if kind == ord("u"):
+            fields[code] = length
+        else:
+            fields[code] = message[at : at + length]
+            at += length + 1
+    return fields
+
+
+#: Types of messages, and codes of header fields.
+_RETURN, _ERROR = 2, 3
+_ERROR_NAME, _REPLY_SERIAL, _SIGNATURE = 4, 5, 8
 #: Byte order, method call, flags, version of the protocol; length of the body,
 #: serial, length of the header's fields.
 _GET_HEADER = struct.Struct("<cBBBIII")
@@ -206,11 +246,11 @@ class Manager:
     """An open connection to a systemd manager."""
 
     def __init__(self, connection: socket.socket, user: bool) -> None:
-        from jeepney.low_level import Parser
-
         self.user = user
         self._socket = connection
-        self._parser = Parser()
+        self._received = bytearray()
+        #: Signature → jeepney's reader of such bodies.
+        self._readers: dict[str, Any] = {}
         self._serials = itertools.count(1)
 
     def specifiers(self) -> dict[str, str]:
@@ -275,27 +315,51 @@ class Manager:
     def _receive(self) -> tuple[int, tuple[Any, ...] | None]:
         """Wait for a reply; returns the serial that it replies to and its body,
         None for an error."""
-        from jeepney import HeaderFields, MessageType
-
         while True:
-            while (message := self._parser.get_next_message()) is None:
-                data = self._socket.recv(65536)
-                if not data:
-                    raise EOFError("the bus closed the connection")
-                self._parser.add_data(data)
-            kind, fields = message.header.message_type, message.header.fields
-            serial = fields.get(HeaderFields.reply_serial, 0)
+            message = self._next_message()
+            order = _order(message)
+            fields = _header_fields(message, order)
             # A bus delivers no reply that nobody asked for, but some let
             # anybody send a signal that claims to be one: it would tell us
             # which files to believe.
-            if kind is MessageType.method_return:
-                return serial, message.body
-            if kind is MessageType.error:
-                if (name := fields.get(HeaderFields.error_name)) in _LOST:
-                    raise RuntimeError(
-                        f"{name}: {message.body[0] if message.body else ''}"
-                    )
-                return serial, None
+            if message[1] not in (_RETURN, _ERROR):
+                continue
+            signature = fields.get(_SIGNATURE, b"").decode()
+            serial = fields.get(_REPLY_SERIAL, 0)
+            body = self._body(message, order, signature)
+            if message[1] == _RETURN:
+                return serial, body
+            name = fields.get(_ERROR_NAME, b"").decode()
+            if name in _LOST:
+                raise RuntimeError(f"{name}: {body[0] if body else ''}")
+            return serial, None
+
+    def _body(
+        self, message: bytes, order: str, signature: str
+    ) -> tuple[Any, ...]:
+        from jeepney.low_level import Endianness, parse_signature
+
+        if not signature:
+            return ()
+        if (reader := self._readers.get(signature)) is None:
+            reader = parse_signature([*"(", *signature, *")"])
+            self._readers[signature] = reader
+        (length,) = struct.unpack_from(f"{order}I", message, 4)
+        ends = Endianness.little if order == "<" else Endianness.big
+        body, _ = reader.parse_data(message, len(message) - length, ends)
+        return tuple(body)
+
+    def _next_message(self) -> bytes:
+        waiting = self._received
+        while len(waiting) < 16 or len(waiting) < _message_size(waiting):
+            data = self._socket.recv(65536)
+            if not data:
+                raise EOFError("the bus closed the connection")
+            waiting += data
+        size = _message_size(waiting)
+        message = bytes(waiting[:size])
+        del waiting[:size]
+        return message
 
     def hello(self) -> None:
         """Introduce this connection to the bus, which relays nothing before;
@@ -316,8 +380,8 @@ class Manager:
         """Return properties of each unit, which systemd loads if need be;
         `kind` is Unit, Service or Socket."""
         wanted = [
-            (_unit_path(unit), f"{_SERVICE}.{kind}", name)
-            for unit in units
+            (path, f"{_SERVICE}.{kind}", name)
+            for path in map(_unit_path, units)
             for name in names
         ]
         values = iter(self.properties(wanted))
@@ -378,8 +442,8 @@ class Manager:
             if not (only_active and unit.active in ("inactive", "failed"))
         ]
         asked = [
-            (_unit_path(unit.name), f"{_SERVICE}.{kind}", key)
-            for unit in wanted
+            (path, f"{_SERVICE}.{kind}", key)
+            for path in (_unit_path(unit.name) for unit in wanted)
             for kind, key in (
                 ("Unit", "FragmentPath"),
                 ("Unit", "DropInPaths"),

@@ -3,6 +3,7 @@ routes at once. The bench takes times."""
 
 from __future__ import annotations
 
+import cProfile
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -129,3 +130,32 @@ def test_many_routes_take_no_more_conversations_than_few(
     few, many = conversations(3), conversations(100)
     assert many[0] == few[0]
     assert (many[1] - few[1]) / 97 < 8, "questions about one route"
+
+
+def test_a_route_more_costs_few_calls(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2,000 routes are to take 1.5 s at most: what Python does for one is
+    counted, as a clock tells of the machine."""
+    for key, value in desk.machine.environment.items():
+        monkeypatch.setenv(key, value)
+
+    def calls(routes: range) -> int:
+        for number in routes:
+            desk.drop_in(
+                f"qrexec-connect-unix@r{number}.socket",
+                "work",
+                "[Socket]",
+                f"ListenStream=%t/qrexec/r{number}",
+                "FileDescriptorName=work",
+            )
+        desk.machine.systemctl("daemon-reload")
+        profile = cProfile.Profile()
+        profile.enable()
+        found = survey(user=True).entries
+        profile.disable()
+        assert len(found) == routes.stop
+        return sum(row.callcount for row in profile.getstats())
+
+    few = calls(range(10))
+    assert (calls(range(10, 110)) - few) / 100 < 1_700

@@ -26,7 +26,7 @@ from jeepney import (
     new_method_return,
     new_signal,
 )
-from jeepney.low_level import Parser
+from jeepney.low_level import Endianness, Header, Parser
 
 from qrexec_activate.errors import ManagerError
 from qrexec_activate.loopback.machine import Machine
@@ -360,6 +360,66 @@ def test_questions_are_written_as_jeepney_would_write_them() -> None:
         assert call.body == expected.body
         assert call.header.fields == expected.header.fields
         assert call.header.message_type is MessageType.method_call
+
+
+@given(
+    st.sampled_from(list(Endianness)),
+    st.dictionaries(
+        st.sampled_from(
+            [
+                HeaderFields.interface,
+                HeaderFields.member,
+                HeaderFields.destination,
+                HeaderFields.sender,
+                HeaderFields.unix_fds,
+            ]
+        ),
+        st.text("ab.:", max_size=9),
+    ),
+    st.sampled_from(["", "s", "as", "v", "a(ss)", "t", "asb"]),
+    st.integers(1, 7),
+)
+@settings(deadline=None)
+def test_answers_are_read_as_jeepney_would_read_them(
+    endianness: Endianness,
+    texts: dict[HeaderFields, str],
+    signature: str,
+    pieces: int,
+) -> None:
+    contents = {**CONTENTS, "": None, "asb": (["x", "yy"], True)}
+    content = contents[signature]
+    body = content if signature == "asb" else (content,) if signature else ()
+
+    def answer(call: Message) -> list[Message | bytes]:
+        fields: dict[HeaderFields, Any] = dict(texts)
+        if HeaderFields.unix_fds in fields:
+            fields[HeaderFields.unix_fds] = 0
+        fields[HeaderFields.reply_serial] = call.header.serial
+        if signature:
+            fields[HeaderFields.signature] = signature
+        header = Header(
+            endianness, MessageType.method_return, 0, 1, 0, 0, fields
+        )
+        raw = Message(header, body).serialise(serial=9)
+        assert Parser().feed(raw)[0].body == body
+        sent.append(raw)
+        return []
+
+    # In pieces, with another message behind, as they may come.
+    sent: list[bytes] = []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        manager = Manager(ours, user=True)
+        answer(
+            Message(
+                Header(endianness, MessageType.method_call, 0, 1, 0, 77, {}), ()
+            )
+        )
+        raw = sent[0] * 2
+        for start in range(0, len(raw), -(-len(raw) // pieces)):
+            theirs.sendall(raw[start : start + -(-len(raw) // pieces)])
+        assert manager._receive() == (77, body)
+        assert manager._receive() == (77, body)
 
 
 def test_a_bus_that_never_answers_is_given_up() -> None:
