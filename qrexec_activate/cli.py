@@ -11,7 +11,6 @@ import importlib
 import os
 import signal
 import sys
-from pathlib import Path
 
 import click
 
@@ -60,11 +59,11 @@ _COMMANDS = {
 def _installed() -> dict[str, tuple[str, str]]:
     """Return each command that is there, with its room and its line of help:
     `publish` is a package of its own."""
-    here = Path(__file__).parent
+    here = os.path.dirname(__file__)
     return {
         name: (room, line)
         for room, commands in _COMMANDS.items()
-        if (here / room).is_dir()
+        if os.path.isdir(os.path.join(here, room))
         for name, line in commands.items()
     }
 
@@ -130,6 +129,7 @@ def _print_version(
     if not value or ctx.resilient_parsing:
         return
     from importlib import metadata
+    from pathlib import Path
 
     try:
         version = metadata.version("qrexec-activate")

@@ -35,9 +35,8 @@ def desk(shared_machine: Machine) -> Iterator[Desk]:
     desk.leave()
 
 
-def imported_by(desk: Desk, *words: str) -> set[str]:
-    """The packages and, of this one, the modules that a command imports;
-    without those of the standard library."""
+def modules_of(desk: Desk, *words: str) -> list[str]:
+    """All that a command imports."""
     environment = {
         key: value
         for key, value in desk.machine.environment.items()
@@ -47,14 +46,19 @@ def imported_by(desk: Desk, *words: str) -> set[str]:
     output = subprocess.run(
         argv, env=environment, stdout=subprocess.PIPE, text=True, check=True
     ).stdout
-    modules = output.rpartition("imported ")[2].split()
+    return output.rpartition("imported ")[2].split()
+
+
+def imported_by(desk: Desk, *words: str) -> set[str]:
+    """The packages and, of this one, the modules that a command imports;
+    without those of the standard library."""
     # What a virtual environment's own start brings is not the command's doing.
     before = subprocess.check_output(
         [sys.executable, "-c", "import sys; print(*sys.modules)"], text=True
     ).split()
     others = (
         name
-        for name in modules
+        for name in modules_of(desk, *words)
         if name not in before
         and name.partition(".")[0] not in sys.stdlib_module_names
     )
@@ -72,6 +76,17 @@ def test_help_imports_little_but_click(desk: Desk) -> None:
         "qrexec_activate",
         *(f"qrexec_activate.{name}" for name in own),
     }
+
+
+def test_help_waits_for_no_slow_part_of_the_standard_library(
+    desk: Desk,
+) -> None:
+    needed = subprocess.check_output(
+        [sys.executable, "-c", "import sys, click; print(*sys.modules)"],
+        text=True,
+    ).split()
+    slow = {"asyncio", "dataclasses", "json", "pathlib", "subprocess"}
+    assert not slow & ({*modules_of(desk, "--help")} - {*needed})
 
 
 def test_list_imports_neither_the_daemon_nor_what_draws_tables(
