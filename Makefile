@@ -112,7 +112,20 @@ install-service:
 	    sed -i "s/@VERSION@/$$(cat version)/" $(man_dir)/man8/$${page##*/}; \
 	done
 
-# What these two have put there, and nothing else: what a person wrote stays, also in /etc.
+# What dom0 gets but for Python, whose package is made of dom0/ itself.
+.PHONY: install-dom0 install-dom0-salt
+install-dom0:
+	install -D -m 664 -t $(DESTDIR)/etc/qubes/policy.d dom0/90-qrexec-activate.policy
+
+formula_dir = $(DESTDIR)/srv/formulas/base/qrexec-activate-formula
+install-dom0-salt:
+	install -D -m 644 -t $(formula_dir)/qrexec-activate salt/qrexec-activate/*
+	sed 's/@VERSION@/$(shell cat version)/; s/@REL@/$(shell cat rel)/' salt/FORMULA >$(formula_dir)/FORMULA
+	chmod 644 $(formula_dir)/FORMULA
+	install -D -m 644 -t $(DESTDIR)/srv/pillar/base/qrexec-activate salt/pillar/init.sls salt/pillar/init.top
+	install -D -m 644 -t $(DESTDIR)/etc/salt/minion.d salt/minion.d/formula-qrexec-activate.conf
+
+# What install-client and install-service have put there, and nothing else: what a person wrote stays, also in /etc.
 uninstall:
 	rm -f $(DESTDIR)/usr/bin/qrexec-activate
 	rm -rf $(DESTDIR)/usr/lib/python3*/*-packages/qrexec_activate $(DESTDIR)/usr/lib/python3*/*-packages/qrexec_activate-*.dist-info

@@ -70,9 +70,96 @@ def test_example_policies_are_policies() -> None:
 
 def test_qubes_builder_finds_what_it_builds() -> None:
     text = (ROOT / ".qubesbuilder").read_text()
+    host, vm = text.split("vm:\n")
+    assert host.startswith("host:\n  rpm:\n    build:\n")
+    assert "    - debian\n" in vm
     assert (ROOT / "debian/control").exists()
-    for spec in re.findall(r"- (rpm_spec/\S+)", text):
-        assert (ROOT / f"{spec}.in").exists()
+    specs = re.findall(r"- (rpm_spec/\S+)", text)
+    assert [name for name in specs if name in host] == [
+        name for name in specs if "dom0" in name
+    ]
+    assert {ROOT / f"{spec}.in" for spec in specs} == set(
+        ROOT.glob("rpm_spec/*")
+    )
+
+
+@pytest.mark.parametrize(
+    "spec", [*ROOT.glob("rpm_spec/*")], ids=lambda path: path.name
+)
+def test_qubes_builder_can_fill_in_what_a_spec_leaves_open(spec: Path) -> None:
+    text = spec.read_text()
+    for line in (
+        "Version:        @VERSION@",
+        "Release:        @REL@%{?dist}",
+        "Group:          Qubes",
+        "%changelog\n@CHANGELOG@",
+    ):
+        assert f"\n{line}\n" in text
+    assert set(re.findall(r"@\w+@", text)) == {
+        "@VERSION@",
+        "@REL@",
+        "@CHANGELOG@",
+    }
+    assert re.search(r"^Vendor: +\S", text, re.MULTILINE)
+    assert re.fullmatch(r"\d+(\.\d+)+\n", (ROOT / "version").read_text())
+    assert re.fullmatch(r"\d+\n", (ROOT / "rel").read_text())
+    # Its archive, and the folder in there, have the name of the source.
+    (archive,) = re.findall(r"^Source0: +(\S+)$", text, re.MULTILINE)
+    name = spec.name.removesuffix(".spec.in")
+    assert (
+        archive.replace("%{name}", name) == "qrexec-activate-%{version}.tar.gz"
+    )
+
+
+def test_qubes_ci_builds_for_dom0_and_for_qubes() -> None:
+    text = (ROOT / ".gitlab-ci.yml").read_text()
+    entry = (
+        r"- file: /(r4\.\d)/gitlab-(\w+)\.yml\n"
+        r"  project: QubesOS/qubes-continuous-integration\n"
+    )
+    assert re.fullmatch(f"include:\n({entry})+", text)
+    found = re.findall(entry, text)
+    releases = {release for release, _ in found}
+    assert set(found) == {
+        (release, part)
+        for release in releases
+        for part in ("base", "host", "vm")
+    }
+
+
+def test_rpms_need_the_agent_of_the_qube() -> None:
+    spec = (ROOT / "rpm_spec/qrexec-activate.spec.in").read_text()
+    client, _, services = re.split(r"^%package \w+$", spec, flags=re.MULTILINE)
+    for text in (client, services):
+        assert "\nRequires:       qubes-core-agent-qrexec\n" in text
+
+
+def test_the_wheel_of_dom0_is_of_this_version() -> None:
+    # setuptools reads no file outside of the folder, but a link within.
+    assert (ROOT / "dom0/version").read_text().strip() == VERSION
+    assert (ROOT / "dom0/version").is_symlink()
+
+
+def test_dom0_gets_its_files_where_qubes_has_them(tmp_path: Path) -> None:
+    argv = ["make", "install-dom0", "install-dom0-salt", f"DESTDIR={tmp_path}"]
+    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    policies = tmp_path / "etc/qubes/policy.d"
+    (written,) = policies.iterdir()
+    assert written.stat().st_mode & 0o777 == 0o664
+    formula = tmp_path / "srv/formulas/base/qrexec-activate-formula"
+    conf = tmp_path / "etc/salt/minion.d/formula-qrexec-activate.conf"
+    assert f"    - /{formula.relative_to(tmp_path)}\n" in conf.read_text()
+    fields = dict(
+        line.split(": ", 1)
+        for line in (formula / "FORMULA").read_text().splitlines()
+        if ": " in line
+    )
+    assert fields["version"] == f"'{VERSION}'"
+    assert formula.name == fields["name"]
+    states = formula / fields["top_level_dir"]
+    for name in ("init.sls", "init.top", "map.jinja", "pillar.example"):
+        assert (states / name).exists()
+    assert (tmp_path / "srv/pillar/base" / states.name / "init.top").exists()
 
 
 @pytest.mark.skipif(

@@ -1,7 +1,8 @@
 # qrexec-activate for a fleet of qubes: the packages in templates, the drop-ins in app qubes, the policy in dom0, all from
 # one pillar of routes (pillar.example says how it looks).
 #
-# In dom0, with this folder in /srv/salt and the pillar in /srv/pillar:
+# In dom0, with the package qubes-mgmt-salt-dom0-qrexec-activate, or with this folder in /srv/salt and the pillar in
+# /srv/pillar:
 #
 #     qubesctl --skip-dom0 --targets=debian-13 state.apply qrexec-activate
 #     qubesctl state.apply qrexec-activate

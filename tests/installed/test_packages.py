@@ -4,7 +4,9 @@ lintian and rpmlint say."""
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -141,14 +143,18 @@ def rpms(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def rpm_of(rpms: Path, name: str) -> Path:
+    (rpm,) = [
+        path
+        for path in rpms.glob("*.noarch.rpm")
+        if re.match(rf"{name}-\d", path.name)
+    ]
+    return rpm
+
+
 def test_rpms_hold_what_debs_hold(debs: list[Path], rpms: Path) -> None:
     for deb in debs:
-        name = deb.name.split("_")[0]
-        rpm = next(
-            path
-            for path in rpms.glob("*.noarch.rpm")
-            if re.match(rf"{name}-\d", path.name)
-        )
+        rpm = rpm_of(rpms, deb.name.split("_")[0])
         lines = output(
             "rpm", "--query", "--package", "--list", "--verbose", rpm
         ).splitlines()
@@ -159,11 +165,39 @@ def test_rpms_hold_what_debs_hold(debs: list[Path], rpms: Path) -> None:
 
 
 def test_rpmlint_finds_nothing_that_is_not_explained(rpms: Path) -> None:
-    said = output(
-        "rpmlint",
-        "--config",
-        ROOT / "packaging/rpmlint.toml",
-        *rpms.glob("*.rpm"),
-        *rpms.glob("*.spec"),
+    # It takes the sources of two packages for those of one with two specs.
+    sources = list(rpms.glob("*.src.rpm"))
+    binaries = {*rpms.glob("*.rpm"), *rpms.glob("*.spec")}.difference(sources)
+    assert len(sources) == len(list((ROOT / "rpm_spec").glob("*.spec.in")))
+    for paths in (binaries, *([source] for source in sources)):
+        said = output(
+            "rpmlint", "--config", ROOT / "packaging/rpmlint.toml", *paths
+        )
+        assert " 0 errors, 0 warnings" in said, said
+
+
+def test_dom0_gets_its_policy_and_tests_that_its_runner_finds(
+    rpms: Path, tmp_path: Path
+) -> None:
+    rpm = rpm_of(rpms, "qrexec-activate-dom0")
+    files = output(
+        "rpm",
+        "--query",
+        "--package",
+        "--queryformat",
+        "[%{FILEMODES:perms} %{FILEUSERNAME} %{FILEGROUPNAME} %{FILEFLAGS:fflags} %{FILENAMES}\n]",
+        rpm,
     )
-    assert " 0 errors, 0 warnings" in said, said
+    policy = "/etc/qubes/policy.d/90-qrexec-activate.policy"
+    assert f"-rw-rw-r-- root qubes cn {policy}\n" in files
+    assert "/30-qrexec-activate.policy\n" in files
+    unpack = f"rpm2cpio {shlex.quote(str(rpm))} | cpio --extract --make-directories --quiet"
+    subprocess.run(["sh", "-ec", unpack], cwd=tmp_path, check=True)
+    (site,) = tmp_path.glob("usr/lib/python3*/site-packages")
+    (entry,) = [
+        entry
+        for found in importlib.metadata.distributions(path=[str(site)])
+        for entry in found.entry_points
+    ]
+    assert entry.group == "qubes.tests.extra.for_template"
+    assert (site / entry.module / "__init__.py").exists()

@@ -218,3 +218,39 @@ def test_a_template_gets_its_packages(minion: Minion) -> None:
     (packages,) = [state["pkg"] for state in states.values() if "pkg" in state]
     assert {"pkgs": ["qrexec-activate", "qrexec-activate-services"]} in packages
     assert "installed" in packages
+
+
+def test_what_dom0_gets_is_enabled_by_its_two_top_files(minion: Minion) -> None:
+    dom0 = minion.folder / "dom0"
+    subprocess.run(
+        ["make", "install-dom0-salt", f"DESTDIR={dom0}"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    formula = dom0 / "srv/formulas/base/qrexec-activate-formula"
+    pillar = dom0 / "srv/pillar/base"
+    # `qubesctl top.enable qrexec-activate`, and once more with pillar=true.
+    for folder, top in (
+        ("salt", formula / "qrexec-activate/init.top"),
+        ("pillar", pillar / "qrexec-activate/init.top"),
+    ):
+        (dom0 / folder).mkdir()
+        (dom0 / folder / "top.sls").write_text(top.read_text())
+    conf = json.loads((minion.folder / "conf/minion").read_text())
+    roots = {
+        "file_roots": {"base": [str(dom0 / "salt"), str(formula)]},
+        "pillar_roots": {"base": [str(dom0 / "pillar"), str(pillar)]},
+    }
+    (minion.folder / "conf/minion").write_text(json.dumps({**conf, **roots}))
+
+    # As it comes, it has no routes.
+    minion.call("work", "app", "state.highstate")
+    assert minion.units() == {}
+    (pillar / "qrexec-activate/init.sls").write_text(
+        (minion.folder / "pillar/qrexec-activate.sls").read_text()
+    )
+    minion.call("work", "app", "state.highstate")
+    assert len(minion.units()) == 8
+    again = minion.call("work", "app", "state.highstate")
+    assert not [one for one in again.values() if one["changes"]]
