@@ -411,7 +411,7 @@ class Connection:
         ):
             return None
         code = child.wait()
-        if code is None or code < 0 or not self.look_if_established():
+        if code is None or not self.look_if_established():
             return None
         outcome = self._over(Ending.CLIENT_EXITED, code)
         self._count_bytes(outcome)

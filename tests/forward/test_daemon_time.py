@@ -20,6 +20,7 @@ import socket
 import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import trio
@@ -39,6 +40,7 @@ from qrexec_activate.forward.orphans import Orphan
 from qrexec_activate.forward.settings import Relay, Settings
 from qrexec_activate.routing.claim import PassedSocket, Refusal, Route
 from qrexec_activate.systemd.journal import Log, Priority
+from qrexec_activate.systemd.passed import format_address
 
 
 class Started:
@@ -51,6 +53,7 @@ class Started:
         orders: int,
         stdin: int,
         stdout: int | None,
+        stderr: int,
         route: Route,
     ) -> None:
         self.pid = pid
@@ -59,6 +62,7 @@ class Started:
         self._orders = orders
         self._stdin = os.dup(stdin)
         self._stdout = -1 if stdout is None else os.dup(stdout)
+        self._stderr = -1 if stderr == 2 else os.dup(stderr)
 
     def establish(self) -> None:
         """What qrexec-client-vm does first in its data phase."""
@@ -69,6 +73,13 @@ class Started:
 
     def writes(self, data: bytes) -> None:
         os.write(self._stdout, data)
+
+    def complains(self, data: bytes) -> None:
+        os.write(self._stderr, data)
+
+    def ends_its_output(self) -> None:
+        os.close(self._stdout)
+        self._stdout = -1
 
     def exits(self, code: int) -> None:
         """End with an exit code; on return it has ended, in no time at all by
@@ -87,9 +98,7 @@ class Started:
         """Let its client go; on return that shows, in no time by the daemon's
         clock."""
         vanish(stream)
-        poll = select.poll()
-        poll.register(self._stdin, 0)
-        assert poll.poll(60_000)
+        await_hang_up(self._stdin)
 
     def is_alive(self) -> bool:
         try:
@@ -111,10 +120,17 @@ class Started:
             os.waitpid(self.pid, 0)
 
     def close(self) -> None:
-        for fd in (self._orders, self._stdin, self._stdout):
+        for fd in (self._orders, self._stdin, self._stdout, self._stderr):
             if fd >= 0:
                 os.close(fd)
-        self._orders = self._stdin = self._stdout = -1
+        self._orders = self._stdin = self._stdout = self._stderr = -1
+
+
+def await_hang_up(fd: int) -> None:
+    """Wait, by no clock, until the kernel has made it known."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    assert poll.poll(60_000)
 
 
 #: Exits with the code that it is told; ends, too, when the test does.
@@ -131,6 +147,7 @@ class Puppets(Client):
         self.another = trio.lowlevel.ParkingLot()
         self.program = PUPPET
         self.send_signal = signal.pidfd_send_signal
+        self.signals: list[int] = []
 
     def spawn(
         self,
@@ -158,7 +175,7 @@ class Puppets(Client):
             # It has said that it is deaf.
             os.read(up, 1)
         os.close(up)
-        self.started.append(Started(pid, writer, stdin, stdout, route))
+        self.started.append(Started(pid, writer, stdin, stdout, stderr, route))
         self.another.unpark_all()
         return pid
 
@@ -166,6 +183,7 @@ class Puppets(Client):
         """Send a signal, and let who dies of it be dead in no time by the
         daemon's clock."""
         self.send_signal(pidfd, number)
+        self.signals.append(number)
         if self.program is PUPPET or number == signal.SIGKILL:
             select.select([pidfd], [], [])
         for started in self.started:
@@ -194,7 +212,11 @@ class Stage:
     """A daemon on listeners of its own, in this process."""
 
     def __init__(
-        self, settings: Settings, targets: tuple[str, ...] = ("work",)
+        self,
+        settings: Settings,
+        targets: tuple[str, ...] = ("work",),
+        *,
+        unix: bool = False,
     ) -> None:
         self.over = trio.Event()
         self.told = False
@@ -206,11 +228,15 @@ class Stage:
         self._listening: list[socket.socket] = []
         sockets, routes = [], []
         for target in targets:
-            listener = socket.create_server(("127.0.0.1", 0), backlog=300)
+            family = socket.AF_UNIX if unix else socket.AF_INET
+            listener = socket.socket(family)
+            # Of a unix socket: any abstract name.
+            listener.bind("" if unix else ("127.0.0.1", 0))
+            listener.listen(300)
             address = listener.getsockname()
             self.addresses.append(address)
             self._listening.append(listener.dup())
-            written = f"{address[0]}:{address[1]}"
+            written = format_address(family, address)
             sockets.append(
                 PassedSocket(listener.detach(), target, "Stream", written)
             )
@@ -220,7 +246,8 @@ class Stage:
     async def connect(self, listener: int = 0) -> trio.SocketStream:
         """Connect, in no time by the daemon's clock, and before the daemon has
         its next turn."""
-        sock = socket.create_connection(self.addresses[listener], 60)
+        sock = socket.socket(self._listening[listener].family)
+        sock.connect(self.addresses[listener])
         # A busy kernel may take its time between the two.
         assert select.select([self._listening[listener]], [], [], 60)[0]
         sock.setblocking(False)
@@ -366,6 +393,8 @@ async def test_a_prompt_that_nobody_answers_is_given_up_after_the_time_limit(
     assert 300 <= now() - began < 301
     await stage.recorded("no answer in time")
     assert len(stage.client.started) == 1
+    # It may have something to clear up.
+    assert stage.client.signals == [signal.SIGTERM]
 
 
 async def test_an_answer_at_the_last_moment_counts(
@@ -408,6 +437,8 @@ async def test_a_call_that_was_overtaken_is_ended_and_made_again(
         other.establish()
     again = await stage.nth(4)
     assert not first.is_alive()
+    # One that would go on after SIGTERM might yet be answered.
+    assert stage.client.signals == [signal.SIGKILL]
     assert again.at - first.at >= OVERTAKEN_AGE
     assert again.at - first.at < OVERTAKEN_AGE + 3
     again.establish()
@@ -879,6 +910,23 @@ async def test_an_error_of_one_connection_is_none_of_its_listener(
 
 
 @pytest.mark.parametrize("refused", [False, True])
+async def test_a_client_that_has_gone_before_it_is_accepted_is_no_shortage(
+    stage: Stage, autojump_clock: MockClock, refused: bool
+) -> None:
+    """Or another daemon on the same listener was quicker."""
+    make_fussy(stage, errno.EAGAIN, 1)
+    if refused:
+        refuse(stage)
+    stream = await stage.connect()
+    if refused:
+        assert await sees_reset(stream)
+    else:
+        await stage.nth(1)
+    assert stage.records.count("short of something") == 0
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("refused", [False, True])
 async def test_a_listener_that_is_none_is_given_up_with_a_word(
     stage: Stage, autojump_clock: MockClock, refused: bool
 ) -> None:
@@ -960,10 +1008,11 @@ async def test_adoption_goes_on_after_a_shortage(
     monkeypatch: pytest.MonkeyPatch,
     autojump_clock: MockClock,
 ) -> None:
-    rounds = []
+    rounds, moments = [], set()
 
     def find(known: set[int]) -> Iterator[Orphan]:
         rounds.append(set(known))
+        moments.add(now())
         yield pretend_orphan(pids)
         if len(rounds) < 3:
             raise OSError(errno.EMFILE, "Too many open files")
@@ -974,6 +1023,8 @@ async def test_adoption_goes_on_after_a_shortage(
     nursery.start_soon(stage.run)
     await stage.recorded("watching over 3 connections of an earlier daemon")
     assert [len(known) for known in rounds] == [0, 1, 2]
+    # Looked at again and again at once, it would keep all others from going on.
+    assert len(moments) == 3
     await stage.stop()
     for pid in pids:
         reap(pid)
@@ -1201,3 +1252,151 @@ async def test_a_stop_leaves_the_last_words_of_a_service_their_time(
             received += len(chunk)
         assert received == sent
     await stage.recorded("ended, ")
+
+
+@pytest.mark.parametrize("unix", [False, True])
+async def test_what_nobody_reads_any_more_does_not_reset_the_client(
+    nursery: trio.Nursery, autojump_clock: MockClock, unix: bool
+) -> None:
+    """A close with unread input would, that of a unix socket at once."""
+    stage = Stage(Settings(), unix=unix)
+    nursery.start_soon(stage.run)
+    async with await stage.connect() as stream:
+        started = await stage.nth(1)
+        started.establish()
+        await stream.send_all(b"more than the service has read")
+        await trio.sleep(1)
+        started.exits(0)
+        await stage.recorded(": ended")
+        with trio.fail_after(3600):
+            assert await stream.receive_some() == b""
+    await stage.stop()
+
+
+async def test_what_the_pump_has_taken_is_left_its_time_to_be_read(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.client.takes_socket = False
+    stream = await stage.connect()
+    await stream.send_all(b"last words")
+    started = await stage.nth(1)
+    started.establish()
+    with trio.fail_after(3600):
+        await trio.lowlevel.wait_readable(started._stdin)
+    (connection,) = stage.daemon.connections
+    vanish(stream)
+    await_hang_up(connection._sock.fileno())
+    await trio.sleep(2 * HANG_UP_GRACE)
+    assert started.is_alive()
+    assert started.reads(100) == b"last words"
+    await stage.recorded("the client hung up")
+
+
+@pytest.mark.parametrize("established", [False, True])
+async def test_a_service_that_complains_like_qrexec_is_not_run_again(
+    stage: Stage, autojump_clock: MockClock, established: bool
+) -> None:
+    """What qrexec-client-vm says on stderr may come from the target qube."""
+    stage.client.takes_socket = None
+    async with await stage.connect() as stream:
+        first = await stage.nth(1)
+        first.complains(b"unrecognized option '--use-stdin-socket'\n")
+        if established:
+            first.establish()
+        await trio.sleep(1)
+        first.exits(2)
+        if established:
+            with trio.fail_after(3600):
+                assert await stream.receive_some() == b""
+            await stage.recorded("ended with the service's exit code 2")
+            assert len(stage.client.started) == 1
+            assert stage.client.takes_socket
+        else:
+            (await stage.nth(2)).exits(0)
+            assert stage.client.takes_socket is False
+
+
+@pytest.mark.parametrize("said", [b"", b"half an answer"])
+async def test_one_that_dies_after_its_output_does_not_seem_to_have_ended(
+    stage: Stage, autojump_clock: MockClock, said: bytes
+) -> None:
+    """The kernel closes its descriptors before its end can be seen."""
+    stage.client.takes_socket = False
+    async with await stage.connect() as stream:
+        started = await stage.nth(1)
+        started.establish()
+        if said:
+            started.writes(said)
+        await trio.sleep(1)
+        started.ends_its_output()
+        # Longer, where it may still say by its exit code that no service ran.
+        await trio.sleep(0.01 if said else 0.3)
+        os.kill(started.pid, signal.SIGKILL)
+        started.has_ended()
+        if said:
+            assert await stream.receive_some() == said
+        assert await sees_reset(stream)
+
+
+async def test_one_that_takes_long_to_die_does_not_seem_to_have_ended(
+    stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Child, "is_ending", lambda self: True)
+    stage.client.takes_socket = False
+    async with await stage.connect() as stream:
+        started = await stage.nth(1)
+        started.establish()
+        await trio.sleep(1)
+        started.ends_its_output()
+        await trio.sleep(10)
+        os.kill(started.pid, signal.SIGKILL)
+        started.has_ended()
+        assert await sees_reset(stream)
+
+
+async def test_what_a_stop_cuts_off_does_not_seem_to_have_ended(
+    stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where qrexec-client-vm ends its output, and not itself."""
+    stage.client.program = STUBBORN
+    stage.client.takes_socket = False
+    async with await stage.connect() as stream:
+        started = await stage.nth(1)
+        started.establish()
+        started.writes(b"half an answer")
+        assert await stream.receive_some() == b"half an answer"
+
+        def send_signal(pidfd: int, number: int) -> None:
+            stage.client.signal(pidfd, number)
+            if number == signal.SIGTERM:
+                started.ends_its_output()
+
+        monkeypatch.setattr(signal, "pidfd_send_signal", send_signal)
+        stage.tell_to_stop()
+        assert await sees_reset(stream)
+    await stage.recorded("cut off by a stop of the daemon")
+    assert stage.client.signals == [signal.SIGTERM, signal.SIGKILL]
+
+
+async def test_an_earlier_daemons_connection_lasted_from_its_beginning(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    """And when it was established, nobody knows who is there now."""
+    pids: list[int] = []
+
+    def find(known: set[int]) -> Iterator[Orphan]:
+        orphan = pretend_orphan(pids)
+        assert orphan.sock is not None
+        orphan.sock.setblocking(False)
+        yield replace(orphan, age=100.0)
+
+    monkeypatch.setattr(daemon_module, "find_orphans", find)
+    stage = Stage(Settings())
+    nursery.start_soon(stage.run)
+    await stage.recorded("watching over 1 connection of an earlier daemon")
+    await trio.sleep(80)
+    reap(pids[0])
+    await stage.recorded("cut off: qrexec-client-vm was killed, lasted 3 min")
+    await stage.stop()

@@ -74,6 +74,25 @@ def test_what_another_daemon_in_the_same_group_sees_to_is_no_orphan(
         assert orphan.route.target == "work"
 
 
+def test_what_this_daemon_has_started_is_no_orphan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever its control group says that it is itself."""
+    environment = {**os.environ, "QREXEC_ACTIVATE_CONNECTION": "1-1"}
+    program = ["sh", "-c", "read wait", "work", "qubes.ConnectTCP+80"]
+    with subprocess.Popen(
+        program, env=environment, stdin=subprocess.PIPE
+    ) as child:
+        monkeypatch.setattr(orphans, "_members", lambda: [child.pid])
+        assert found() == []
+        # Without that it would be one.
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        (orphan,) = found()
+        assert orphan.pid == child.pid
+        assert child.stdin is not None
+        child.stdin.close()
+
+
 def test_an_orphan_is_never_older_than_the_time_that_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 import trio
+import trio.testing
 
 from qrexec_activate.forward import splice as splice_module
 from qrexec_activate.forward.splice import (
+    CHUNK,
     PIPE_BUDGET,
     PIPE_SIZE,
+    RESET_AT_CLOSE,
     ClientGone,
     Splice,
     half_close,
@@ -135,3 +139,118 @@ def test_a_half_close_of_a_socket_in_trouble_is_no_error() -> None:
     sock = socket.socket()
     assert not half_close(sock)
     sock.close()
+
+
+def test_a_half_close_takes_back_that_a_close_would_be_a_reset(
+    pair: tuple[socket.socket, Splice],
+) -> None:
+    """A reset destroys what the client has not read yet."""
+    client, splice = pair
+    sock = splice._sock
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
+    assert half_close(sock)
+    linger = sock.getsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, len(RESET_AT_CLOSE)
+    )
+    assert linger == bytes(len(RESET_AT_CLOSE))
+    assert client.recv(1) == b""
+
+
+async def test_what_a_child_reads_no_more_is_taken_until_the_client_ends(
+    pair: tuple[socket.socket, Splice],
+) -> None:
+    """Left unread, it would turn the close into a reset."""
+    client, splice = pair
+    client.setblocking(False)
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+    splice.release_child_ends()
+    over = False
+
+    async def pump() -> None:
+        nonlocal over
+        await splice.pump_up()
+        over = True
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pump)
+            # More than all buffers on the way hold.
+            await stream.send_all(bytes(4 * CHUNK))
+            await trio.testing.wait_all_tasks_blocked()
+            assert not over
+            await stream.send_eof()
+    assert over
+
+
+def pump_up(splice: Splice) -> Callable[[], Awaitable[None]]:
+    return splice.pump_up
+
+
+def pump_down(splice: Splice) -> Callable[[], Awaitable[None]]:
+    return splice.pump_down
+
+
+@pytest.mark.parametrize("pump", [pump_up, pump_down])
+@pytest.mark.parametrize("state", ["nothing to move", "no room"])
+async def test_a_pump_that_can_move_nothing_does_not_spin(
+    pair: tuple[socket.socket, Splice],
+    monkeypatch: pytest.MonkeyPatch,
+    pump: Callable[[Splice], Callable[[], Awaitable[None]]],
+    state: str,
+) -> None:
+    client, splice = pair
+    sock = splice._sock
+    if state == "no room":
+        sink, source = splice._ends["up"], client.fileno()
+        if pump is pump_down:
+            sink, source = sock.fileno(), splice.child_stdout
+        fill(sink)
+        os.write(source, b"x")
+    tried, genuine = 0, os.splice
+
+    def count(source: int, sink: int, *args: int, **kwargs: int) -> int:
+        nonlocal tried
+        tried += 1
+        assert tried < 100
+        return genuine(source, sink, *args, **kwargs)
+
+    monkeypatch.setattr(os, "splice", count)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pump(splice))
+            await trio.testing.wait_all_tasks_blocked()
+            assert 0 < tried < 10
+            nursery.cancel_scope.cancel()
+
+
+def fill(fd: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(fd, bytes(4096))
+
+
+@pytest.mark.parametrize("pump", [pump_up, pump_down])
+async def test_however_much_there_is_to_move_others_have_their_turn(
+    pair: tuple[socket.socket, Splice],
+    monkeypatch: pytest.MonkeyPatch,
+    pump: Callable[[Splice], Callable[[], Awaitable[None]]],
+) -> None:
+    _, splice = pair
+    left, turns = 100, 0
+
+    def move(*args: object, **kwargs: object) -> int:
+        nonlocal left
+        left -= 1
+        return left
+
+    async def another() -> None:
+        nonlocal turns
+        while left > 0:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(os, "splice", move)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pump(splice))
+        nursery.start_soon(another)
+    assert turns > 50

@@ -202,7 +202,10 @@ def test_a_link_local_address_belongs_to_its_interface() -> None:
     assert address_key("[fe80::1]:80%vif2.0") != address_key(
         "[fe80::1]:80%vif1.0"
     )
-    assert address_key("[fd00::1]:80%vif1.0") == address_key("[fd00::1]:80")
+    assert address_key("[febf::1]:80%vif1.0") == ("ip", "febf::1%vif1.0", 80)
+    # The kernel takes no other for link-local, by all of its first ten bits.
+    for other in ("fd00::1", "fec0::1", "fe7f::1", "ff80::1"):
+        assert address_key(f"[{other}]:80%vif1.0") == ("ip", other, 80)
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,52 @@ def test_a_unit_that_systemd_could_not_load_says_so() -> None:
         assert "systemd could not load it" in unit.problem
 
 
+@pytest.mark.parametrize("state", ["inactive", "failed"])
+def test_a_unit_that_has_failed_listens_no_more_than_one_that_was_stopped(
+    state: str,
+) -> None:
+    row = (UNIT, "", "loaded", state, "dead", "", "/x", 0, "", "/")
+    answer = by_name({**GOOD, "ListUnitsByNames": ("a(ssssssouso)", [row])})
+    with bus(answer) as manager:
+        assert manager.socket_units([UNIT], only_active=True) == []
+        assert len(manager.socket_units([UNIT])) == 1
+
+
+# ------------------------------------------------------- when a file is trusted
+
+
+def touch_after(path: Path, other: Path) -> int:
+    """Touch a file, or a link, later than another, but for what it says itself
+    (its mtime, as `cp -p` sets it); returns when, in µs."""
+    while path.lstat().st_ctime_ns <= other.lstat().st_ctime_ns:
+        os.utime(path, (1, 1), follow_symlinks=False)
+    return path.lstat().st_ctime_ns // 1000
+
+
+def trusted(path: Path, loaded_at: int, since: float = 0) -> bool:
+    file = manager_module._Reader(loaded_at).read(str(path), since)
+    assert (file.text is None) is bool(file.problem)
+    return not file.problem
+
+
+@pytest.mark.parametrize("newest", ["link", "file"])
+def test_whichever_was_touched_last_of_a_link_and_its_file_counts(
+    tmp_path: Path, newest: str
+) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("[Socket]\n")
+    link.symlink_to(file)
+    if newest == "link":
+        touched = touch_after(link, file)
+    else:
+        touched = touch_after(file, link)
+    # In the very moment, systemd may have read it before that.
+    assert not trusted(link, touched)
+    assert trusted(link, touched + 1)
+    assert not trusted(link, 0, touched)
+    assert trusted(link, 0, touched + 1)
+
+
 def test_only_a_reply_to_this_very_call_is_taken_for_one() -> None:
     """Some buses let anybody send a signal that claims to be a reply."""
 
