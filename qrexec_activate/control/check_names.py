@@ -20,7 +20,7 @@ from ..routing.unitfile import assignments
 from ..systemd.unitdirs import own_folder
 from .daemons import declared_daemon, read_file
 from .kinds import KINDS
-from .steps import Context, Level, Step, joined, sudo
+from .steps import Context, Level, Step, joined, set_aside, sudo
 
 __all__ = ["strays", "targets"]
 
@@ -157,6 +157,7 @@ def _known_qubes() -> set[str]:
 def strays(context: Context) -> Iterator[Step]:
     """Files that declare a route where systemd does not look for them."""
     yield from _files(context)
+    yield from _no_folders(context)
     yield from _folders(context)
 
 
@@ -182,6 +183,52 @@ def _files(context: Context) -> Iterator[Step]:
                     context.start_again(unit),
                 ),
             )
+
+
+def _no_folders(context: Context) -> Iterator[Step]:
+    """Files that are called as a folder of drop-ins is, and such folders that
+    nobody can look into."""
+    for unit, paths in sorted(context.now.files.folders.items()):
+        if not unit.endswith(".socket") or not _is_ours(context, unit):
+            continue
+        for path in map(Path, paths):
+            if path.is_file():
+                yield _no_folder(context, unit, path)
+            elif path.exists() and not os.access(path, os.R_OK | os.X_OK):
+                mine = path.stat().st_uid == os.geteuid()
+                words = ["chmod", "u+rwx" if mine else "a+rx", str(path)]
+                command = shlex.join(words)
+                yield Step(
+                    "routes",
+                    Level.ERROR,
+                    f"{path} cannot be read, so what is in it is not known",
+                    joined(
+                        command if mine else sudo(command),
+                        context.start_again(unit),
+                    ),
+                )
+
+
+def _no_folder(context: Context, unit: str, path: Path) -> Step:
+    text = f"{path} is a file, and should be a folder with files in it"
+    if not _declares(path):
+        mend = joined(set_aside(str(path)), context.reload())
+        return Step("routes", Level.ERROR, text, mend)
+    drop_in = path.with_name(f"{path.name}.conf")
+    commands = (
+        ["mv", "-n", str(path), str(drop_in)],
+        ["mkdir", str(path)],
+        ["mv", str(drop_in), f"{path}/route.conf"],
+    )
+    return Step(
+        "routes",
+        Level.ERROR,
+        f"{text}, such as route.conf",
+        joined(
+            *(sudo(shlex.join(words), str(path)) for words in commands),
+            context.start_again(unit),
+        ),
+    )
 
 
 def _folders(context: Context) -> Iterator[Step]:

@@ -13,7 +13,11 @@ import pytest
 
 from qrexec_activate.control import check_qrexec, check_routes, checks
 from qrexec_activate.control.address import Obstacle, Trouble
-from qrexec_activate.control.check_names import likely_target, meant_unit
+from qrexec_activate.control.check_names import (
+    likely_target,
+    meant_unit,
+    strays,
+)
 from qrexec_activate.control.check_qrexec import (
     agent_steps,
     client_steps,
@@ -229,3 +233,25 @@ def test_a_qube_that_looks_like_another(
 def test_a_folder_that_is_of_no_unit(folder: str, unit: str) -> None:
     prefixes = {"qrexec-connect-tcp", "qrexec-connect-unix"}
     assert meant_unit(folder, prefixes) == unit
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_a_folder_of_drop_ins_that_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: bool
+) -> None:
+    folder = tmp_path / f"{UNIT}.d"
+    folder.mkdir()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    if not mine:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    seen = context()
+    seen.now.files.folders[UNIT] = [str(folder)]
+    (step,) = strays(seen)
+    assert step.level is Level.ERROR
+    assert f"{folder} cannot be read" in step.text
+    command, *again = step.mend.split(" && ")
+    assert command == (
+        f"chmod u+rwx {folder}" if mine else f"sudo chmod a+rx {folder}"
+    )
+    assert again[-1] == f"systemctl --user restart {UNIT}"

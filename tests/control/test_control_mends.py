@@ -305,6 +305,20 @@ def misspelt(pattern: str) -> Callable[[Desk], None]:
     return do
 
 
+def no_folder_of_drop_ins(desk: Desk) -> None:
+    """A file that is called as the folder should be."""
+    desk.machine.systemctl("disable", "--now", desk.tcp)
+    folder = desk.machine.unit_dir / f"{desk.tcp}.d"
+    shutil.rmtree(folder)
+    folder.write_text("\n".join(section(desk)))
+    desk.machine.systemctl("daemon-reload")
+
+
+def empty_file_for_a_folder(desk: Desk) -> None:
+    folder = f"qrexec-connect-tcp@{desk.port + 1}.socket.d"
+    (desk.machine.unit_dir / folder).touch()
+
+
 def misspelt_beside(desk: Desk) -> None:
     """The right folder is there, too, with another route."""
     own(
@@ -408,6 +422,8 @@ BREAKAGES = [
     Breakage(misspelt("qrexec-connect-tcp-{}.socket.d"), "should be called"),
     Breakage(misspelt("tcp-{}.socket.d"), "should be called"),
     Breakage(misspelt_beside, "should be called"),
+    Breakage(no_folder_of_drop_ins, "is a file, and should be a folder"),
+    Breakage(empty_file_for_a_folder, "is a file, and should be a folder"),
     Breakage(
         retarget("GitWeb"),
         "GitWeb looks like gitweb",
