@@ -195,11 +195,14 @@ def test_a_path_that_is_not_ascii_can_be_added(desk: Desk) -> None:
     assert desk.routes() == {}
 
 
-@pytest.fixture
-def linked(desk: Desk) -> Iterator[Path]:
-    """A folder of dotfiles into which the user's folder of units is a link."""
+@pytest.fixture(params=["user", "systemd"])
+def linked(desk: Desk, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder of dotfiles into which the user's folder of units is a link, or
+    the one above it."""
     dotfiles = desk.machine.directory / "dotfiles"
     folder = desk.machine.unit_dir
+    if request.param == "systemd":
+        folder = folder.parent
     shutil.copytree(folder, dotfiles, symlinks=True)
     shutil.rmtree(folder)
     folder.symlink_to(dotfiles)
@@ -207,7 +210,7 @@ def linked(desk: Desk) -> Iterator[Path]:
     yield dotfiles
     folder.unlink()
     shutil.rmtree(dotfiles)
-    folder.mkdir()
+    desk.machine.unit_dir.mkdir(parents=True)
 
 
 def once(desk: Desk) -> dict[str, Any]:
@@ -251,7 +254,29 @@ def test_routes_below_a_linked_folder_of_units_are_shown_once(
     once(desk)
     desk.run("remove", "gitweb")
     assert desk.json("list") == []
-    assert not list(linked.glob("*.d/*"))
+    assert not list(linked.rglob("*.d/*"))
+
+
+def test_a_linked_file_is_shown_once_and_changed_as_written(
+    desk: Desk,
+) -> None:
+    dotfiles = desk.machine.directory / "dotfiles"
+    dotfiles.mkdir()
+    try:
+        path = route(desk)
+        linked = path.rename(dotfiles / "somewhere-else.conf")
+        path.symlink_to(linked)
+        desk.machine.systemctl("daemon-reload")
+        desk.machine.systemctl("restart", desk.tcp)
+        once(desk)
+        desk.run("retarget", "gitweb", "work")
+        assert path.is_symlink()
+        assert "=work" in linked.read_text()
+        desk.run("remove", "work")
+        assert desk.json("list") == []
+        assert desk.files() == set()
+    finally:
+        shutil.rmtree(dotfiles)
 
 
 # ------------------------------------------------------- edited, and not read
