@@ -43,13 +43,14 @@ from .options import (
     complete_files,
     complete_kinds,
     complete_targets,
+    dry_run_option,
     system_option,
 )
 from .persistence import warn_of_loss
 from .policy import FILE as POLICY_FILE
 from .policy import policy_lines, this_qube
 from .select import written
-from .settle import Change, carry_out, undo
+from .settle import Change, carry_out, show, undo
 from .survey import Daemon, Entry, Survey, foresee, source_files, take_survey
 from .table import short_path
 
@@ -144,11 +145,7 @@ Examples:
     help="Add a route for each line, KIND ARGUMENT TARGET with its --listen"
     " and --label; all or none.",
 )
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Show what would be written and done, and change nothing.",
-)
+@dry_run_option
 @click.option(
     "--no-start", is_flag=True, help="Write and enable it, but do not start it."
 )
@@ -207,16 +204,16 @@ def command(
     systemctl = Systemctl(user=not system)
     warn_of_loss(folder)
     if dry_run:
-        _show(_plan(wishes, folder, not system), systemctl, no_start)
+        plans = _plan(wishes, folder, not system)
+        _tell(plans)
+        show(_change(plans, no_start), systemctl)
         return
     # Where no systemd answers, as it does not by sudo, nothing is made.
     with open_manager(user=not system):
         pass
     with locked(folder):
         plans = _plan(wishes, folder, not system)
-        for plan in plans:
-            for note in plan.notes:
-                click.echo(note, err=True)
+        _tell(plans)
         change = _change(plans, no_start)
         with finishing():
             try:
@@ -530,6 +527,12 @@ def _check_effect(
 # ---------------------------------------------------------------------- do
 
 
+def _tell(plans: list[Plan]) -> None:
+    for plan in plans:
+        for note in plan.notes:
+            click.echo(note, err=True)
+
+
 def _change(plans: list[Plan], no_start: bool) -> Change:
     change = Change()
     for plan in plans:
@@ -544,16 +547,6 @@ def _change(plans: list[Plan], no_start: bool) -> Change:
         waits = plan.exists and entry.state == "restart needed"
         (change.restart if waits else change.start).append(entry.unit)
     return change
-
-
-def _show(plans: list[Plan], systemctl: Systemctl, no_start: bool) -> None:
-    for plan in plans:
-        for note in plan.notes:
-            click.echo(note, err=True)
-        if not plan.exists:
-            click.echo(f"# {plan.path}\n{plan.text}")
-    for words in _change(plans, no_start).commands():
-        click.echo(f"$ {systemctl.written(*words)}")
 
 
 def _report(plans: list[Plan], no_start: bool) -> None:

@@ -12,10 +12,11 @@ from ..routing.names import check_service, parse_unit_name
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import UnitFiles, own_folder, scan
-from .dropins import create_file, finishing, locked
+from .dropins import finishing, locked
 from .kinds import KINDS
-from .options import system_option
+from .options import dry_run_option, system_option
 from .persistence import warn_of_loss
+from .settle import Change, carry_out, show
 from .survey import read_file
 from .table import short_path
 
@@ -38,11 +39,7 @@ Example:
 )
 @click.argument("name")
 @click.argument("rpc")
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Show what would be written, and change nothing.",
-)
+@dry_run_option
 @system_option
 def command(name: str, rpc: str, dry_run: bool, system: bool) -> None:
     """Write the template units NAME@.socket, NAME.service and
@@ -61,19 +58,21 @@ def command(name: str, rpc: str, dry_run: bool, system: bool) -> None:
     files = scan(search_path or (), suffixes=("socket", "service", "target"))
     texts = {unit.format(name): _text(files, unit, name, rpc) for unit in UNITS}
     warn_of_loss(folder)
+    new = [
+        unit
+        for unit, text in texts.items()
+        if not _is_there(files, folder, unit, text)
+    ]
+    # Whoever was killed before the reload runs it again.
+    change = Change(
+        new={folder / unit: texts[unit] for unit in new}, reload=True
+    )
+    systemctl = Systemctl(user)
     if dry_run:
-        for unit, text in texts.items():
-            click.echo(f"# {folder / unit}\n{text}")
+        show(change, systemctl)
         return
     with locked(folder), finishing():
-        new = [
-            unit
-            for unit, text in texts.items()
-            if not _is_there(files, folder, unit, text)
-        ]
-        for unit in new:
-            create_file(folder / unit, texts[unit])
-        Systemctl(user).daemon_reload()
+        carry_out(change, systemctl)
     for unit in new:
         click.echo(f"Wrote {short_path(str(folder / unit))}")
     click.echo(

@@ -6,7 +6,7 @@ import click
 
 from ..errors import ActivateError, UsageProblem
 from .connections import end, open_connections
-from .options import complete_routes, system_option
+from .options import complete_routes, dry_run_option, system_option
 from .survey import survey
 from .terminal import say
 
@@ -31,8 +31,11 @@ Examples:
 @click.option(
     "--all", "everything", is_flag=True, help="End all that are open."
 )
+@dry_run_option
 @system_option
-def command(words: tuple[str, ...], everything: bool, system: bool) -> None:
+def command(
+    words: tuple[str, ...], everything: bool, dry_run: bool, system: bool
+) -> None:
     """End open connections: one by its ID, as status shows it, or all of a
     route, unit, target or call.
 
@@ -60,6 +63,10 @@ def command(words: tuple[str, ...], everything: bool, system: bool) -> None:
             raise UsageProblem(
                 f"{word!r} {what}; qrexec-activate status shows all"
             )
+    if dry_run:
+        for connection in chosen:
+            say(f"Would end {connection}")
+        return
     left = end(chosen)
     for connection in chosen:
         if connection not in left:

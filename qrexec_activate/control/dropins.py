@@ -26,6 +26,7 @@ from ..systemd.unitdirs import own_folder
 
 __all__ = [
     "create_file",
+    "file_shown",
     "finishing",
     "is_idle",
     "locked",
@@ -117,6 +118,11 @@ def finishing() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def file_shown(path: Path | str, text: str | None) -> str:
+    """A file that is to have this text, or to go, as --dry-run shows it."""
+    return f"# {path}: removed" if text is None else f"# {path}\n{text}"
 
 
 def create_file(path: Path, text: str) -> None:

@@ -24,9 +24,9 @@ from ..systemd.unitdirs import own_folder
 from .address import obstacle, parse_address
 from .dropins import finishing, locked
 from .netproc import overlaps
-from .options import complete_routes, system_option
+from .options import complete_routes, dry_run_option, system_option
 from .select import select, written
-from .settle import Change, carry_out
+from .settle import Change, carry_out, show
 from .survey import (
     Daemon,
     Survey,
@@ -51,8 +51,9 @@ Example:
 """,
 )
 @click.argument("route", shell_complete=complete_routes)
+@dry_run_option
 @system_option
-def command(route: str, system: bool) -> None:
+def command(route: str, dry_run: bool, system: bool) -> None:
     """Open the file of a route in $VISUAL or $EDITOR, check what comes out, and
     let systemd use it.
 
@@ -61,7 +62,8 @@ def command(route: str, system: bool) -> None:
     it was.
     """
     user = not system
-    path, unit = _file_of(survey(user=user), route, own_folder(user=user))
+    folder = own_folder(user=user)
+    path, unit = _file_of(survey(user=user), route, folder)
     before = read_file(path).text
     if before is None:
         raise ActivateError(f"{path} {read_file(path).problem}")
@@ -82,7 +84,7 @@ def command(route: str, system: bool) -> None:
             if after == before:
                 click.echo(f"{short_path(path)} is as it was", err=True)
                 return
-            with locked(own_folder(user=user)):
+            with contextlib.nullcontext() if dry_run else locked(folder):
                 with open_manager(user=user) as manager:
                     now = take_survey(manager)
                 problems = _problems(now, unit, path, after)
@@ -92,7 +94,7 @@ def command(route: str, system: bool) -> None:
                             f"somebody else has changed {path} meanwhile:"
                             f" edit it again"
                         )
-                    use(now, Systemctl(user), {unit: {path: after}})
+                    use(now, Systemctl(user), {unit: {path: after}}, dry_run)
                     return
             for problem in problems:
                 click.echo(f"{short_path(path)}: {problem}", err=True)
@@ -256,9 +258,10 @@ def use(
     now: Survey,
     systemctl: Systemctl,
     units: Mapping[str, Mapping[str, str]],
+    dry_run: bool,
 ) -> None:
     """Give files of units other texts (unit → path → text), and let systemd use
-    them.
+    them; or show how that would be done.
 
     Only what is new in them closes a port, for as long as the unit restarts: an
     address that was not open before, or another setting than an address or a
@@ -284,6 +287,9 @@ def use(
                 for claim in befores[unit]
                 if isinstance(claim, Route)
             }
+    if dry_run:
+        show(change, systemctl)
+        return
     with finishing():
         carry_out(change, systemctl)
     for unit in units:

@@ -24,6 +24,7 @@ __all__ = [
     "complete_units",
     "debug_option",
     "did_you_mean",
+    "dry_run_option",
     "json_option",
     "system_option",
     "wide_option",
@@ -74,6 +75,15 @@ def system_option(command: _Command) -> _Command:
         help="Use the system's systemd instead of your own.",
     )
     return debug_option(option(command))
+
+
+def dry_run_option(command: _Command) -> _Command:
+    """Add --dry-run, for every command that changes something."""
+    return click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Show what would be done, and change nothing.",
+    )(command)
 
 
 def json_option(command: _Command) -> _Command:

@@ -23,7 +23,7 @@ from ..routing.routes import unit_specifiers
 from ..routing.unitfile import address_key, assignments, expand_specifiers
 from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
-from ..systemd.unitdirs import own_folder
+from ..systemd.unitdirs import own_folder, scan
 from .netproc import listening
 from .survey import read_file
 
@@ -191,9 +191,13 @@ def _destination(link: Path) -> tuple[str, str]:
 
 
 def _promised(manager: Manager, place: Path) -> dict[str, tuple[str, str]]:
-    """Find the socket units that make names there: name → unit, and the file
-    with the line, where it is known."""
-    units = [unit.name for unit in manager.list_units("*.socket")]
+    """Find the socket units that make names there, or will once they start:
+    name → unit, and the file with the line, where it is known."""
+    (search_path,) = manager.manager_properties("UnitPath")
+    units = sorted(
+        {unit.name for unit in manager.list_units("*.socket")}
+        | scan(search_path or (), suffixes=("socket",)).units("socket")
+    )
     rows = manager.unit_properties(units, "Socket", ["Symlinks", "Listen"])
     promised: dict[str, tuple[str, str]] = {}
     for unit, row in zip(units, rows, strict=True):

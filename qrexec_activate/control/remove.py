@@ -24,9 +24,9 @@ from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .dropins import finishing, is_idle, locked, without_lines
-from .options import complete_routes, system_option
+from .options import complete_routes, dry_run_option, system_option
 from .select import the_routes, written
-from .settle import Change, carry_out
+from .settle import Change, carry_out, show
 from .survey import (
     Daemon,
     Entry,
@@ -76,11 +76,7 @@ Examples:
     is_flag=True,
     help="Remove every route that ROUTE may mean.",
 )
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Show what would be changed, and change nothing.",
-)
+@dry_run_option
 @system_option
 def command(
     words: tuple[str, ...], all_of_them: bool, dry_run: bool, system: bool
@@ -95,7 +91,7 @@ def command(
     folder = own_folder(user=not system)
     if dry_run:
         removals = _plan(words, all_of_them, folder, not system)
-        _show(removals, systemctl)
+        show(_change(removals), systemctl)
         return
     # Where no systemd answers, as it does not by sudo, nothing is made.
     with open_manager(user=not system):
@@ -243,16 +239,6 @@ def _change(removals: Sequence[Removal]) -> Change:
             change.stop.append(removal.unit)
             change.disable.append(removal.unit)
     return change
-
-
-def _show(removals: Sequence[Removal], systemctl: Systemctl) -> None:
-    change = _change(removals)
-    for path, text in change.files.items():
-        click.echo(
-            f"# {path}: removed" if text is None else f"# {path}\n{text}"
-        )
-    for words in change.commands():
-        click.echo(f"$ {systemctl.written(*words)}")
 
 
 def _report(removal: Removal) -> None:

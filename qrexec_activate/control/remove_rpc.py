@@ -11,8 +11,9 @@ from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .add_rpc import UNITS, check_prefix
-from .dropins import finishing, locked, remove_file
-from .options import complete_own_kinds, system_option
+from .dropins import finishing, locked
+from .options import complete_own_kinds, dry_run_option, system_option
+from .settle import Change, carry_out, show
 from .survey import take_survey
 from .table import short_path
 from .terminal import say
@@ -28,11 +29,7 @@ Example:
 """,
 )
 @click.argument("name", shell_complete=complete_own_kinds)
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Show what would be done, and change nothing.",
-)
+@dry_run_option
 @system_option
 def command(name: str, dry_run: bool, system: bool) -> None:
     """Remove the template units NAME@.socket, NAME.service and
@@ -57,17 +54,14 @@ def command(name: str, dry_run: bool, system: bool) -> None:
     ]
     if not files:
         raise UsageProblem(f"there are no units of {name} in {folder}")
-    stop = ("stop", f"{name}.service", f"{name}-quiesce.target")
+    change = Change(
+        stop=[f"{name}.service", f"{name}-quiesce.target"],
+        files={str(path): None for path in files},
+    )
     if dry_run:
-        say(f"$ {systemctl.written(*stop)}")
-        for path in files:
-            say(f"$ rm {path}")
-        say(f"$ {systemctl.written('daemon-reload')}")
+        show(change, systemctl)
         return
     with locked(folder), finishing():
-        systemctl.run(*stop, check=False)
-        for path in files:
-            remove_file(path)
-        systemctl.daemon_reload()
+        carry_out(change, systemctl)
     for path in files:
         say(f"Removed: {short_path(str(path))}")

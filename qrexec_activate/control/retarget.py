@@ -3,6 +3,7 @@ all the while."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,12 @@ from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .dropins import locked, with_lines
 from .edit import foreseen, use
-from .options import complete_routes, complete_targets, system_option
+from .options import (
+    complete_routes,
+    complete_targets,
+    dry_run_option,
+    system_option,
+)
 from .policy import FILE as POLICY_FILE
 from .policy import policy_lines, this_qube
 from .select import the_routes, written
@@ -43,8 +49,11 @@ Examples:
     is_flag=True,
     help="Take every route that ROUTE may mean.",
 )
+@dry_run_option
 @system_option
-def command(route: str, target: str, all_of_them: bool, system: bool) -> None:
+def command(
+    route: str, target: str, all_of_them: bool, dry_run: bool, system: bool
+) -> None:
     """Let a route reach the qube TARGET instead. The address stays open, and
     connections that are open go on to the qube that they reached.
 
@@ -57,7 +66,7 @@ def command(route: str, target: str, all_of_them: bool, system: bool) -> None:
     # Where no systemd answers, as it does not by sudo, nothing is made.
     with open_manager(user=user):
         pass
-    with locked(folder):
+    with contextlib.nullcontext() if dry_run else locked(folder):
         with open_manager(user=user) as manager:
             now = take_survey(manager)
         meant = the_routes(written(now), [route], all_of_them)
@@ -72,7 +81,9 @@ def command(route: str, target: str, all_of_them: bool, system: bool) -> None:
                 texts[entry.file] = _text(entry, target, folder)
         for unit, texts in units.items():
             _check(now, unit, texts, meant, target)
-        use(now, Systemctl(user), units)
+        use(now, Systemctl(user), units, dry_run)
+    if dry_run:
+        return
     click.echo(f"In dom0, {POLICY_FILE} needs:")
     for line in policy_lines(
         [replace(entry, target=target) for entry in meant],

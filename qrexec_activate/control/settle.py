@@ -20,16 +20,25 @@ import click
 from ..errors import ActivateError, ManagerError
 from ..routing.unitfile import address_key
 from ..systemd.systemctl import Systemctl
-from .dropins import remove_files, write_files
+from .dropins import file_shown, remove_files, write_files
 from .netproc import holders, listening, owner
 
-__all__ = ["Change", "active_of", "carry_out", "undo", "why_not_started"]
+__all__ = [
+    "Change",
+    "active_of",
+    "carry_out",
+    "show",
+    "undo",
+    "why_not_started",
+]
 
 #: A socket unit is refused while its daemon starts, which a connection to
 #: another one of its ports may bring about at any moment.
 TRIES = 5
 #: Units told to systemd at once, so that a terminal shows how far it has come.
 CHUNK = 100
+#: The act of writing and removing files, among those of systemctl.
+FILES = ("files",)
 
 
 @dataclass(slots=True)
@@ -52,6 +61,8 @@ class Change:
     wanted: dict[str, list[str]] = field(default_factory=dict)
     #: Address → the qube that it reached before.
     before: dict[str, str] = field(default_factory=dict)
+    #: Whether systemd reads its files again also where nothing changes.
+    reload: bool = False
 
     @property
     def rereads(self) -> bool:
@@ -61,25 +72,42 @@ class Change:
             or self.enable
             or self.disable
             or self.refresh
+            or self.reload
         )
 
-    def commands(self) -> Iterator[tuple[str, ...]]:
-        """What systemctl is to be told, in this order, files being changed
-        after enable."""
+    def acts(self) -> Iterator[tuple[str, ...]]:
+        """What is done, in this order: FILES, or what systemctl is told."""
         if self.enable:
-            yield ("enable", *self.enable)
+            yield ("enable", "--no-reload", *self.enable)
+        if self.new or self.files:
+            yield FILES
         if self.stop:
             yield ("stop", *self.stop)
+            yield ("reset-failed", *self.stop)
         if self.disable:
-            yield ("disable", *self.disable)
+            yield ("disable", "--no-reload", *self.disable)
         if self.rereads:
             yield ("daemon-reload",)
         if self.refresh:
             yield ("stop", *sorted(self.refresh))
+        if self.restart or self.start:
+            yield ("reset-failed", *self.restart, *self.start)
         if self.restart:
             yield ("restart", *self.restart)
         if self.start:
             yield ("start", *self.start)
+
+
+def show(change: Change, systemctl: Systemctl) -> None:
+    """Print what carry_out() does, in its order."""
+    for act in change.acts():
+        if act is not FILES:
+            click.echo(f"$ {systemctl.written(*act)}")
+            continue
+        for path, text in change.new.items():
+            click.echo(file_shown(path, text))
+        for name, after in change.files.items():
+            click.echo(file_shown(name, after))
 
 
 def carry_out(change: Change, systemctl: Systemctl) -> None:
@@ -90,8 +118,27 @@ def carry_out(change: Change, systemctl: Systemctl) -> None:
     a file is written nothing has changed. Raises ActivateError, with what
     stands in the way.
     """
-    if change.enable:
-        systemctl.run("enable", "--no-reload", *change.enable)
+    problem = None
+    for act in change.acts():
+        verb, *units = act
+        if act is FILES:
+            _write(change)
+        elif verb == "stop":
+            for chunk in _chunks("Stopping", units):
+                _stop(systemctl, chunk)
+        elif verb == "disable":
+            problem = _disable(systemctl, units)
+        elif verb in ("restart", "start"):
+            for chunk in _chunks(f"{verb.capitalize()}ing", units):
+                _start(systemctl, verb, chunk, change)
+        else:
+            # What has not failed cannot be reset, which is no error here.
+            systemctl.run(*act, check=verb != "reset-failed")
+    if problem:
+        raise problem
+
+
+def _write(change: Change) -> None:
     write_files(
         change.new,
         {
@@ -103,32 +150,17 @@ def carry_out(change: Change, systemctl: Systemctl) -> None:
     remove_files(
         Path(path) for path, text in change.files.items() if text is None
     )
-    for chunk in _chunks("Stopping", change.stop):
-        _stop(systemctl, chunk)
-    if change.stop:
-        systemctl.run("reset-failed", *change.stop, check=False)
-    problem = _disable(systemctl, change.disable)
-    if change.rereads:
-        systemctl.daemon_reload()
-    if change.refresh:
-        systemctl.run("stop", *sorted(change.refresh))
-    if starting := change.restart + change.start:
-        systemctl.run("reset-failed", *starting, check=False)
-    for chunk in _chunks("Restarting", change.restart):
-        _start(systemctl, "restart", chunk, change)
-    for chunk in _chunks("Starting", change.start):
-        _start(systemctl, "start", chunk, change)
-    if problem:
-        raise problem
 
 
 def _stop(systemctl: Systemctl, units: Sequence[str]) -> None:
     """Stop units. One that systemd has never loaded is an error to systemctl,
     and keeps it (262) from stopping the others."""
-    systemctl.run("stop", *units, check=False)
-    left = [unit for unit, yes in active_of(systemctl, units) if yes]
-    if left:
-        systemctl.run("stop", *left)
+    try:
+        systemctl.run("stop", *units)
+    except ManagerError:
+        left = [unit for unit, yes in active_of(systemctl, units) if yes]
+        if left:
+            systemctl.run("stop", *left)
 
 
 def _disable(systemctl: Systemctl, units: Sequence[str]) -> ManagerError | None:
@@ -136,8 +168,7 @@ def _disable(systemctl: Systemctl, units: Sequence[str]) -> ManagerError | None:
     link of another unit is one, and a link that stays enables a unit without
     any address."""
     try:
-        if units:
-            systemctl.run("disable", "--no-reload", *units)
+        systemctl.run("disable", *units)
     except ManagerError as error:
         return error
     return None

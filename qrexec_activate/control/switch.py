@@ -10,9 +10,9 @@ import click
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from .dropins import finishing
-from .options import complete_routes, system_option
+from .options import complete_routes, dry_run_option, system_option
 from .select import the_routes, whole_units, written
-from .settle import Change, carry_out
+from .settle import Change, carry_out, show
 from .survey import take_survey
 
 __all__ = ["switch"]
@@ -33,6 +33,7 @@ def switch(
     def command(
         words: tuple[str, ...],
         all_of_them: bool,
+        dry_run: bool,
         system: bool,
         at_once: bool = False,
     ) -> None:
@@ -44,8 +45,12 @@ def switch(
             unit: [entry.listener for entry in opened]
             for unit, opened in units.items()
         }
+        systemctl = Systemctl(user=not system)
+        if dry_run:
+            show(change, systemctl)
+            return
         with finishing():
-            carry_out(change, Systemctl(user=not system))
+            carry_out(change, systemctl)
         for entry in (entry for opened in units.values() for entry in opened):
             click.echo(
                 f"{done}: {entry.listener} to {entry.target or 'nowhere'}"
@@ -82,4 +87,4 @@ Examples:
     $ qrexec-activate {name} 127.0.0.1:1234
     $ qrexec-activate {name} work --all
 """,
-    )(system_option(command))
+    )(dry_run_option(system_option(command)))

@@ -121,7 +121,8 @@ def user_steps(user: str) -> list[Step]:
         with contextlib.suppress(OSError):
             HOMES.rmdir()
 
-    return [Step("", _make_homes), Step(add.text, add.do, remove)]
+    undone = f"$ userdel --remove {user}" if _find(user) else ""
+    return [Step("", _make_homes), Step(add.text, add.do, remove, undone)]
 
 
 def _make_homes() -> None:

@@ -11,9 +11,14 @@ from typing import Any
 
 import click
 
-from ..control.dropins import create_file, finishing, locked
+from ..control.dropins import finishing, locked
 from ..control.netproc import listening
-from ..control.options import complete_files, complete_units, debug_option
+from ..control.options import (
+    complete_files,
+    complete_units,
+    debug_option,
+    dry_run_option,
+)
 from ..control.persistence import warn_of_loss
 from ..control.policy import FILE as POLICY_FILE
 from ..control.policy import policy_line, this_qube
@@ -28,14 +33,15 @@ from ..control.publications import (
     where_installed,
 )
 from ..control.table import short_path
-from ..errors import ActivateError, UsageProblem
+from ..errors import UsageProblem
 from ..routing.names import parse_unit_name
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
-from .caddy import add_route, has_route
-from .services import Service, creation
-from .steps import audit, do_all
+from .caddy import has_route
+from .services import Service, creation, domain_step
+from .steps import Step, audit, do_all, file_step, link_step, show
+from .steps import command as command_step
 
 __all__ = ["command"]
 
@@ -104,11 +110,7 @@ Examples:
     type=click.IntRange(1, 1000),
     help="With --exec: so many at once, for a trial: NAME-1 and so on.",
 )
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="With --exec: show what would be done, and change nothing.",
-)
+@dry_run_option
 @debug_option
 def command(
     name: str,
@@ -154,40 +156,47 @@ def command(
         )
         return
     if (domain := options.pop("domain")) and not (
-        unit or path or count or dry_run or any(options.values())
+        unit or path or count or any(options.values())
     ):
-        _put_back_domain(name, domain)
+        _put_back_domain(name, domain, dry_run=dry_run)
         return
     if (
         domain
-        or dry_run
         or count
         or any(value not in (None, False) for value in options.values())
     ):
         raise UsageProblem(
-            "--port, --idle, --user, --database, --domain, --count and"
-            " --dry-run are for --exec"
+            "--port, --idle, --user, --database, --domain and --count are for"
+            " --exec"
         )
     if (unit is None) == (path is None):
         raise UsageProblem(
             "give either --unit NAME.socket or --unix PATH, or a program by"
             " --exec COMMAND"
         )
-    with audit(
-        f"publishing {name}",
-        done=f"published {name}: {unit or path}",
-        QREXEC_NAME=name,
+    socket = unit and unit.removesuffix(".socket") + ".socket"
+    steps, notes = (
+        _unit_steps(name, socket) if socket else _path_steps(name, path or "")
+    )
+    if dry_run:
+        show(step.text for step in steps)
+        return
+    with (
+        audit(
+            f"publishing {name}",
+            done=f"published {name}: {unit or path}",
+            QREXEC_NAME=name,
+        ),
+        locked(own_folder(user=True)),
+        finishing(),
     ):
-        if unit is not None:
-            _publish_unit(
-                name, unit if unit.endswith(".socket") else f"{unit}.socket"
-            )
-        else:
-            _publish_path(name, path or "")
+        do_all(steps)
+    for note in notes:
+        click.echo(note)
     _report(name)
 
 
-def _put_back_domain(name: str, domain: str) -> None:
+def _put_back_domain(name: str, domain: str, *, dry_run: bool) -> None:
     """Give Caddy a service's name once more: it forgets it when it is started
     again without --resume."""
     service = Service.read(name, for_system=False) or Service.read(
@@ -197,13 +206,16 @@ def _put_back_domain(name: str, domain: str) -> None:
         raise UsageProblem(
             f"--domain {domain}: {name} was not published with that and --exec"
         )
+    steps = [] if has_route(service.socket_unit) else [domain_step(service)]
+    if dry_run:
+        show(step.text for step in steps)
+        return
     with audit(
         f"offering {domain}",
         done=f"{domain} in Caddy leads to {name} again",
         QREXEC_NAME=name,
     ):
-        if not has_route(service.socket_unit):
-            add_route(service.socket_unit, domain, service.address)
+        do_all(steps)
     click.echo(f"{domain} in Caddy leads to {name}")
 
 
@@ -261,11 +273,8 @@ def _filled(text: str, words: dict[str, str]) -> str:
 
 def _publish_services(services: list[Service], *, dry_run: bool) -> None:
     steps = creation(services)
-    if dry_run:
-        click.echo("\n".join(step.text for step in steps if step.text))
-        return
     one = services[0]
-    if one.for_system and os.geteuid() != 0:
+    if not dry_run and one.for_system and os.geteuid() != 0:
         raise UsageProblem("--user needs root: say the same with sudo")
     with managers() as found:
         taken = {
@@ -276,6 +285,9 @@ def _publish_services(services: list[Service], *, dry_run: bool) -> None:
             f"{min(taken)} is published already: qrexec-activate unpublish it"
             f" first"
         )
+    if dry_run:
+        show(step.text for step in steps)
+        return
     warn_of_loss(one.folder, *([Path("/etc/passwd")] if one.for_system else []))
     with contextlib.ExitStack() as acts, locked(one.folder), finishing():
         for service in services:
@@ -295,9 +307,9 @@ def _publish_services(services: list[Service], *, dry_run: bool) -> None:
     _report_policy([service.name for service in services])
 
 
-def _publish_unit(name: str, unit: str) -> None:
+def _unit_steps(name: str, unit: str) -> tuple[list[Step], list[str]]:
+    """What makes the name by a drop-in of the unit, and what to say of it."""
     parse_unit_name(unit)
-    link = folder() / name
     drop_in = own_folder(user=True) / f"{unit}.d" / f"qrexec-{name}.conf"
     with open_manager(user=True) as manager:
         (row,) = manager.unit_properties(
@@ -320,23 +332,27 @@ def _publish_unit(name: str, unit: str) -> None:
                 click.echo(f"{short_path(one.file)} makes it already", err=True)
                 drop_in = Path(one.file)
     warn_of_loss(drop_in)
-    with locked(own_folder(user=True)), finishing():
-        if not drop_in.exists():
-            create_file(drop_in, f"[Socket]\nSymlinks={FOLDER}/{name}\n")
-        Systemctl(user=True).daemon_reload()
-        if row["ActiveState"] == "active":
-            # systemd makes the link when the socket starts, but does not start
-            # it again while its service runs.
-            make_link(link, target)
-    click.echo(f"File: {short_path(str(drop_in))}")
-    if row["ActiveState"] != "active":
-        click.echo(
+    notes = [f"File: {short_path(str(drop_in))}"]
+    steps = []
+    if not drop_in.exists():
+        text = f"[Socket]\nSymlinks={FOLDER}/{name}\n"
+        steps.append(file_step(drop_in, text))
+    reload = Systemctl(user=True)
+    steps.append(command_step(*reload.words, "daemon-reload"))
+    if row["ActiveState"] == "active":
+        # systemd makes the link when the socket starts, but does not start it
+        # again while its service runs.
+        steps += _link_steps(folder() / name, target)
+    else:
+        notes.append(
             f"It comes when the socket starts: systemctl --user enable --now"
             f" {unit}"
         )
+    return steps, notes
 
 
-def _publish_path(name: str, path: str) -> None:
+def _path_steps(name: str, path: str) -> tuple[list[Step], list[str]]:
+    """What makes the name a link to this path."""
     target = os.path.abspath(path)
     if not os.path.isabs(path):
         raise UsageProblem(f"{path!r} is no path from / on: give {target}")
@@ -344,6 +360,7 @@ def _publish_path(name: str, path: str) -> None:
         raise UsageProblem(
             f"{target} is no socket: --unix takes one that a program listens on"
         )
+    steps = _link_steps(folder() / name, target)
     if (
         os.path.exists(target)
         and listening().holds(os.path.realpath(target)) is not True
@@ -351,32 +368,25 @@ def _publish_path(name: str, path: str) -> None:
         click.echo(f"Nobody listens on {target} yet", err=True)
     elif not os.path.exists(target):
         click.echo(f"{target} is not there yet", err=True)
-    make_link(folder() / name, target)
+    return steps, []
 
 
-def make_link(link: Path, target: str) -> None:
-    """Make a symbolic link in one step; raises ActivateError where something
-    else has its name."""
-    try:
-        link.parent.mkdir(mode=0o700, exist_ok=True)
-        if os.path.lexists(link):
-            if not link.is_symlink():
-                raise UsageProblem(
-                    f"{link} is there already, and no symbolic link: remove"
-                    f" it first"
-                )
-            if os.readlink(link) == target:
-                return
-            if link.exists():
-                raise UsageProblem(
-                    f"{link.name} leads to {os.readlink(link)} already:"
-                    f" qrexec-activate unpublish {link.name} first"
-                )
-        unfinished = link.with_name(f".{link.name}.{os.getpid()}")
-        unfinished.symlink_to(target)
-        os.replace(unfinished, link)
-    except OSError as error:
-        raise ActivateError(f"cannot make {link}: {error.strerror}") from error
+def _link_steps(link: Path, target: str) -> list[Step]:
+    """What makes a symbolic link, if it is not there; raises UsageProblem where
+    something else has its name, be it a link that leads nowhere: who made it
+    may come back."""
+    if not os.path.lexists(link):
+        return [link_step(link, target)]
+    if not link.is_symlink():
+        raise UsageProblem(
+            f"{link} is there already, and no symbolic link: remove it first"
+        )
+    if os.readlink(link) != target:
+        raise UsageProblem(
+            f"{link.name} leads to {os.readlink(link)} already:"
+            f" qrexec-activate unpublish {link.name} first"
+        )
+    return []
 
 
 def _report(name: str) -> None:

@@ -32,7 +32,6 @@ from pathlib import Path
 
 import click
 
-from ..control.dropins import create_file, remove_file
 from ..control.publications import FOLDER, RPC, folder
 from ..control.survey import read_file
 from ..errors import ActivateError, UsageProblem
@@ -50,11 +49,12 @@ from .accounts import (
     home,
     user_steps,
 )
-from .steps import Step
+from .steps import Step, file_step
 
 __all__ = [
     "Service",
     "creation",
+    "domain_step",
     "is_service",
     "removal",
     "state_and_memory",
@@ -493,31 +493,28 @@ def _steps(
         systemctl.run("disable", "--now", *sockets)
         systemctl.run("stop", *programs, check=False)
 
-    steps = [Step("", undo=forget)]
-    steps += [_file(place / unit, text) for unit, text in files.items()]
+    reload = f"$ {systemctl.written('daemon-reload')}"
+    reset = systemctl.written("reset-failed", *sockets, *programs)
+    steps = [Step("", undo=forget, undone=f"{reload}\n$ {reset}")]
+    steps += [file_step(place / unit, text) for unit, text in files.items()]
     for service in services:
         steps += user_steps(service.user) if service.user else []
         steps += database_steps(service.user) if service.database else []
-    steps.append(Step(f"$ {systemctl.written('daemon-reload')}", load))
+    steps.append(Step(reload, load))
     # What was started of them is stopped also if not all could be.
-    steps.append(Step("", undo=stop))
+    disable = systemctl.written("disable", "--now", *sockets)
+    ended = systemctl.written("stop", *programs)
+    steps.append(Step("", undo=stop, undone=f"$ {disable}\n$ {ended}"))
     enable = ("enable", "--now", *sockets)
     steps.append(
         Step(f"$ {systemctl.written(*enable)}", lambda: systemctl.run(*enable))
     )
-    steps += [_domain(service) for service in services if service.domain]
+    steps += [domain_step(service) for service in services if service.domain]
     return steps
 
 
-def _file(path: Path, text: str) -> Step:
-    return Step(
-        f"# {path}\n{text}",
-        lambda: create_file(path, text),
-        lambda: remove_file(path),
-    )
-
-
-def _domain(service: Service) -> Step:
+def domain_step(service: Service) -> Step:
+    """A name in Caddy that is made, or removed."""
     unit, domain, address = service.socket_unit, service.domain, service.address
 
     def remove() -> None:
@@ -536,6 +533,7 @@ def _domain(service: Service) -> Step:
         f"# Caddy: {domain} leads to {address}",
         lambda: caddy.add_route(unit, domain, address),
         remove,
+        f"# Caddy: {domain} leads nowhere any more",
     )
 
 

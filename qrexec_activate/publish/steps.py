@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
+import click
+
+from ..control.dropins import create_file, file_shown, remove_file
 from ..errors import ActivateError, UsageProblem
 from ..systemd.journal import IDENTIFIER, Priority
 from ..systemd.programs import run
 
-__all__ = ["Step", "audit", "command", "do_all", "undo_all"]
+__all__ = [
+    "Step",
+    "audit",
+    "command",
+    "do_all",
+    "file_step",
+    "link_step",
+    "show",
+    "undo_all",
+]
 
 
 def _nothing() -> None:
@@ -32,6 +45,8 @@ class Step:
     text: str
     do: Callable[[], object] = _nothing
     undo: Callable[[], object] = _nothing
+    #: As text, of what undoes it.
+    undone: str = ""
 
 
 def do_all(steps: Sequence[Step]) -> None:
@@ -69,12 +84,57 @@ def undo_all(steps: Sequence[Step]) -> None:
         step.undo()
 
 
+def file_step(path: Path, text: str) -> Step:
+    """A file that is made, or removed."""
+    return Step(
+        file_shown(path, text),
+        lambda: create_file(path, text),
+        lambda: remove_file(path),
+        file_shown(path, None),
+    )
+
+
+def link_step(link: Path, target: str) -> Step:
+    """A symbolic link that is made, or removed."""
+
+    def make() -> None:
+        with _in_words("make", link):
+            link.parent.mkdir(mode=0o700, exist_ok=True)
+            link.symlink_to(target)
+
+    def remove() -> None:
+        with _in_words("remove", link):
+            link.unlink(missing_ok=True)
+
+    return Step(
+        f"$ {shlex.join(['ln', '-s', target, str(link)])}",
+        make,
+        remove,
+        f"$ {shlex.join(['rm', str(link)])}",
+    )
+
+
+@contextlib.contextmanager
+def _in_words(do: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ActivateError(f"cannot {do} {path}: {error.strerror}") from error
+
+
+def show(texts: Iterable[str]) -> None:
+    """Print what would be done, for --dry-run."""
+    for text in filter(None, texts):
+        click.echo(text)
+
+
 def command(*words: str, undo: Sequence[str] = ()) -> Step:
     """A step that is a program, as is what undoes it."""
     return Step(
         f"$ {shlex.join(words)}",
         lambda: run(*words),
         lambda: run(*undo) if undo else None,
+        f"$ {shlex.join(undo)}" if undo else "",
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from ..control.dropins import (
+    file_shown,
     finishing,
     is_idle,
     locked,
@@ -16,17 +17,18 @@ from ..control.dropins import (
     replace_file,
     without_lines,
 )
-from ..control.options import debug_option
+from ..control.options import debug_option, dry_run_option
 from ..control.publications import Publication, published, symlink_lines
 from ..control.survey import read_file
 from ..control.table import short_path
-from ..errors import ActivateError, UsageProblem
+from ..errors import UsageProblem
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .published import complete_names
 from .services import Service, removal
-from .steps import audit, undo_all
+from .steps import Step, audit, do_all, link_step, show, undo_all
+from .steps import command as command_step
 
 __all__ = ["command"]
 
@@ -51,8 +53,9 @@ Example:
     is_flag=True,
     help="Do not ask before a user's files and a database are deleted.",
 )
+@dry_run_option
 @debug_option
-def command(names: tuple[str, ...], yes: bool) -> None:
+def command(names: tuple[str, ...], yes: bool, dry_run: bool) -> None:
     """In a service qube, take away a name that publish gave: the link, and the
     line of the drop-in that makes it.
 
@@ -71,20 +74,20 @@ def command(names: tuple[str, ...], yes: bool) -> None:
             for one in services.values()
             if one and one.for_system == for_system
         ]:
-            _end(same, yes=yes)
+            _end(same, yes=yes, dry_run=dry_run)
     for name, service in services.items():
         if service is None:
-            with audit(
-                f"unpublishing {name}",
-                done=f"unpublished {name}",
-                QREXEC_NAME=name,
-            ):
-                _take_back(name)
+            _take_back(name, dry_run=dry_run)
+        if dry_run:
+            continue
         click.echo(f"{name} is not published any more")
 
 
-def _end(services: list[Service], *, yes: bool) -> None:
+def _end(services: list[Service], *, yes: bool, dry_run: bool) -> None:
     one = services[0]
+    if dry_run:
+        show(step.undone for step in reversed(removal(services)))
+        return
     if one.for_system and os.geteuid() != 0:
         raise UsageProblem(
             f"{one.name} belongs to the system: sudo qrexec-activate"
@@ -115,7 +118,7 @@ def _end(services: list[Service], *, yes: bool) -> None:
         click.echo(f"Removed: {short_path(str(file))}")
 
 
-def _take_back(name: str) -> None:
+def _take_back(name: str, *, dry_run: bool) -> None:
     with open_manager(user=True) as manager:
         specifiers = manager.specifiers()
         one = next(
@@ -132,32 +135,49 @@ def _take_back(name: str) -> None:
             f"{link} is a socket itself, and no link: it goes when"
             f" {one.unit or 'its program'} ends"
         )
-    with locked(own_folder(user=True)), finishing():
-        if one.file:
-            _take_out(
-                one, symlink_lines(one.file, one.unit, one.link, specifiers)
-            )
-        try:
-            link.unlink(missing_ok=True)
-        except OSError as error:
-            raise ActivateError(
-                f"cannot remove {link}: {error.strerror}"
-            ) from error
-        if one.file:
-            Systemctl(user=True).daemon_reload()
+    steps, said = [], ""
+    if one.file:
+        lines = symlink_lines(one.file, one.unit, one.link, specifiers)
+        step, said = _without(one, lines)
+        steps.append(step)
+    if os.path.lexists(link):
+        away = link_step(link, "")
+        steps.append(Step(away.undone, away.undo))
+    if one.file:
+        steps.append(command_step(*Systemctl(user=True).words, "daemon-reload"))
+    if dry_run:
+        show(step.text for step in steps)
+        return
+    with (
+        audit(
+            f"unpublishing {name}",
+            done=f"unpublished {name}",
+            QREXEC_NAME=name,
+        ),
+        locked(own_folder(user=True)),
+        finishing(),
+    ):
+        do_all(steps)
+    if said:
+        click.echo(said)
 
 
-def _take_out(one: Publication, lines: set[int]) -> None:
+def _without(one: Publication, lines: set[int]) -> tuple[Step, str]:
+    """What takes these lines out of the file, and what to say of it."""
     if not one.file.startswith(f"{own_folder(user=True)}/"):
         raise UsageProblem(
             f"{one.file}, which makes {one.name}, is not among your own"
             f" units: hide it there with"
             " an empty file of the same name"
         )
+    path = Path(one.file)
     text = without_lines(read_file(one.file).text or "", lines)
     if is_idle(text) and ".d/" in one.file:
-        remove_file(Path(one.file))
-        click.echo(f"Removed: {short_path(one.file)}")
-    else:
-        replace_file(Path(one.file), text)
-        click.echo(f"Changed: {short_path(one.file)}")
+        return (
+            Step(file_shown(path, None), lambda: remove_file(path)),
+            f"Removed: {short_path(one.file)}",
+        )
+    return (
+        Step(file_shown(path, text), lambda: replace_file(path, text)),
+        f"Changed: {short_path(one.file)}",
+    )

@@ -133,7 +133,10 @@ def test_the_system_manager_is_asked_for_its_own_folder(desk: Desk) -> None:
         "# /etc/systemd/system/qrexec-connect-unix@notes:work.socket.d/work.conf"
         in printed
     )
-    assert "$ systemctl enable qrexec-connect-unix@notes:work.socket" in printed
+    assert (
+        "$ systemctl enable --no-reload qrexec-connect-unix@notes:work.socket"
+        in printed
+    )
 
 
 IMPOSSIBLE = [
@@ -362,7 +365,7 @@ def test_a_dry_run_of_remove_changes_nothing(desk: Desk) -> None:
     before = desk.files()
     printed = desk.run("remove", "gitweb", "--dry-run")
     assert "gitweb.conf: removed" in printed
-    assert f"systemctl --user disable {desk.gitweb}" in printed
+    assert f"systemctl --user disable --no-reload {desk.gitweb}" in printed
     assert desk.files() == before
 
 
