@@ -35,7 +35,7 @@ _COMMANDS = {
         "list": "List every route, whoever wrote it.",
         "logs": "Show what became of connections.",
         "notify": "Show a notification when a connection is refused or waits.",
-        "policy": "Print the policy that dom0 needs.",
+        "policy": "Print the file of policy that dom0 needs.",
         "remove": "Remove a route, and leave the others alone.",
         "remove-rpc": "Take away the units of an RPC of your own.",
         "retarget": "Let a route reach another qube.",

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import click
 
-from ..errors import BadName
+from ..errors import ActivateError, BadName
 from ..routing.names import check_target
 from .options import complete_routes, system_option
 from .persistence import qubesdb
 from .select import select
 from .survey import Entry, survey
 
-__all__ = ["FILE", "command", "policy_line", "this_qube"]
+__all__ = [
+    "FILE",
+    "command",
+    "policy_file",
+    "policy_line",
+    "policy_lines",
+    "this_qube",
+]
 
 #: Where a person's own rules go: files are read in order, and 90-default.policy
 #: comes late enough.
@@ -72,20 +80,60 @@ def policy_lines(
     entries: Iterable[Entry], source: str, action: str, redirect: str | None
 ) -> list[str]:
     """The rules for routes, each once, in columns."""
-    rules = {
-        tuple(
-            policy_line(
-                entry.service,
-                entry.argument,
-                source,
-                entry.target,
-                action,
-                redirect,
-            )
-        ): None
-        for entry in entries
-        if entry.target
+    return _in_columns(_rules(entries, source, action, redirect))
+
+
+def policy_file(
+    entries: Sequence[Entry],
+    known: Iterable[Entry],
+    source: str,
+    action: str,
+    redirect: str | None,
+) -> list[str]:
+    """The lines of a whole file for these routes, of those that are known.
+
+    What they call is denied to every other target, by the last lines: a
+    misspelt qube, which dom0 takes for @default, is then not let through by a
+    file that is read later. Not so where a route that is not among these makes
+    the same call to another qube.
+    """
+    rules = _rules(entries, source, action, redirect)
+    listed = {(rule[0], rule[1], rule[3]) for rule in rules}
+    others = {
+        (rule[0], rule[1])
+        for rule in _rules(known, source, action, redirect)
+        if (rule[0], rule[1], rule[3]) not in listed
     }
+    denied = {
+        (service, argument, source, "@anyvm", "deny"): None
+        for service, argument, _ in sorted(listed)
+        if (service, argument) not in others
+    }
+    return _in_columns([*rules, *denied])
+
+
+def _rules(
+    entries: Iterable[Entry], source: str, action: str, redirect: str | None
+) -> list[tuple[str, ...]]:
+    return sorted(
+        {
+            tuple(
+                policy_line(
+                    entry.service,
+                    entry.argument,
+                    source,
+                    entry.target,
+                    action,
+                    redirect,
+                )
+            )
+            for entry in entries
+            if entry.target
+        }
+    )
+
+
+def _in_columns(rules: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [
         max((len(rule[column]) for rule in rules), default=0)
         for column in range(5)
@@ -100,8 +148,15 @@ def policy_lines(
                 *rule[5:],
             ]
         ).rstrip()
-        for rule in sorted(rules)
+        for rule in rules
     ]
+
+
+def _entries_of(*, user: bool) -> list[Entry]:
+    """The routes of the other systemd, where it answers."""
+    with contextlib.suppress(ActivateError):
+        return survey(user=user).entries
+    return []
 
 
 @click.command(
@@ -109,8 +164,9 @@ def policy_lines(
     epilog="""\b
 Example:
     $ qrexec-activate policy --allow
-    # dom0: /etc/qubes/policy.d/30-user.policy
-    qubes.ConnectTCP +1234 work gitweb allow
+    # dom0: all of /etc/qubes/policy.d/30-qrexec-activate-work.policy, …
+    qubes.ConnectTCP +1234 work gitweb  allow
+    qubes.ConnectTCP +1234 work @anyvm  deny
 """,
 )
 @click.argument(
@@ -134,19 +190,26 @@ def command(
     default_target: str | None,
     system: bool,
 ) -> None:
-    """Print the policy that dom0 needs for all routes, or for some, and where
-    to put it.
+    """Print a file of policy for all routes, the system's too, or for some, and
+    how to open it in dom0.
 
     Nothing is changed, here or in dom0: copy the lines by hand. A line with an
     explicit target does not serve calls to @default, nor the other way round,
-    so each line is as its route needs it.
+    so each line is as its route needs it. The last lines deny the same calls
+    to every other qube, unless a route that is not among these makes one.
     """
     if default_target is not None:
         check_target(default_target)
-    entries = select(survey(user=not system).entries, routes)
+    entries = survey(user=not system).entries
+    known = [*entries, *_entries_of(user=system)]
+    chosen = select(entries if system else known, routes)
     source = this_qube()
-    lines = policy_lines(
-        entries, source, "ask" if asks else "allow", default_target
+    lines = policy_file(
+        chosen,
+        known,
+        source,
+        "ask" if asks else "allow",
+        default_target,
     )
     if not lines:
         click.echo(
@@ -154,10 +217,18 @@ def command(
             err=True,
         )
         return
-    click.echo(f"# dom0: {FILE}")
-    text = os.linesep.join(lines)
+    name = f"30-qrexec-activate-{source}"
+    path = f"/etc/qubes/policy.d/{name}.policy"
+    click.echo(
+        f"# dom0: all of {path}, opened by"
+        if len(chosen) == len(known)
+        else f"# dom0: for {path}, above what is denied there; opened by"
+    )
+    click.echo(f"#     qubes-policy-editor {name}")
+    click.echo("# or, before qrexec 4.2.10, by any editor as root.")
     if source == THIS_QUBE:
         click.echo(f"# {THIS_QUBE} stands for the name of this qube.")
+    text = os.linesep.join(lines)
     if TARGET_QUBE in text:
         click.echo(
             f"# {TARGET_QUBE} stands for the qube that dom0 is to choose;"

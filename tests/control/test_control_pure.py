@@ -4,6 +4,7 @@ values out."""
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -24,7 +25,7 @@ from qrexec_activate.control.dropins import (
 )
 from qrexec_activate.control.kinds import unit_of
 from qrexec_activate.control.netproc import Listening, overlaps
-from qrexec_activate.control.policy import policy_line
+from qrexec_activate.control.policy import policy_file, policy_line
 from qrexec_activate.control.select import select
 from qrexec_activate.control.survey import Daemon, Entry, find_daemon, foresee
 from qrexec_activate.control.table import lay_out
@@ -287,6 +288,34 @@ ENTRY = Entry(
     "active",
     True,
 )
+
+
+def test_what_routes_call_is_denied_to_every_other_qube() -> None:
+    """Unless another route makes the same call to one."""
+    other = replace(ENTRY, target="vault")
+    elsewhere = replace(ENTRY, target="vault", argument="81")
+    refused = replace(ENTRY, target="", argument="82")
+    known = [ENTRY, other, elsewhere, refused]
+
+    def lines(*entries: Entry) -> list[str]:
+        return [
+            " ".join(line.split())
+            for line in policy_file(entries, known, "me", "allow", None)
+        ]
+
+    assert lines(elsewhere) == [
+        "my.Rpc +81 me vault allow",
+        "my.Rpc +81 me @anyvm deny",
+    ]
+    assert lines(ENTRY) == ["my.Rpc +80 me work allow"]
+    assert lines(*known) == [
+        "my.Rpc +80 me vault allow",
+        "my.Rpc +80 me work allow",
+        "my.Rpc +81 me vault allow",
+        "my.Rpc +80 me @anyvm deny",
+        "my.Rpc +81 me @anyvm deny",
+    ]
+    assert lines(refused) == []
 
 
 @pytest.mark.parametrize(

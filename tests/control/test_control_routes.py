@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from desk import Desk, free_port, listens
 
+from qrexec_activate.loopback import policy as loopback_policy
 from qrexec_activate.loopback.machine import Machine
 
 
@@ -563,6 +564,31 @@ def test_dom0_gets_a_line_for_each_route(desk: Desk) -> None:
         "policy-allow.txt",
         desk.run("policy", "--allow", "--default-target", "vault"),
     )
+    some = desk.run("policy", "gitweb", "--allow")
+    assert "above what is denied there" in some
+    assert "deny" not in some
+
+
+def test_what_dom0_is_given_denies_what_a_later_file_allows(desk: Desk) -> None:
+    desk.run("add", "tcp", str(desk.port), "gitweb")
+    desk.run("add", "unix", "notes", "@default")
+    printed = desk.run("policy", "--allow", "--default-target", "vault")
+    text = printed.replace("THIS-QUBE", "client")
+    rules = loopback_policy.parse(f"{text}* * @anyvm @anyvm allow\n")
+
+    def reaches(target: str, service: str, argument: str) -> str:
+        return loopback_policy.decide(
+            rules, service, argument, "client", target, lambda _name: True
+        ).resolved
+
+    tcp = ("qubes.ConnectTCP", str(desk.port))
+    notes = ("qubes.ConnectUnix", "notes")
+    assert reaches("gitweb", *tcp) == "gitweb"
+    assert reaches("vault", *tcp) == ""
+    assert reaches("@default", *tcp) == ""
+    assert reaches("@default", *notes) == "vault"
+    assert reaches("gitweb", *notes) == ""
+    assert reaches("gitweb", "my.Rpc", "x") == "gitweb"
 
 
 def test_without_routes_the_way_to_the_first_is_shown(desk: Desk) -> None:
