@@ -258,6 +258,7 @@ class Admission:
             ceiling = ceilings.get(target)
             if ceiling is not None and count > ceiling.at:
                 del ceilings[target]
+                self._may_have_room = True
 
     def failed(self, call: Hashable, now: float) -> bool:
         """It could not be set up; returns whether there is no room for it."""

@@ -70,11 +70,11 @@ def test_each_qube_has_its_first_place_whatever_the_others_do() -> None:
 def test_a_qube_that_does_not_answer_gets_fewer_places() -> None:
     door = Door()
     for _ in range(SLOW_PLACES):
-        door.begin("silent", 0)
-    door.begin("work", SLOW_AGE)
-    assert door.verdict("silent", SLOW_AGE - 0.01) is Verdict.YES
-    assert door.verdict("silent", SLOW_AGE) is Verdict.NO_PLACE
-    assert door.verdict("work", SLOW_AGE) is Verdict.YES
+        door.begin("silent", 64)
+    door.begin("work", 64 + SLOW_AGE)
+    assert door.verdict("silent", 64 + SLOW_AGE / 2) is Verdict.YES
+    assert door.verdict("silent", 65) is Verdict.NO_PLACE
+    assert door.verdict("work", 65) is Verdict.YES
 
 
 def test_alone_a_slow_qube_has_all_places() -> None:
@@ -86,14 +86,41 @@ def test_alone_a_slow_qube_has_all_places() -> None:
 
 def test_an_old_set_up_gives_its_place_back() -> None:
     door = Door(setups=1)
-    call = door.begin()
-    assert door.admission.next_look(0) == PLACE_AGE
-    assert door.admission.old(PLACE_AGE - 0.1) == []
-    assert door.admission.old(PLACE_AGE) == [call]
+    call = door.begin(now=64)
+    assert door.admission.next_look(64) == 64 + PLACE_AGE
+    assert door.admission.next_look(64 + PLACE_AGE) == math.inf
+    assert door.admission.old(64 + PLACE_AGE - 0.1) == []
+    assert door.admission.old(64 + PLACE_AGE) == [call]
     assert door.admission.gives_place_back(call)
     assert not door.admission.gives_place_back(call)
     assert door.verdict() is Verdict.YES
     assert door.admission.without_place == 1
+
+
+def test_a_place_is_given_back_once_whatever_becomes_of_its_call() -> None:
+    door = Door()
+    admission = door.admission
+    for ends in (
+        admission.established,
+        admission.closes,
+        lambda call: admission.failed(call, 0),
+        lambda call: admission.refused(call, 0),
+    ):
+        calls = [door.begin() for _ in range(2)]
+        for call in calls:
+            ends(call)
+            assert not admission.gives_place_back(call)
+    assert len(admission._places) == 0
+    assert not admission.next_look(0) < math.inf
+
+
+def test_nothing_is_limited_before_there_is_anything() -> None:
+    admission = Admission(1, 1, 1)
+    assert admission.verdict("work", 0, opened=False) is Verdict.YES
+    # Of others it is known where they are connected to: not to here.
+    admission = Admission(8, 3, 10)
+    admission.counted(3, 0)
+    assert admission.verdict("work", 0, opened=False) is Verdict.YES
 
 
 def test_a_full_qube_keeps_only_its_own_waiting() -> None:
@@ -257,6 +284,41 @@ def test_a_probe_that_succeeds_lifts_the_ceiling() -> None:
     assert door.verdict(now=FIRST_PROBE) is Verdict.YES
 
 
+def test_one_that_holds_no_place_may_show_that_there_is_room() -> None:
+    """Such as one of an earlier daemon."""
+    door = Door()
+    for number in (100, 101):
+        door.admission.opens(number, "work")
+    door.admission.established(100)
+    while not fail(door):
+        pass
+    door.admission.waits("listener", "work")
+    assert list(door.admission.turns(0)) == []
+    door.admission.established(101)
+    assert list(door.admission.turns(0)) == ["listener"]
+
+
+def test_as_many_as_there_were_do_not_show_that_there_is_more_room() -> None:
+    door = Door()
+    opened = [door.establish() for _ in range(2)]
+    while not fail(door):
+        pass
+    door.admission.closes(opened[0])
+    door.establish()
+    assert door.verdict() is Verdict.ALL_FULL
+
+
+def test_a_qube_to_which_nothing_is_open_any_more_is_not_full() -> None:
+    door = Door()
+    opened = [door.establish() for _ in range(MANY_OPEN)]
+    assert refuse(door, 0)
+    for call in opened:
+        door.admission.closes(call)
+    for _ in range(MANY_OPEN):
+        door.establish()
+    assert door.verdict() is Verdict.YES
+
+
 def test_a_ceiling_is_gone_with_the_last_open_call() -> None:
     door = Door()
     opened = door.establish()
@@ -291,9 +353,10 @@ def test_a_refusal_is_taken_for_full_only_so_long() -> None:
     door = Door()
     for _ in range(MANY_OPEN):
         door.establish()
-    assert refuse(door, 0)
-    assert not refuse(door, FULL_PATIENCE)
-    assert door.verdict("work", FULL_PATIENCE) is Verdict.YES
+    assert refuse(door, 64)
+    assert refuse(door, 64 + FULL_PATIENCE / 2)
+    assert not refuse(door, 64 + FULL_PATIENCE)
+    assert door.verdict("work", 64 + FULL_PATIENCE) is Verdict.YES
 
 
 def test_another_call_that_is_established_shows_that_it_was_not_full() -> None:
@@ -324,6 +387,33 @@ def test_who_waits_goes_in_turn_as_far_as_there_is_room() -> None:
     door.admission.closes(100)
     assert list(door.admission.turns(0)) == []
     assert not door.admission.is_wanted
+
+
+def test_whoever_begins_to_wait_is_asked_about_though_nothing_else_was() -> (
+    None
+):
+    door = Door()
+    assert list(door.admission.turns(0)) == []
+    door.admission.waits("listener", "work")
+    assert list(door.admission.turns(0)) == ["listener"]
+    # Once.
+    assert list(door.admission.turns(0)) == []
+    door.admission.waits_no_more("listener")
+
+
+def test_who_counts_already_takes_no_room_of_its_own() -> None:
+    door = Door(connections=1, total=1)
+    door.admission.opens(100, "work")
+    door.admission.waits(100, "work")
+    assert list(door.admission.turns(0)) == [100]
+
+
+def test_who_has_to_wait_keeps_nobody_behind_from_another_qube() -> None:
+    door = Door(connections=1)
+    door.establish("full")
+    for who, target in enumerate(("full", "full", "work"), start=100):
+        door.admission.waits(who, target)
+    assert list(door.admission.turns(0)) == [102]
 
 
 def test_who_has_gone_meanwhile_has_no_turn() -> None:
