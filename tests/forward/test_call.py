@@ -28,8 +28,19 @@ from qrexec_activate.forward.outcome import Ending
 EXITED = Ending.CLIENT_EXITED
 
 
-def begun(at: float = 0.0) -> Call:
-    call = Call(at, random=random.Random(1))
+class Extreme(random.Random):
+    """Chance at its least, or at its most."""
+
+    def __init__(self, most: bool) -> None:
+        super().__init__()
+        self._most = most
+
+    def uniform(self, a: float, b: float) -> float:
+        return b if self._most else a
+
+
+def begun(at: float = 0.0, most: bool = False) -> Call:
+    call = Call(at, random=Extreme(most))
     call.begins(at)
     return call
 
@@ -79,13 +90,14 @@ def test_what_was_established_is_never_tried_again() -> None:
         assert call.after_try(0.2, Ending.LOST, code, False) is None
 
 
-def test_a_failure_is_tried_again_so_often_after_growing_delays() -> None:
-    call = begun()
+@pytest.mark.parametrize(("most", "factor"), [(False, 0.5), (True, 1.5)])
+def test_a_failure_is_tried_again_so_often_after_growing_delays(
+    most: bool, factor: float
+) -> None:
+    call = begun(most=most)
     for number in range(RETRIES):
         again = call.after_try(0.1, EXITED, 1, False)
-        assert again is not None
-        middle = RETRY_DELAY * 2**number
-        assert 0.5 * middle <= again.delay <= 1.5 * middle
+        assert again == Again(RETRY_DELAY * 2**number * factor)
         call.begins(0.0)
     assert call.after_try(0.1, EXITED, 1, False) is None
 
@@ -156,9 +168,9 @@ def test_a_lost_call_is_made_again_at_once() -> None:
 
 
 def test_without_an_answer_it_waits_for_the_set_up_timeout() -> None:
-    call = begun()
-    assert call.due(299, 300, False) is None
-    assert call.due(300, 300, False) is Ending.TIMED_OUT
+    call = begun(64)
+    assert call.due(64 + 299, 300, False) is None
+    assert call.due(64 + 300, 300, False) is Ending.TIMED_OUT
 
 
 def test_a_call_that_dom0_has_answered_and_the_target_has_not_is_lost() -> None:
@@ -184,9 +196,9 @@ def test_each_further_try_is_given_twice_the_time() -> None:
 
 
 def test_a_call_that_was_overtaken_is_lost_once_it_is_old() -> None:
-    call = begun()
-    assert call.due(OVERTAKEN_AGE - 0.1, 300, True) is None
-    assert call.due(OVERTAKEN_AGE, 300, True) is Ending.LOST
+    call = begun(64)
+    assert call.due(64 + OVERTAKEN_AGE - 0.1, 300, True) is None
+    assert call.due(64 + OVERTAKEN_AGE, 300, True) is Ending.LOST
 
 
 def test_an_answer_at_the_last_moment_counts() -> None:

@@ -28,6 +28,8 @@ def ended(code: int | None, *, established: bool = True) -> Outcome:
         (1023, "1023 B"),
         (1024, "1.0 KiB"),
         (1536, "1.5 KiB"),
+        (1024**2 - 400, "1023.6 KiB"),
+        (1024**2 - 41, "1.0 MiB"),
         (1024**2 - 1, "1.0 MiB"),
         (64 * 1024**2, "64.0 MiB"),
         (5 * 1024**5, "5120.0 TiB"),
@@ -42,8 +44,10 @@ def test_bytes_are_written_for_people(count: int, words: str) -> None:
     [
         (0, "0.000 s"),
         (0.0123, "0.012 s"),
+        (9.7, "9.700 s"),
         (9.9999, "10.0 s"),
         (42, "42.0 s"),
+        (59.7, "59.7 s"),
         (59.96, "1 min 0 s"),
         (200, "3 min 20 s"),
         (3599.9, "1 h 0 min"),
@@ -61,6 +65,11 @@ def test_durations_are_written_for_people(seconds: float, words: str) -> None:
         (3, "ended with the service's exit code 3"),
         (126, "ended with the service's exit code 126"),
         (128, "ended with the service's exit code 128"),
+        (
+            129,
+            "ended with exit code 129: the service's own, or it was killed by"
+            " SIGHUP",
+        ),
         (
             137,
             "ended with exit code 137: the service's own, or it was killed by"
@@ -96,7 +105,7 @@ def test_a_call_that_was_set_up_never_blames_qrexec_for_the_exit_code(
         (126, "refused: by the policy in dom0"),
         (127, "no such service"),
         (255, "closed the call before"),
-        (42, "the service ended before the call was set up"),
+        (42, ": the service ended before the call was set up, lasted"),
     ],
 )
 def test_a_call_that_was_never_set_up_says_what_the_code_means(
@@ -146,6 +155,24 @@ def test_all_that_is_known_is_told() -> None:
     assert outcome.words() == (
         "ended, after 3 tries, set up in 0.025 s, lasted 1 min 15 s, 512 B to"
         " the qube, 2.0 KiB from it"
+    )
+    outcome = Outcome(Ending.TIMED_OUT, False, 300, tries=2)
+    assert (
+        outcome.words() == "no answer in time, after 2 tries, lasted 5 min 0 s"
+    )
+
+
+def test_without_an_exit_code_as_much_is_said_as_can_be_seen() -> None:
+    """That of an earlier daemon's child nobody knows."""
+    outcome = ended(None, established=False)
+    assert outcome.words() == (
+        "failed: qrexec-client-vm ended before the call was set up, lasted"
+        " 1.500 s"
+    )
+    outcome = ended(None)
+    outcome.cut = True
+    assert outcome.words() == (
+        "cut off: qrexec-client-vm was killed, lasted 1.500 s"
     )
 
 

@@ -60,6 +60,13 @@ def test_the_younger_a_set_up_the_more_often_it_is_looked_at() -> None:
     assert look(10 + PROMPT_AGE) == PROMPT_INTERVAL
 
 
+def test_who_is_no_longer_young_and_just_old_enough_is_seen_as_such() -> None:
+    scene = Scene()
+    number = scene.begin(0)
+    assert scene.setups.next_look(YOUNG) == LOOK_INTERVAL
+    assert list(scene.setups.look(ANSWER_LOOK)) == [(number, True)]
+
+
 def test_a_place_that_is_about_to_be_old_is_looked_at_in_time() -> None:
     scene = Scene()
     scene.begin(0)
@@ -118,13 +125,13 @@ def overtake(scene: Scene, target: str = "work", service: str = "s") -> None:
 
 def test_a_call_that_was_overtaken_on_its_route_is_lost() -> None:
     scene = Scene()
-    number = scene.begin(0)
+    number = scene.begin(0.5)
     overtake(scene, "other")
     overtake(scene, service="other")
-    assert scene.setups.due(number, OVERTAKEN_AGE) is None
+    assert scene.setups.due(number, 0.5 + OVERTAKEN_AGE) is None
     overtake(scene)
-    assert scene.setups.due(number, OVERTAKEN_AGE - 0.1) is None
-    assert scene.setups.due(number, OVERTAKEN_AGE) is Ending.LOST
+    assert scene.setups.due(number, 0.5 + OVERTAKEN_AGE - 0.1) is None
+    assert scene.setups.due(number, 0.5 + OVERTAKEN_AGE) is Ending.LOST
 
 
 def test_no_disposable_overtakes_another() -> None:
