@@ -159,26 +159,27 @@ class Admission:
     def next_look(self, now: float) -> float:
         """When something may change by itself: a place is old, a probe due, or
         others have made room."""
-        times = []
+        soonest = math.inf
         if self._places:
-            times.append(next(iter(self._places.values())) + PLACE_AGE)
+            old_at = next(iter(self._places.values())) + PLACE_AGE
+            if old_at > now:
+                soonest = old_at
         if self._waiting:
-            times.append(self._next_probe(now))
-        times = [time for time in times if time > now]
-        if self.waits_for_others:
-            # That may be due already.
-            times.append(max(self._counted_at + CENSUS_WAITING, now))
-        return min(times, default=math.inf)
+            soonest = min(soonest, self._next_probe(now))
+            if self.waits_for_others:
+                # That may be due already.
+                due = max(self._counted_at + CENSUS_WAITING, now)
+                soonest = min(soonest, due)
+        return soonest
 
     def _next_probe(self, after: float) -> float:
         """When a ceiling may be tried next."""
-        times = [
-            one.probe_at
-            for ceilings in (self._no_room, self._full)
-            for one in ceilings.values()
-            if one.probe_at > after
-        ]
-        return min(times, default=math.inf)
+        soonest = math.inf
+        for ceilings in (self._no_room, self._full):
+            for one in ceilings.values():
+                if after < one.probe_at < soonest:
+                    soonest = one.probe_at
+        return soonest
 
     # -------------------------------------------------------------- the others
 

@@ -302,8 +302,8 @@ class Shell:
         if number != self.look_id or self.world.shell is not self:
             return False
         now, setups = self.world.now, self.setups
+        self.world.looks += len(setups._calls)
         for conn, asks_dom0 in setups.look(now):
-            self.world.looks += 1
             if self.look_if_established(conn):
                 self.setup_ends(conn)
                 continue
@@ -317,7 +317,8 @@ class Shell:
         for one in self.admission.old(now):
             self.admission.gives_place_back(one)
         self.next_turns()
-        self.settle()
+        if self.woken or self.ready:
+            self.settle()
         self.plan_look()
         return True
 

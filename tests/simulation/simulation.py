@@ -119,8 +119,9 @@ class Simulation:
         self.now, _, do, what, timer = heappop(self._heap)
         if not do(what, timer):
             return False
-        if self.shell is not None:
-            self.shell.settle()
+        shell = self.shell
+        if shell is not None and (shell.woken or shell.ready):
+            shell.settle()
         self.events += 1
         self.check()
         if not self.events % ALL:
