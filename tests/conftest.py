@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import trio
+from hypothesis import settings
 from scenario import Scene, Stack, measured
 
 from qrexec_activate.loopback.machine import Machine
+
+#: For `make mutants`, which runs each test very often.
+settings.register_profile("few", max_examples=10)
 
 
 @pytest.fixture(scope="session")

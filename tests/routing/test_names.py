@@ -96,6 +96,11 @@ def test_an_escaped_argument_is_what_systemd_allows_in_a_unit_name(
         )
 
 
+def test_escapes_are_written_as_systemd_escape_writes_them() -> None:
+    assert escape_instance("a/b", "c+d") == r"a\x2fb:c\x2bd"
+    assert escape_target("@dispvm:web") == r"@dispvm\x3aweb"
+
+
 @given(REAL_TEXT)
 def test_an_escaped_target_is_what_systemd_allows_in_a_file_descriptor_name(
     text: str,
