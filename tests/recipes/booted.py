@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from recipe import EXAMPLES, PATIENCE, require, until
+from recipe import EXAMPLES, PATIENCE, ROOT, Qube, require, until
 
 CACHE = (
     Path(os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate"))
@@ -29,16 +30,46 @@ mount -t cgroup2 none /sys/fs/cgroup
 SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn --quiet -D {top}/root --machine={name} --register=no \
     --keep-unit --private-network --kill-signal=SIGRTMIN+3 --console=pipe --boot
 """
+#: What the package for service qubes and Qubes bring: the RPC services, and the
+#: user that they run as.
+SERVICE_QUBE = f"""
+mkdir -p {{top}}/root/etc/qubes-rpc {{top}}/root/etc/qubes/rpc-config {{top}}/root/var/lib/systemd/linger
+cp {ROOT}/rpc/qubes.* {{top}}/root/etc/qubes-rpc/
+cp {ROOT}/rpc/rpc-config/* {{top}}/root/etc/qubes/rpc-config/
+chroot {{top}}/root useradd --create-home --uid 1000 --shell /bin/sh user
+chroot {{top}}/root systemd-machine-id-setup
+touch {{top}}/root/var/lib/systemd/linger/user
+"""
+AS_USER = (
+    "runuser -u user -- env HOME=/home/user XDG_RUNTIME_DIR=/run/user/1000"
+    " DBUS_SESSION_BUS_ADDRESS=unix:path=/run/user/1000/bus"
+)
+#: What qrexec-agent does: it runs the service as the user of the qube, or the
+#: one that its rpc-config names. In the caller's own manager, as the loopback
+#: runs confined in the daemon there.
+CALL = """\
+#!/bin/sh
+export XDG_RUNTIME_DIR={run} DBUS_SESSION_BUS_ADDRESS=unix:path={run}/bus
+exec systemd-run --user --quiet --collect --wait --pipe --unit=qrexec-call-$$ \\
+    nsenter --target={leader} --all {as_user} /etc/qubes-rpc/{service} "$@"
+"""
 
 
 class Container:
     """The booted system of a recipe's qube, with the files that go to its /etc;
-    `more` is shell, with `{top}/root`."""
+    `more` is shell, with `{top}/root`. Its `system` is that of the recipe,
+    unless named."""
 
     def __init__(
-        self, recipe: str, qube: str, folder: Path, more: str = ""
+        self,
+        recipe: str,
+        qube: str,
+        folder: Path,
+        more: str = "",
+        *,
+        system: str = "",
     ) -> None:
-        cache = CACHE / recipe
+        cache = CACHE / (system or recipe)
         require(
             recipe,
             "systemd-nspawn",
@@ -125,6 +156,25 @@ class Container:
             f"{self.qube}# {command}: {result.stderr}"
         )
         return result.stdout
+
+    def answer_calls(self, qube: Qube) -> None:
+        """Let the RPC services of this system answer what other qubes call."""
+        qube.add_log("qrexec-call-.service")
+        for service in self.run("ls /etc/qubes-rpc").split():
+            config = self.run(
+                f"cat /etc/qubes/rpc-config/{service}", check=False
+            )
+            user = re.search(r"^force-user=(\S+)$", config, re.MULTILINE)
+            script = qube.rpc / service
+            script.write_text(
+                CALL.format(
+                    run=qube.machine.runtime,
+                    leader=self.leader,
+                    as_user=f"runuser -u {user[1]} --" if user else AS_USER,
+                    service=service,
+                )
+            )
+            script.chmod(0o755)
 
     def close(self) -> None:
         if self.leader and self.process.poll() is None:

@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -29,17 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 PATIENCE = 60.0
 PROMPT = re.compile(r" {4}([a-z][a-z0-9-]*)([$#]) (.*)")
+#: Prompt and command, such as `work$` and `ls`.
+Line = tuple[str, str]
 VENDOR_UNITS = Path("/usr/lib/systemd/user")
-
-#: What qrexec-agent does for a script with force-user, and the loopback does
-#: not: it runs in the qube's own manager, as the loopback itself runs confined
-#: in the daemon of the calling qube.
-AS_USER = """\
-#!/bin/sh
-export XDG_RUNTIME_DIR={run} DBUS_SESSION_BUS_ADDRESS=unix:path={run}/bus
-exec systemd-run --user --quiet --collect --wait --pipe --unit=qrexec-call-$$ --working-directory={home} \\
-    setpriv --reuid={user} --regid={user} --init-groups env HOME={home} {script} "$@"
-"""
 
 _taken: set[str] = set()
 
@@ -106,8 +99,8 @@ class Qube:
         self.host = free_host()
         self.environment = dict(machine.environment)
         self.etc = machine.directory / "etc"
-        #: What runs a command of root's, if anything can; and one of the
-        #: user's, where that is not this machine.
+        #: What runs a command of root's, without which a page must show none;
+        #: and one of the user's, where that is not this machine.
         self.as_root: Callable[[str], str] | None = None
         self.as_user: Callable[[str], str] | None = None
         self.rpc = self.etc / "qubes-rpc"
@@ -151,28 +144,6 @@ class Qube:
         script.write_text(self.local((ROOT / "rpc" / name).read_text()))
         script.chmod(0o755)
         shutil.copy(ROOT / "rpc" / "rpc-config" / name, self.rpc_config)
-
-    def force_users(self, folder: Path) -> None:
-        """Do for services with force-user in rpc-config what qrexec-agent does,
-        and the loopback does not.
-
-        They are copied to `folder`, which those users can read: a machine's own
-        is closed to them.
-        """
-        self.add_log("qrexec-call-.service")
-        for config in self.rpc_config.iterdir():
-            if user := re.search(
-                r"^force-user=(\S+)$", config.read_text(), re.MULTILINE
-            ):
-                script = Path(shutil.copy(self.rpc / config.name, folder))
-                (self.rpc / config.name).write_text(
-                    AS_USER.format(
-                        user=user[1],
-                        home=folder,
-                        script=script,
-                        run=self.machine.runtime,
-                    )
-                )
 
     def vendor_units(self, *names: str) -> None:
         """Units that a Debian package ships, which a private machine has not by
@@ -252,9 +223,13 @@ class Recipe:
     """A context manager: the machines of a recipe. Its qubes are the folders of
     the recipe, unless given.
 
+    `typed` holds, by the recipe, the lines of pages that were typed.
+
     `substitutes` are further things that one machine cannot give, such as a
     port that must be free.
     """
+
+    typed: ClassVar[dict[str, set[Line]]] = {}
 
     def __init__(
         self,
@@ -335,56 +310,83 @@ class Recipe:
             if (self.folder / qube.name / part).is_dir():
                 qube.copy(self.folder / qube.name / part, target)
 
-    def commands(self, section: str = "") -> list[tuple[str, str]]:
-        """The qubes and commands that a section of the README shows; without a
-        name, what stands before all of them."""
-        sections = re.split(
-            r"^## (.+)\n",
-            (self.folder / "README.md").read_text(),
-            flags=re.MULTILINE,
-        )
-        texts = dict(zip(["", *sections[1::2]], sections[::2], strict=True))
-        assert section in texts, (
+    def commands(self, section: str = "") -> list[Line]:
+        """What a section of the README shows; without a name, what stands
+        before all of them."""
+        found = sections(self.folder.name)
+        assert section in found, (
             f"{self.folder.name}: its README has no section {section!r}"
         )
-        text = texts[section]
-        found = [
-            match.groups()
-            for line in text.replace("\\\n", "").splitlines()
-            if (match := PROMPT.fullmatch(line))
-        ]
-        return [
-            (f"{qube}{prompt}", " ".join(command.split()))
-            for qube, prompt, command in found
-        ]
+        return found[section]
 
     def follow(
         self, section: str = "", timeout: float = PATIENCE
     ) -> dict[str, str]:
         """Type what the README says, in its order; what each command
         printed."""
-        said: dict[str, str] = {}
-        for prompt, command in self.commands(section):
-            qube = self.qubes[prompt[:-1]]
-            try:
-                if prompt.endswith("$"):
-                    said[command] = (
-                        qube.as_user(command)
-                        if qube.as_user
-                        else qube.run(command, timeout=timeout)
-                    )
-                elif qube.as_root:
-                    said[command] = qube.as_root(command)
-            except MachineError as error:
-                logs = "".join(
-                    f"\n-- log of {name}:\n{other.log[-2000:]}"
-                    for name, other in self.qubes.items()
-                )
-                raise MachineError(f"{error}{logs}") from None
+        said = {
+            line[1]: self.type(line, timeout=timeout)
+            for line in self.commands(section)
+        }
         assert said, (
             f"{self.folder.name}: its README shows no commands in {section!r}"
         )
         return said
+
+    def type(self, line: Line, timeout: float = PATIENCE) -> str:
+        """Type one line of the page into its qube; what it printed."""
+        prompt, command = line
+        qube = self.qubes[prompt[:-1]]
+        self.typed.setdefault(self.folder.name, set()).add(line)
+        try:
+            if prompt.endswith("$"):
+                return (
+                    qube.as_user(command)
+                    if qube.as_user
+                    else qube.run(command, timeout=timeout)
+                )
+            assert qube.as_root, f"nothing runs what root types: {line}"
+            return qube.as_root(command)
+        except MachineError as error:
+            logs = "".join(
+                f"\n-- log of {name}:\n{other.log[-2000:]}"
+                for name, other in self.qubes.items()
+            )
+            raise MachineError(f"{error}{logs}") from None
+
+
+def sections(recipe: str) -> dict[str, list[Line]]:
+    """The commands of a page by its sections; what stands before all of them
+    has no name.
+
+    All that a page shows is a command: of a user, or of root, in a qube that it
+    names.
+    """
+    page = (EXAMPLES / recipe / "README.md").read_text()
+    parts = re.split(r"^## (.+)\n", page, flags=re.MULTILINE)
+    found = {}
+    for name, text in zip(["", *parts[1::2]], parts[::2], strict=True):
+        found[name] = []
+        for shown in text.replace("\\\n", "").splitlines():
+            if shown.startswith("    "):
+                match = PROMPT.fullmatch(shown)
+                assert match, f"{recipe}: no qube's command: {shown}"
+                qube, prompt, command = match.groups()
+                found[name].append(
+                    (f"{qube}{prompt}", " ".join(command.split()))
+                )
+    return found
+
+
+def never_typed(recipe: str) -> list[Line]:
+    """What a page shows, and no test has typed so far."""
+    typed = Recipe.typed.get(recipe, set())
+    return [
+        line
+        for lines in sections(recipe).values()
+        for line in lines
+        if line not in typed
+    ]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from recipe import EXAMPLES, ROOT
+from recipe import EXAMPLES, ROOT, sections
 
 from qrexec_activate.loopback import policy
 
@@ -20,6 +20,7 @@ def test_a_recipe_is_complete(name: str) -> None:
     text = (folder / "README.md").read_text()
     assert text.startswith("# ")
     assert policy.parse((folder / "policy").read_text())
+    assert any(sections(name).values())
     for place in folder.iterdir():
         if place.is_dir():
             assert f"`{place.name}/" in text, (
@@ -34,13 +35,45 @@ def test_a_recipe_is_complete(name: str) -> None:
     )
 
 
-def test_the_setup_knows_every_recipe() -> None:
-    known = re.findall(
-        r"^    \[([a-z-]+)\]=",
-        (ROOT / "tools" / "recipes-setup").read_text(),
-        re.MULTILINE,
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_page_names_the_packages_of_its_programs(name: str) -> None:
+    """Those that its units start, and that Debian does not have by itself."""
+    folder = EXAMPLES / name
+    programs = {
+        program
+        for path in folder.rglob("*.service")
+        for program in re.findall(
+            r"^Exec\w+=[-+:@!]*(/\S+)", path.read_text(), re.MULTILINE
+        )
+    }
+    found = subprocess.run(
+        ["dpkg-query", "--search", *sorted(programs)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert sorted(set(known)) == RECIPES
+    packages = {line.partition(":")[0] for line in found.stdout.splitlines()}
+    shown = subprocess.run(
+        ["dpkg-query", "-W", "-f=${Priority} ${Package}\n", *sorted(packages)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    text = (folder / "README.md").read_text()
+    for line in shown.stdout.splitlines() if packages else ():
+        priority, package = line.split()
+        assert priority in (
+            "required",
+            "important",
+            "standard",
+        ) or re.search(rf"\b{package}\b", text), f"{name} needs {package}"
+
+
+def test_the_setup_knows_every_recipe() -> None:
+    text = (ROOT / "tools" / "recipes-setup").read_text()
+    packages = text.partition("packages=(\n")[2].partition("\n)\n")[0]
+    known = re.findall(r"^    \[([a-z-]+)\]=", packages, re.MULTILINE)
+    assert sorted(known) == RECIPES
     unknown = subprocess.run(
         [ROOT / "tools" / "recipes-setup", "nothing"],
         capture_output=True,

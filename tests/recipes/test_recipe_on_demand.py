@@ -9,39 +9,26 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from booted import Container
+from booted import AS_USER, SERVICE_QUBE, Container
 from recipe import ROOT, Recipe, until
 
-#: The packages in short, and the user of a qube.
-INSTALL = f"""
+#: The packages in short.
+INSTALL = f"""{SERVICE_QUBE}
 cp -r {ROOT}/qrexec_activate {{top}}/root/usr/lib/python3/dist-packages/
 printf '#!/bin/sh\\nexec python3 -m qrexec_activate "$@"\\n' >{{top}}/root/usr/bin/qrexec-activate
 chmod 755 {{top}}/root/usr/bin/qrexec-activate
-mkdir -p {{top}}/root/etc/qubes-rpc {{top}}/root/var/lib/systemd/linger
-cp {ROOT}/rpc/qubes.ConnectUnix {{top}}/root/etc/qubes-rpc/
-chroot {{top}}/root useradd --create-home --uid 1000 --shell /bin/sh user
-chroot {{top}}/root systemd-machine-id-setup
-touch {{top}}/root/var/lib/systemd/linger/user
 """
-#: What qrexec-agent does: it runs the service as the user of the qube. In
-#: work's own manager, as the loopback runs confined in the daemon there.
-CALL = """\
-#!/bin/sh
-export XDG_RUNTIME_DIR={run} DBUS_SESSION_BUS_ADDRESS=unix:path={run}/bus
-exec systemd-run --user --quiet --collect --wait --pipe --unit=qrexec-call-$$ \\
-    nsenter --target={leader} --all {as_user} /etc/qubes-rpc/qubes.ConnectUnix "$1"
-"""
-AS_USER = (
-    "runuser -u user -- env HOME=/home/user XDG_RUNTIME_DIR=/run/user/1000 "
-    "DBUS_SESSION_BUS_ADDRESS=unix:path=/run/user/1000/bus"
-)
 APP = "guestbook"
 
 
 @pytest.fixture(scope="module")
 def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
     container = Container(
-        "on-demand", "apps", tmp_path_factory.mktemp("apps"), INSTALL
+        "on-demand",
+        "apps",
+        tmp_path_factory.mktemp("apps"),
+        INSTALL,
+        system="services",
     )
     try:
         container.wait()
@@ -62,13 +49,7 @@ def recipe(apps: Container) -> Iterator[Recipe]:
         qube = recipe["apps"]
         qube.as_root = apps.run
         qube.as_user = lambda command: as_user(apps, command)
-        script = qube.rpc / "qubes.ConnectUnix"
-        script.write_text(
-            CALL.format(
-                run=qube.machine.runtime, leader=apps.leader, as_user=AS_USER
-            )
-        )
-        qube.add_log("qrexec-call-.service")
+        apps.answer_calls(qube)
         yield recipe
 
 
@@ -306,8 +287,8 @@ def test_taking_it_away(apps: Container, recipe: Recipe) -> None:
 
 
 def test_many(apps: Container, recipe: Recipe) -> None:
-    (_, publish), (_, unpublish) = recipe.commands("Try many")
-    as_user(apps, publish)
+    publish, unpublish = recipe.commands("Try many")
+    recipe.type(publish)
     assert [one["state"] for one in published(apps).values()] == ["idle"] * 50
-    as_user(apps, unpublish)
+    recipe.type(unpublish)
     assert published(apps) == {}

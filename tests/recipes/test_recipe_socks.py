@@ -1,5 +1,4 @@
-"""SOCKS: in a real Tor network, streams of one qube share a circuit, and those
-of two qubes never do."""
+"""SOCKS: in a real Tor network, streams of two qubes never share a circuit."""
 
 from __future__ import annotations
 
@@ -72,17 +71,26 @@ def test_one_circuit_per_qube(tmp_path: Path) -> None:
         anon = recipe["anon"]
         torrc = (anon.etc / "tor" / "torrc").read_text()
         assert f"SocksPort {anon.host}:9050 IsolateClientAddr" in torrc
-        network.start(
-            "anon",
-            torrc
-            + network.common("anon")
-            + f"ControlPort unix:{tmp_path}/anon/control\n",
-        )
-        wait_ready(network, "anon")
-        said = recipe.follow("Reach it")
-        assert [
-            text for command, text in said.items() if command.startswith("curl")
-        ] == ["by Tor"]
+
+        def systemctl(command: str) -> str:
+            """The anon qube's system manager, as far as the page needs it."""
+            assert command == "systemctl restart tor"
+            assert Path("/usr/lib/systemd/system/tor.service").exists()
+            network.start(
+                "anon",
+                torrc
+                + network.common("anon")
+                + f"ControlPort unix:{tmp_path}/anon/control\n",
+            )
+            wait_ready(network, "anon")
+            return ""
+
+        anon.as_root = systemctl
+        recipe.follow("")
+        *opening, work, home = recipe.commands("Reach it")
+        for line in opening:
+            recipe.type(line)
+        assert [recipe.type(line) for line in (work, home)] == ["by Tor"] * 2
 
         with contextlib.ExitStack() as streams:
             for name in ("work", "home", "work", "home"):
@@ -93,6 +101,8 @@ def test_one_circuit_per_qube(tmp_path: Path) -> None:
             for line in status.splitlines()
             if f" {server}:{PORT}" in line
         ]
+        # Tor may take another circuit at any time, but never one that a stream
+        # from another address was on.
         circuits = [
             circuit
             for _, state, circuit, _ in sorted(
@@ -101,4 +111,4 @@ def test_one_circuit_per_qube(tmp_path: Path) -> None:
             if state == "SUCCEEDED"
         ]
         assert len(circuits) == 4
-        assert circuits[0] == circuits[2] != circuits[1] == circuits[3]
+        assert not set(circuits[::2]) & set(circuits[1::2])
