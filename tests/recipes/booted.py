@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,8 @@ cp -r {files}/. {top}/root/etc/
 {more}
 umount -R /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
-SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn --quiet -D {top}/root --machine={name} --register=no \
-    --keep-unit --private-network --kill-signal=SIGRTMIN+3 --console=pipe --boot
+SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 SYSTEMD_SECCOMP=0 exec systemd-nspawn --quiet -D {top}/root --machine={name} --register=no \
+    --keep-unit --private-network --kill-signal=SIGRTMIN+3 --console=pipe {binds} --boot
 """
 #: What the package for service qubes and Qubes bring: the RPC services, and the
 #: user that they run as.
@@ -68,6 +69,7 @@ class Container:
         more: str = "",
         *,
         system: str = "",
+        binds: Iterable[str] = (),
     ) -> None:
         cache = CACHE / (system or recipe)
         require(
@@ -87,6 +89,7 @@ class Container:
             files=files,
             name=f"qa-{os.getpid()}",
             more=more,
+            binds=" ".join(f"--bind={path}" for path in binds),
         )
         self.log = folder.with_suffix(".log").open("wb")
         self.process = subprocess.Popen(
