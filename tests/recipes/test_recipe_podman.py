@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -26,7 +28,8 @@ CACHE = (
 )
 NEEDS_ROOT = "the root file system of its containers belongs to root"
 KINDS = ["tcp4", "tcp6", "unix", "abstract", "vsock"]
-MEBIBYTES = 256
+MEBIBYTES = 64
+ROUNDS = 4
 #: Podman in a machine that may itself be a container: cgroups of its own, and
 #: no limit above those it has.
 PODMAN = """\
@@ -99,7 +102,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
                 # qubes share one Podman.
                 path.write_text(text.replace("--name=", f"--name={port}-"))
             qube.environment["PORT"] = str(port)
+            qube.as_root = functools.partial(make_system, qube.name)
         give_qrexec(recipe)
+        recipe.follow("")
         recipe.follow("The service")
         recipe.follow("The forwarder")
         yield recipe
@@ -111,37 +116,50 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
             )
 
 
+def make_system(qube: str, command: str) -> str:
+    """What root types is what tools/recipes-setup did, which takes a minute;
+    the service needs less of it."""
+    setup = (ROOT / "tools" / "recipes-setup").read_text()
+    (packages,) = re.findall(r'\[podman\]="(python3-[^"]*)"', setup)
+    wanted = {"work": packages.split(), "echo": ["python3"]}[qube]
+    (release,) = re.findall(r"\[podman\]=(bookworm) ", setup)
+    assert command == (
+        f"debootstrap --variant=minbase --include={','.join(wanted)}"
+        f" {release} /srv/containers/qrexec"
+    )
+    return ""
+
+
 def give_qrexec(recipe: Recipe) -> None:
-    """In the place of qrexec-client-vm and the forwarder's package the
-    container gets the loopback and this source."""
+    """In the place of qrexec-client-vm the container gets the loopback, and in
+    that of the forwarder's package this source, where the package has it."""
     work = recipe["work"]
-    client = work.machine.directory / "qrexec-client-vm-for-python3"
+    top = work.machine.directory
+    client = top / "qrexec-client-vm-for-python3"
     write_client(str(client), str(work.machine.loopback), "/usr/bin/python3")
-    folders = [work.machine.directory, recipe["echo"].machine.directory]
-    volumes = [
-        f"--volume={client}:/usr/bin/qrexec-client-vm:ro",
-        f"--volume={ROOT}:{ROOT}:ro",
-    ]
-    volumes += [f"--volume={folder}:{folder}" for folder in folders] + [
-        f"--env=PYTHONPATH={ROOT}"
-    ]
+    script = top / "qrexec-activate"
+    script.write_text(
+        "#!/usr/bin/python3 -s\nimport sys\nfrom qrexec_activate.__main__ import"
+        " main\nsys.exit(main())\n"
+    )
+    script.chmod(0o755)
+    # The loopback's own: its qubes, and this source.
+    folders = [top, recipe["echo"].machine.directory, ROOT]
     unit = work.machine.unit_dir / "connect-echo.service"
-    written = [
-        word
-        for word in unit.read_text().split()
-        if word.startswith("--volume=")
-    ]
-    assert len(written) == 3
-    text = (
-        unit.read_text()
-        .replace(written[0], " ".join(volumes))
-        .replace(f"{written[1]} {written[2]}", "")
-    )
-    unit.write_text(
-        text.replace(
-            "/usr/bin/qrexec-activate", "/usr/bin/python3 -m qrexec_activate"
-        )
-    )
+    text = unit.read_text()
+    for written, here in {
+        "--volume=/usr/bin/qrexec-client-vm:": f"--volume={client}:",
+        "--volume=/run/qubes:/run/qubes --volume=/dev/xen:/dev/xen": " ".join(
+            f"--volume={folder}:{folder}" for folder in folders
+        ),
+        "--volume=/usr/bin/qrexec-activate:": f"--volume={script}:",
+        "--volume=/usr/lib/python3/dist-packages/qrexec_activate:": (
+            f"--volume={ROOT}/qrexec_activate:"
+        ),
+    }.items():
+        assert text.count(written) == 1, written
+        text = text.replace(written, here)
+    unit.write_text(text)
 
 
 def connect(recipe: Recipe, qube: str, kind: str) -> socket.socket:
@@ -194,12 +212,33 @@ def test_every_kind_of_socket(recipe: Recipe, qube: str, kind: str) -> None:
     )
 
 
-def test_containers_have_no_network(recipe: Recipe) -> None:
+def test_containers_have_no_network_and_write_nothing(recipe: Recipe) -> None:
     exchange(connect(recipe, "work", "unix"), b"start")
-    for program in (b"/echo/echo.py", b"qrexec_activate\0serve"):
+    for program in (b"/echo/echo.py", b"/usr/bin/qrexec-activate\0serve"):
         found = inside_containers(program)
         assert found
         assert all(interfaces(pid) == {"lo"} for pid in found)
+        assert all("ro" in root_options(pid) for pid in found)
+
+
+def test_nothing_is_between(recipe: Recipe) -> None:
+    """The service in the container accepts from the very socket that systemd
+    opened: its bytes go through nothing that those of a program outside do not
+    go through."""
+    exchange(connect(recipe, "echo", "unix"), b"start")
+    path = recipe["echo"].machine.runtime / "qubes.ConnectUnix" / "echo"
+    (inode,) = {
+        words[6]
+        for line in Path("/proc/net/unix").read_text().splitlines()
+        if (words := line.split())[3] == "00010000" and words[7:] == [str(path)]
+    }
+    (pid,) = inside_containers(b"/echo/echo.py")
+    held = {
+        os.readlink(link)
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+        if link.is_symlink()
+    }
+    assert f"socket:[{inode}]" in held
 
 
 def inside_containers(program: bytes) -> list[int]:
@@ -218,6 +257,15 @@ def inside_containers(program: bytes) -> list[int]:
 def interfaces(pid: int) -> set[str]:
     lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
     return {line.split(":")[0].strip() for line in lines}
+
+
+def root_options(pid: int) -> list[str]:
+    (options,) = (
+        fields[5].split(",")
+        for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+        if (fields := line.split())[4] == "/"
+    )
+    return options
 
 
 def throughput(connect: Callable[[], socket.socket]) -> float:
@@ -246,7 +294,8 @@ def test_throughput_with_and_without_the_container(
     recipe: Recipe, record_property: Callable[[str, object], None]
 ) -> None:
     """The same bytes through the container, and through the same program
-    outside: both are reported, not judged."""
+    outside: both are reported, not judged, each the best of some that take
+    turns, after one of each that does not count."""
     path = recipe["echo"].machine.directory / "outside"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -257,11 +306,17 @@ def test_throughput_with_and_without_the_container(
             ["/bin/sh", "-c", start], stdin=listener
         ) as outside:
             try:
+                ways: dict[str, Callable[[], socket.socket]] = {
+                    "inside": lambda: connect(recipe, "echo", "unix"),
+                    "outside": lambda: connected(str(path)),
+                }
+                rounds = [
+                    {name: throughput(way) for name, way in ways.items()}
+                    for _ in range(ROUNDS)
+                ]
                 results = {
-                    "inside": throughput(
-                        lambda: connect(recipe, "echo", "unix")
-                    ),
-                    "outside": throughput(lambda: connected(str(path))),
+                    name: max(found[name] for found in rounds[1:])
+                    for name in ways
                 }
             finally:
                 outside.kill()
