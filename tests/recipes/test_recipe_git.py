@@ -12,6 +12,8 @@ import pytest
 from recipe import Qube, Recipe, require
 
 MEBIBYTES = 100
+#: Seconds for what moves them, on a busy machine.
+LONG = 240
 AUTHOR = ["-c", "user.name=Me", "-c", "user.email=me@work"]
 QUICKLY = [
     "-c",
@@ -61,10 +63,12 @@ def exchange(work: Qube, clone: str, source: Path) -> None:
     """Push 100 MiB, clone them, and push back what the first then fetches."""
     quickly = " ".join(QUICKLY)
     url = work.run(f"git -C {clone} remote get-url origin").strip()
-    work.run(f"git -C {source} push -q {url} main")
+    work.run(f"git {quickly} -C {source} push -q {url} main", timeout=LONG)
     # git itself looks whether every object is what its name, a hash of all that
     # is in it, says.
-    work.run(f"git clone -q --no-checkout -b main {url} {clone}-again")
+    work.run(
+        f"git clone -q --no-checkout -b main {url} {clone}-again", timeout=LONG
+    )
     pushed = work.run(f"git -C {source} rev-parse HEAD")
     assert work.run(f"git -C {clone}-again rev-parse HEAD") == pushed
     assert "size-pack: 100.0" in work.run(
@@ -72,9 +76,10 @@ def exchange(work: Qube, clone: str, source: Path) -> None:
     )
     work.run(
         f"cd {clone}-again && git {quickly} commit -q --allow-empty -m 'And"
-        f" more' && git push -q origin main"
+        f" more' && git push -q origin main",
+        timeout=LONG,
     )
-    work.run(f"git -C {clone} fetch -q origin")
+    work.run(f"git -C {clone} fetch -q origin", timeout=LONG)
     new = work.run(f"git -C {clone}-again rev-parse HEAD")
     assert work.run(f"git -C {clone} rev-parse origin/main") == new != pushed
 
@@ -86,7 +91,7 @@ WAYS = {
 }
 
 
-@pytest.mark.limit(300)
+@pytest.mark.limit(600)
 @pytest.mark.parametrize("section", WAYS)
 def test_push_clone_and_fetch(
     recipe: Recipe, source: Path, section: str
