@@ -335,7 +335,7 @@ class _Loaded:
         One that opened a listener was no mere override: if it is the only such
         file, and systemd has a listener that nothing else accounts for, then it
         did. That it reset the list, to open the same addresses again, is ruled
-        out by what it holds now.
+        out by what it holds now: only addresses that are its own.
         """
         return (
             len(self.declared.untrusted) == 1
@@ -343,8 +343,15 @@ class _Loaded:
                 key is not None and key in self.opened for key in self.owners
             )
             and bool(self.strays)
-            and all(only_adds(file) for file in doubts)
+            and all(self._opens_its_own(file) for file in doubts)
         )
+
+    def _opens_its_own(self, file: SourceFile) -> bool:
+        """Whether a file, as it is now, leaves the addresses of others to
+        them."""
+        now = declared_listeners([SourceFile(file.path, file.now)])
+        keys = [self._key(listener) for listener in now.listeners]
+        return only_adds(file) and not any(key in self.owners for key in keys)
 
     def _target(self, name: FdName, *, inherited: bool) -> str:
         """Expand and decode a FileDescriptorName, and check that it is a

@@ -1118,6 +1118,31 @@ def known(socket_unit: SocketUnit, meant: Sequence[Meant]) -> dict[str, Claim]:
         ],
     )
 )
+@example(
+    (
+        unit(
+            drop_in("0", "ListenStream=[::1]:80", "FileDescriptorName=vault"),
+            changed(
+                drop_in("1"), "ListenStream=[::1]:80", "FileDescriptorName=work"
+            ),
+            listen=["127.0.0.1:1234", "[::1]:80"],
+            fd_name="work",
+        ),
+        [
+            Loaded(Meant(False, (), ()), Meant(False, (), ()), "same"),
+            Loaded(
+                Meant(False, ("[::1]:80",), ("vault",)),
+                Meant(False, ("[::1]:80",), ("vault",)),
+                "same",
+            ),
+            Loaded(
+                Meant(True, ("127.0.0.1:1234", "[::1]:80"), ("work",)),
+                Meant(False, ("[::1]:80",), ("work",)),
+                "changed",
+            ),
+        ],
+    )
+)
 def test_knowing_less_never_gives_more(
     generated: tuple[SocketUnit, list[Loaded]],
 ) -> None:
