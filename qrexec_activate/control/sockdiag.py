@@ -14,7 +14,13 @@ import struct
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
-__all__ = ["TcpEnd", "end_key", "listening_unix", "tcp_ends"]
+__all__ = [
+    "TcpEnd",
+    "connected_unix",
+    "end_key",
+    "listening_unix",
+    "tcp_ends",
+]
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -33,7 +39,7 @@ _UNIX_DIAG_REQUEST = struct.Struct("=BBxxIIIII")
 _UNIX_DIAG_MESSAGE = struct.Struct("=BBBxI8x")
 _UNIX_DIAG_NAME, _UDIAG_SHOW_NAME = 0, 1
 _ANY_COOKIE = 0xFFFFFFFF
-_LISTEN = 10
+_ESTABLISHED, _LISTEN = 1, 10
 _ATTRIBUTE = struct.Struct("=HH")
 _INET_DIAG_INFO = 2
 #: tcpi_bytes_received, tcpi_bytes_sent and tcpi_bytes_retrans in struct
@@ -94,10 +100,20 @@ def tcp_ends(
 def listening_unix() -> list[tuple[bytes, int]] | None:
     """Return name and inode of every unix socket that listens, as the kernel
     has it: an abstract name begins with a NUL. None if nobody tells."""
+    return _unix_sockets(_LISTEN)
+
+
+def connected_unix() -> list[tuple[bytes, int]] | None:
+    """The same of those that have another end: on the server's side they bear
+    the name of what they connected to."""
+    return _unix_sockets(_ESTABLISHED)
+
+
+def _unix_sockets(state: int) -> list[tuple[bytes, int]] | None:
     request = _UNIX_DIAG_REQUEST.pack(
         socket.AF_UNIX,
         0,
-        1 << _LISTEN,
+        1 << state,
         0,
         _UDIAG_SHOW_NAME,
         _ANY_COOKIE,

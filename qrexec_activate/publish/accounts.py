@@ -146,7 +146,10 @@ def database_steps(user: str) -> list[Step]:
             undo=(*_AS_POSTGRES, "dropuser", quiet, "--if-exists", user),
         ),
         command(
-            *(*_AS_POSTGRES, "createdb", quiet, f"--owner={user}", user),
+            # Not of template1, which nobody can copy while anybody is connected
+            # to it.
+            *(*_AS_POSTGRES, "createdb", quiet, "--template=template0"),
+            *(f"--owner={user}", user),
             undo=(
                 *_AS_POSTGRES,
                 "dropdb",

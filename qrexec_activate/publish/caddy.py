@@ -2,30 +2,46 @@
 taken out by its admin API.
 
 A route has the name of the service's socket unit as its @id, by which it is
-found again. Caddy keeps what it was told by its API over a restart if it is run
-with --resume.
+found again. What the API answers is not trusted: any program of the qube can
+listen there while Caddy does not run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import os
 import re
 import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 from ..errors import ActivateError, UsageProblem
+from ..printable import printable
 
-__all__ = ["add_route", "check_domain", "has_route", "remove_route"]
+__all__ = [
+    "NotAllowed",
+    "add_route",
+    "check_domain",
+    "known_routes",
+    "remove_route",
+]
 
 #: Where the admin API is, unless CADDY_ADMIN says otherwise, as for Caddy
 #: itself.
 ADMIN = "localhost:2019"
+#: For a question and its answer in all, and how long that may be: a thousand
+#: routes are some 300 KiB.
 TIMEOUT = 10.0
+LONGEST_ANSWER = 8 << 20
+#: A connection without a request is closed soon, as it keeps a program from
+#: being idle. Caddy's own choice is two minutes.
+KEEP_ALIVE = "1s"
 _DOMAIN = re.compile(
     r"(?!-)[a-z0-9-]+(?<!-)(\.(?!-)[a-z0-9-]+(?<!-))*", re.ASCII | re.IGNORECASE
 )
@@ -40,83 +56,179 @@ def check_domain(domain: str) -> None:
         )
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=TIMEOUT)
-        self._path = path
+class _Received:
+    """Bytes that were received, as http.client reads them from a socket."""
 
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(TIMEOUT)
-        self.sock.connect(self._path)
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def makefile(self, _mode: str) -> io.BytesIO:
+        return io.BytesIO(self._data)
+
+
+def _connect(address: str) -> socket.socket:
+    if address.startswith("unix/"):
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(TIMEOUT)
+            sock.connect(address.removeprefix("unix/"))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), TIMEOUT)
+
+
+def _exchange(address: str, request: bytes) -> bytes:
+    """Send a request and return all that is answered until the end."""
+    deadline = time.monotonic() + TIMEOUT
+    answer = bytearray()
+    with contextlib.closing(_connect(address)) as sock:
+        sock.sendall(request)
+        while data := sock.recv(65536):
+            answer += data
+            if len(answer) > LONGEST_ANSWER:
+                raise ValueError("its answer has no end")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("its answer takes too long")
+            sock.settimeout(left)
+    return bytes(answer)
 
 
 def _ask(method: str, path: str, body: object = None) -> tuple[int, Any]:
     """Ask the admin API; returns the status and what it says. ActivateError if
     it does not answer."""
     address = os.environ.get("CADDY_ADMIN") or ADMIN
-    if address.startswith("unix/"):
-        connection: http.client.HTTPConnection = _UnixConnection(
-            address.removeprefix("unix/")
-        )
-    else:
-        connection = http.client.HTTPConnection(address, timeout=TIMEOUT)
+    text = b"" if body is None else json.dumps(body).encode()
+    host = "localhost" if address.startswith("unix/") else address
+    request = (
+        f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+    ).encode() + text
     try:
-        with contextlib.closing(connection):
-            text = None if body is None else json.dumps(body)
-            connection.request(
-                method, path, text, {"Content-Type": "application/json"}
-            )
-            answer = connection.getresponse()
-            said = answer.read()
-            return answer.status, json.loads(said) if said.strip() else None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ActivateError(
-            f"Caddy's admin API at {address} does not answer: {error}; start"
-            f" Caddy, or set CADDY_ADMIN to its address"
-        ) from None
+        received = _Received(_exchange(address, request))
+        answer = http.client.HTTPResponse(
+            cast("socket.socket", received), method=method
+        )
+        answer.begin()
+        said = answer.read()
+        return answer.status, json.loads(said) if said.strip() else None
+    except PermissionError as error:
+        raise NotAllowed(_silent(address, error)) from None
+    except (
+        OSError,
+        http.client.HTTPException,
+        ValueError,
+        RecursionError,
+    ) as error:
+        raise ActivateError(_silent(address, error)) from None
+
+
+class NotAllowed(ActivateError):
+    """Whoever asks may not ask Caddy anything."""
+
+
+def _silent(address: str, error: Exception) -> str:
+    return (
+        f"Caddy's admin API at {address} does not answer:"
+        f" {printable(str(error))}; start Caddy, or set CADDY_ADMIN to its"
+        f" address"
+    )
+
+
+def _servers() -> dict[str, list[dict[str, Any]]]:
+    """The routes of each of Caddy's servers."""
+    status, said = _ask("GET", "/config/apps/http/servers")
+    match said:
+        case None:
+            return {}
+        case dict() if status == http.client.OK and all(
+            isinstance(server, dict) for server in said.values()
+        ):
+            return {
+                name: [
+                    route
+                    for route in _list(server.get("routes"))
+                    if isinstance(route, dict)
+                ]
+                for name, server in said.items()
+            }
+    raise ActivateError(
+        f"Caddy's admin API makes no sense: {printable(str(said)[:200])}"
+    )
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _hosts(route: dict[str, Any]) -> Iterator[str]:
+    for matcher in _list(route.get("match")):
+        if isinstance(matcher, dict):
+            for host in _list(matcher.get("host")):
+                yield str(host).lower()
 
 
 def add_route(unit: str, domain: str, path: Path) -> None:
-    """Let Caddy offer a unix socket by a name of its own; raises
-    ActivateError."""
-    _, servers = _ask("GET", "/config/apps/http/servers")
+    """Let Caddy offer a unix socket by a name of its own, if it does not yet;
+    raises ActivateError, also where the name is another's."""
+    servers = _servers()
     if not servers:
         raise ActivateError(
             "Caddy serves nothing yet: give it a server first, for example"
             " `:80` in its Caddyfile"
         )
-    route = {
+    for route in (one for routes in servers.values() for one in routes):
+        if route.get("@id") == unit:
+            return
+        if domain.lower() in _hosts(route):
+            raise ActivateError(
+                f"Caddy offers something else as {domain} already: choose"
+                f" another name"
+            )
+    new = {
         "@id": unit,
         "match": [{"host": [domain]}],
         "handle": [
             {
                 "handler": "reverse_proxy",
                 "upstreams": [{"dial": f"unix/{path}"}],
+                "transport": {
+                    "protocol": "http",
+                    "keep_alive": {"idle_timeout": KEEP_ALIVE},
+                },
             }
         ],
         "terminal": True,
     }
-    place = f"/config/apps/http/servers/{sorted(servers)[0]}/routes"
-    status, routes = _ask("GET", place)
-    if status == http.client.OK and routes:
+    first = sorted(servers)[0]
+    place = f"/config/apps/http/servers/{quote(first, safe='')}/routes"
+    if servers[first]:
         # Before all others, as one of these may take every host.
-        status, said = _ask("PUT", f"{place}/0", route)
+        status, said = _ask("PUT", f"{place}/0", new)
     else:
-        status, said = _ask("POST", place, [route])
+        status, said = _ask("POST", place, [new])
     if status != http.client.OK:
         raise ActivateError(
-            f"Caddy does not take the route to {domain}: {said}"
+            f"Caddy does not take the route to {domain}:"
+            f" {printable(str(said)[:200])}"
         )
 
 
-def has_route(unit: str) -> bool:
-    """Whether Caddy has the route of a service; raises ActivateError if it does
-    not answer."""
-    return _ask("GET", f"/id/{quote(unit)}")[0] == http.client.OK
+def known_routes() -> set[str]:
+    """The units of the services that Caddy has routes to, and other ids;
+    raises ActivateError if it does not answer, NotAllowed if it must not be
+    asked."""
+    return {
+        str(route.get("@id"))
+        for routes in _servers().values()
+        for route in routes
+    }
 
 
 def remove_route(unit: str) -> None:
     """Take a route out; one that is not there is no error. Raises ActivateError
     if Caddy does not answer."""
-    _ask("DELETE", f"/id/{quote(unit)}")
+    _ask("DELETE", f"/id/{quote(unit, safe='')}")

@@ -38,7 +38,7 @@ from ..routing.names import parse_unit_name
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
-from .caddy import has_route
+from .caddy import known_routes
 from .services import Service, creation, domain_step
 from .steps import Step, audit, do_all, file_step, link_step, show
 from .steps import command as command_step
@@ -99,6 +99,11 @@ Examples:
     "--database",
     is_flag=True,
     help="With --user: make a PostgreSQL role and database of the user's name.",
+)
+@click.option(
+    "--network",
+    is_flag=True,
+    help="With --exec: it has this qube's network; without, it has none.",
 )
 @click.option(
     "--domain",
@@ -166,8 +171,8 @@ def command(
         or any(value not in (None, False) for value in options.values())
     ):
         raise UsageProblem(
-            "--port, --idle, --user, --database, --domain and --count are for"
-            " --exec"
+            "--port, --idle, --user, --database, --network, --domain and"
+            " --count are for --exec"
         )
     if (unit is None) == (path is None):
         raise UsageProblem(
@@ -198,15 +203,17 @@ def command(
 
 def _put_back_domain(name: str, domain: str, *, dry_run: bool) -> None:
     """Give Caddy a service's name once more: it forgets it when it is started
-    again without --resume."""
-    service = Service.read(name, for_system=False) or Service.read(
-        name, for_system=True
+    or reloaded."""
+    root = os.geteuid() == 0
+    service = Service.read(name, for_system=root) or Service.read(
+        name, for_system=not root
     )
     if service is None or service.domain != domain:
         raise UsageProblem(
             f"--domain {domain}: {name} was not published with that and --exec"
         )
-    steps = [] if has_route(service.socket_unit) else [domain_step(service)]
+    known = service.socket_unit in known_routes()
+    steps = [] if known else [domain_step(service)]
     if dry_run:
         show(step.text for step in steps)
         return
@@ -229,6 +236,7 @@ def _services(
     idle: str | None,
     user: str | None,
     database: bool,
+    network: bool,
     domain: str | None,
 ) -> list[Service]:
     """One service, or as many as are wanted, each with a name, address, user
@@ -252,6 +260,7 @@ def _services(
                 path=_filled(path, words),
                 user=f"{user}{one}" if user else "",
                 database=database,
+                network=network,
                 domain=f"{number}.{domain}"
                 if domain and count
                 else domain or "",
@@ -261,6 +270,11 @@ def _services(
         raise UsageProblem(
             "with --count, --unix must hold {name} or {number}: each program"
             " listens for itself"
+        )
+    if count and port is not None and "{port}" not in program:
+        raise UsageProblem(
+            "with --count and --port, --exec must hold {port}: each program"
+            " listens on a port of its own"
         )
     return services
 

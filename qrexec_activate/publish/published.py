@@ -3,9 +3,11 @@ whether it is alive."""
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +21,19 @@ from ..control.publications import (
     published,
     where_installed,
 )
+from ..control.sockdiag import connected_unix
 from ..control.table import BAD, GOOD, print_json, print_rows, short_path
 from ..errors import ActivateError
-from ..systemd.manager import Manager
+from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
-from .caddy import has_route
-from .services import Service, is_service, state_and_memory, units_of
+from .caddy import NotAllowed, known_routes
+from .services import (
+    Service,
+    is_service,
+    pause_problem,
+    state_and_memory,
+    units_of,
+)
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -35,6 +44,10 @@ __all__ = ["command", "complete_names"]
 TRY_TIMEOUT = 70.0
 #: Within this time a program that cannot run has ended.
 SETTLING = 1.0
+#: So many are tried at once: each may start a program, which is ended again.
+TRIED_AT_ONCE = 8
+#: How long a program may take to see that a trial is over.
+END_TIMEOUT = 5.0
 HEADER = ("name", "state", "socket", "made by")
 
 
@@ -80,7 +93,8 @@ Example:
 @click.pass_context
 def command(ctx: click.Context, walk: bool, as_json: bool) -> None:
     """In a service qube, list the names that other qubes can call by
-    qubes.ConnectUnix, and whether they are alive.
+    qubes.ConnectUnix, and whether they are alive. What --check has started, and
+    nobody else uses, it ends again.
 
     Of programs that were published with --exec it says whether they run, and
     how much memory they use.
@@ -150,20 +164,32 @@ class Seen:
 
 def _look(manager: Manager, *, walk: bool) -> Iterator[Seen]:
     found = published(manager)
-    problems = [_walk(one, manager) if walk else one.problem for one in found]
-    services = [one.unit for one in found if is_service(one.unit)]
-    states = dict(
-        zip(services, state_and_memory(manager, services), strict=True)
+    services = {
+        one.unit: Service.read(one.name, for_system=one.for_system)
+        for one in found
+        if is_service(one.unit)
+    }
+    pauses = dict(
+        zip(services, pause_problem(manager, list(services)), strict=True)
     )
+    if walk:
+        with ThreadPoolExecutor(TRIED_AT_ONCE) as pool:
+            problems = list(pool.map(_try, found))
+    else:
+        problems = [one.problem for one in found]
+    states = dict(
+        zip(services, state_and_memory(manager, list(services)), strict=True)
+    )
+    lost = _lost_domains([one for one in services.values() if one])
     for one, problem in zip(found, problems, strict=True):
         if one.unit not in states:
             yield Seen(one, problem)
             continue
         yield Seen(
             one,
-            problem,
+            pauses[one.unit] or problem or lost.get(one.name, ""),
             *states[one.unit],
-            Service.read(one.name, for_system=one.for_system),
+            services[one.unit],
         )
 
 
@@ -188,32 +214,70 @@ def _print(seen: list[Seen]) -> None:
             click.echo(f"{one.publication.name}: {one.problem}")
 
 
-def _walk(one: Publication, manager: Manager) -> str:
-    """Go the way that a call goes; returns what is wrong."""
+def _try(one: Publication) -> str:
+    """Go the way that a call goes, and leave all as it was; returns what is
+    wrong."""
     if one.problem:
         return one.problem
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(TRY_TIMEOUT)
-        try:
-            client.connect(one.socket)
-        except OSError as error:
-            return f"cannot connect to {one.socket}: {error.strerror or error}"
+    if not is_service(one.unit):
+        client, problem = _connect(one)
+        if client is not None:
+            client.close()
+        return problem
+    with open_manager(user=not one.for_system) as manager:
+        slept = _state(manager, one.unit) == "idle"
+        client, problem = _connect(one)
+        if client is None:
+            return problem
+        with client:
+            problem = _walk_on(one, manager)
+        if slept:
+            _end(one, manager)
+    return problem
+
+
+def _connect(one: Publication) -> tuple[socket.socket | None, str]:
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(TRY_TIMEOUT)
+    try:
+        client.connect(one.socket)
+    except OSError as error:
+        client.close()
         return (
-            (_walk_on(one, manager) or _domain_problem(one))
-            if is_service(one.unit)
-            else ""
+            None,
+            f"cannot connect to {one.socket}: {error.strerror or error}",
         )
+    return client, ""
+
+
+def _state(manager: Manager, unit: str) -> str:
+    return next(state_and_memory(manager, [unit]))[0]
+
+
+def _end(one: Publication, manager: Manager) -> None:
+    """End a program that slept before, unless somebody uses it by now. Who
+    waits for it waits in systemd's socket, and starts it again."""
+    deadline = time.monotonic() + END_TIMEOUT
+    path = os.fsencode(one.socket)
+    while True:
+        connected = connected_unix()
+        if connected is not None and not any(
+            name.partition(b"\0")[0] == path for name, _ in connected
+        ):
+            break
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
+    systemctl = Systemctl(user=manager.user)
+    if manager.user or os.geteuid() == 0:
+        systemctl.run("stop", *units_of(one.unit)[:1], check=False)
 
 
 def _walk_on(one: Publication, manager: Manager) -> str:
     """systemd has taken the connection; whether there is a program for it, and
     stays, shows in a moment."""
-
-    def state() -> str:
-        return next(state_and_memory(manager, [one.unit]))[0]
-
     deadline = time.monotonic() + TRY_TIMEOUT
-    while (now := state()) in (
+    while (now := _state(manager, one.unit)) in (
         "idle",
         "starting",
         "stopping",
@@ -222,7 +286,7 @@ def _walk_on(one: Publication, manager: Manager) -> str:
     settled = time.monotonic() + SETTLING
     while now == "running" and time.monotonic() < settled:
         time.sleep(0.05)
-        now = state()
+        now = _state(manager, one.unit)
     if now == "running":
         return ""
     units = units_of(one.unit)[:2]
@@ -232,16 +296,20 @@ def _walk_on(one: Publication, manager: Manager) -> str:
     )
 
 
-def _domain_problem(one: Publication) -> str:
-    service = Service.read(one.name, for_system=one.for_system)
-    if service is None or not service.domain:
-        return ""
+def _lost_domains(services: list[Service]) -> dict[str, str]:
+    """What is wrong with the names in Caddy, by service."""
+    if not (named := [one for one in services if one.domain]):
+        return {}
     try:
-        if has_route(one.unit):
-            return ""
+        known = known_routes()
+    except NotAllowed:
+        # Not everyone who lists names may also change them.
+        return {}
     except ActivateError as error:
-        return str(error)
-    return (
-        f"Caddy has lost {service.domain}: qrexec-activate publish {one.name}"
-        f" --domain {service.domain}"
-    )
+        return {one.name: str(error) for one in named}
+    return {
+        one.name: f"Caddy has lost {one.domain}: qrexec-activate publish"
+        f" {one.name} --domain {one.domain}"
+        for one in named
+        if one.socket_unit not in known
+    }

@@ -26,6 +26,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,15 @@ from .accounts import (
     home,
     user_steps,
 )
+from .room import (
+    BY_ITSELF,
+    BY_USERS,
+    POSTGRESQL,
+    confinement,
+    ensure_private_network,
+    is_hidden,
+    private_network,
+)
 from .steps import Step, file_step
 
 __all__ = [
@@ -56,6 +66,7 @@ __all__ = [
     "creation",
     "domain_step",
     "is_service",
+    "pause_problem",
     "removal",
     "state_and_memory",
     "units_of",
@@ -63,13 +74,19 @@ __all__ = [
 
 PREFIX = "qrexec-publish-"
 PROGRAM_PREFIX = "qrexec-program-"
+AGAIN_PREFIX = "qrexec-again-"
+DOMAIN_PREFIX = "qrexec-domain-"
 PROXY = (
     "/usr/lib/systemd/systemd-socket-proxyd",
     "/lib/systemd/systemd-socket-proxyd",
 )
+NSENTER = "/usr/bin/nsenter"
+#: What a unix socket's address holds, without the zero at its end.
+LONGEST_ADDRESS = 107
 #: As whom qrexec runs services in a qube, unless dom0 says otherwise.
 DEFAULT_USER = "user"
 CADDY_GROUP = "caddy"
+CADDY = "caddy.service"
 #: What systemd ignores, in which a socket unit says what else was made for its
 #: service.
 NOTES = "X-Publish"
@@ -83,37 +100,24 @@ UNKNOWN_MEMORY = 2**64 - 1
 _PLAIN = re.compile(r"[A-Za-z0-9_./:=@+,-]+", re.ASCII)
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.@+=-]+)+", re.ASCII)
 
-#: A program may come and go each second; one that only fails is given up.
-LIMITS = "StartLimitIntervalSec=10s\nStartLimitBurst=20\n"
-#: What any user may take from a program, and what no program needs that serves
-#: a socket.
-CONFINED = """\
-NoNewPrivileges=yes
-RestrictSUIDSGID=yes
-RestrictRealtime=yes
-LockPersonality=yes
-SystemCallArchitectures=native
-"""
-#: What only the system's systemd can take. A program writes into its home, and
-#: sees no other home and no other process.
-SHUT_IN = """\
-CapabilityBoundingSet=
-PrivateDevices=yes
-PrivateTmp=yes
-ProcSubset=pid
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHome=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectProc=invisible
-ProtectSystem=strict
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
-RestrictNamespaces=yes
-SystemCallFilter=@system-service
-UMask=0077
+#: A program may come and go with each connection; one that does nothing else
+#: is left alone for a while: its socket is closed, and a timer opens it again.
+MAX_STARTS = 200
+STARTS_INTERVAL = 10
+PAUSE = 10
+#: What systemd says of a socket that it has closed for that.
+LIMIT_HIT = ("trigger-limit-hit", "service-start-limit-hit")
+LIMITS = (
+    f"StartLimitIntervalSec={STARTS_INTERVAL}s\nStartLimitBurst={MAX_STARTS}\n"
+)
+#: The proxy has six descriptors for each connection.
+PROXY_CONNECTIONS = 2048
+PROXY_FILES = 16384
+#: A program that its proxy has to find, as it is in a namespace that no other
+#: unit can join. systemd makes one dollar of two.
+TELL_PID = """\
+RuntimeDirectory={folder}
+ExecStartPost=/bin/sh -c 'echo "PROGRAM=$$MAINPID" >"$$RUNTIME_DIRECTORY/main"'
 """
 
 
@@ -133,6 +137,8 @@ class Service:
     user: str = ""
     database: bool = False
     domain: str = ""
+    #: Whether it has the qube's network.
+    network: bool = False
 
     @property
     def for_system(self) -> bool:
@@ -160,10 +166,16 @@ class Service:
     @classmethod
     def read(cls, name: str, *, for_system: bool) -> Service | None:
         """What is there under this name, as far as removing it needs to know;
-        None if nothing is, or ActivateError."""
-        where = own_folder(user=not for_system) / cls(name).socket_unit
-        text = read_file(str(where)).text
-        if text is None:
+        None if nothing is, or ActivateError.
+
+        Each of its unit files says it, as one may have been deleted by hand.
+        """
+        where = own_folder(user=not for_system)
+        unit = cls(name).socket_unit
+        for file in (where / one for one in (unit, *units_of(unit))):
+            if (text := read_file(str(file)).text) is not None:
+                break
+        else:
             return None
         notes = {
             one.key: one.value
@@ -173,7 +185,7 @@ class Service:
         user = notes.get("User", "") if for_system else ""
         if for_system and not user:
             raise ActivateError(
-                f"{where} does not say, by User= in [{NOTES}], which Linux"
+                f"{file} does not say, by User= in [{NOTES}], which Linux"
                 f" user was made for it"
             )
         return cls(
@@ -201,59 +213,127 @@ class Service:
             if os.path.lexists(self.folder / unit)
         ]
 
+    def drop_ins(self) -> list[Path]:
+        """What a person has added to its units, which would hold for the next
+        of that name."""
+        units = (self.socket_unit, *units_of(self.socket_unit))
+        return [
+            file
+            for unit in units
+            for file in sorted((self.folder / f"{unit}.d").glob("*.conf"))
+        ]
+
     # The unit files
 
     def units(self) -> dict[str, str]:
         """Return all its unit files, by name."""
-        main, program, inner = units_of(self.socket_unit)
-        texts = {self.socket_unit: self._socket()}
+        notes = self._notes()
+        return {
+            unit: f"{text.rstrip()}\n{notes}"
+            for unit, text in self._units().items()
+        }
+
+    def _units(self) -> dict[str, str]:
+        main, program, inner, again, domain = units_of(self.socket_unit)
         about = f"[Unit]\nDescription={self.name}, started by other qubes\n"
-        run = f"[Service]\nType=exec\nExecStart={command_line(self.command)}\n"
+        # Who restarts the socket restarts what holds it, which systemd would
+        # not do by itself: it would close the socket for good.
+        bound = f"Requires={self.socket_unit}\nAfter={self.socket_unit}\n"
+        texts = {self.socket_unit: self._socket(), again: self._again()}
+        if self.domain:
+            texts[domain] = self._domain()
         if not self.idle:
-            texts[main] = f"{about}{LIMITS}\n{run}{self._confinement()}"
+            texts[main] = f"{about}{bound}{LIMITS}\n{self._program()}"
             return texts
-        if (
-            listens_at := f"127.0.0.1:{self.port}"
-            if self.port is not None
-            else self.path
-        ):
-            needs, more = program, ""
-            kind = "TCP" if self.port is not None else "UNIX-CONNECT"
-            look = f"{kind}:{listens_at}"
-            tries = int(START_TIMEOUT / LOOK_INTERVAL)
-            times = f"retry={tries},interval={LOOK_INTERVAL}"
-            wait = (
-                "# The first connection is passed on at once, so the program"
-                " has to listen by then.\n"
-                f"ExecStartPre={shutil.which('socat')} -u OPEN:/dev/null"
-                f" {look},{times}\n"
-                f"TimeoutStartSec={START_TIMEOUT}s\n"
-            )
-        else:
-            listens_at, needs = (
-                f"%t/{PROGRAM_PREFIX.rstrip('-')}/{self.name}",
-                f"{inner} {program}",
-            )
-            more, wait = f"Requires={inner}\nAfter={inner}\n", ""
+        own_socket = self.port is None and not self.path
+        more = f"Requires={inner}\nAfter={inner}\n" if own_socket else ""
+        if own_socket:
             texts[inner] = (
                 f"[Unit]\nDescription={self.name}, behind its"
-                f" proxy\n\n[Socket]\nListenStream={listens_at}\n"
+                f" proxy\n\n[Socket]\nListenStream={self._inner}\n"
                 "# What is left there by a proxy that has ended is not to"
                 " start the program again.\nFlushPending=yes\n"
                 f"{self._access(self.user)}"
             )
+        joins = self.port is not None and self._network() == BY_ITSELF
         texts[program] = (
-            f"{about}StopWhenUnneeded=yes\n{more}{LIMITS}\n{run}{self._confinement()}"
+            f"{about}StopWhenUnneeded=yes\n{more}{LIMITS}\n{self._program()}"
         )
         texts[main] = (
             f"[Unit]\nDescription=The way to {self.name}, until it is idle\n"
-            f"BindsTo={program}\nAfter={needs}\n{LIMITS}\n"
-            f"[Service]\n{wait}ExecStart={_proxy()}"
-            f" --exit-idle-time={self.idle} {listens_at}\n{self._confinement()}"
+            f"{bound}BindsTo={program}\nAfter={program}\n{more}"
+            + (f"JoinsNamespaceOf={program}\n" if joins else "")
+            + f"{LIMITS}\n{self._proxy()}"
         )
         return texts
 
-    def _socket(self) -> str:
+    @property
+    def _inner(self) -> str:
+        """The socket between a proxy and a program that takes its socket."""
+        return f"%t/{PROGRAM_PREFIX.rstrip('-')}/{self.name}"
+
+    def _network(self) -> str:
+        return private_network(user=not self.for_system)
+
+    def _program(self) -> str:
+        shut_in = confinement(
+            self.user,
+            "" if self.network else self._network(),
+            sees=(POSTGRESQL,) if self.database else (),
+        )
+        folder = units_of(self.socket_unit)[1].removesuffix(".service")
+        return (
+            f"[Service]\nType=exec\nExecStart={command_line(self.command)}\n"
+            + (TELL_PID.format(folder=folder) if self._is_apart else "")
+            + shut_in
+        )
+
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the program listens in a network that no unit can join, as
+        its manager had to make a user namespace for it."""
+        return self.port is not None and self._network() == BY_USERS
+
+    def _proxy(self) -> str:
+        """Whatever the program has, its proxy needs no network but that of a
+        program that listens on a port."""
+        enter, network, wait = "", self._network(), ""
+        if self._is_apart:
+            # Whose user namespace it is may enter it, and thus its network; it
+            # fails where it is none of its own.
+            folder = units_of(self.socket_unit)[1].removesuffix(".service")
+            enter = (
+                f"{NSENTER} --preserve-credentials --user --net"
+                f" --target=${{PROGRAM}} "
+            )
+            network, wait = "", f"EnvironmentFile=%t/{folder}/main\n"
+        if listens_at := (
+            f"127.0.0.1:{self.port}" if self.port is not None else self.path
+        ):
+            kind = "TCP" if self.port is not None else "UNIX-CONNECT"
+            tries = int(START_TIMEOUT / LOOK_INTERVAL)
+            wait += (
+                "# The first connection is passed on at once, so the program"
+                " has to listen by then.\n"
+                f"ExecStartPre={enter}{shutil.which('socat')} -u OPEN:/dev/null"
+                f" {kind}:{listens_at},retry={tries},interval={LOOK_INTERVAL}\n"
+                f"TimeoutStartSec={START_TIMEOUT}s\n"
+            )
+        else:
+            listens_at = self._inner
+        return (
+            f"[Service]\n{wait}ExecStart={enter}{_proxy()}"
+            f" --exit-idle-time={self.idle}"
+            f" --connections-max={PROXY_CONNECTIONS} {listens_at}\n"
+            f"LimitNOFILE={PROXY_FILES}\n"
+            + confinement(
+                self.user,
+                network,
+                sees=(self._inner,) if listens_at == self._inner else (),
+            )
+        )
+
+    def _notes(self) -> str:
         notes = {
             "User": self.user,
             "Database": self.user if self.database else "",
@@ -262,13 +342,46 @@ class Service:
         noted = "".join(
             f"{key}={value}\n" for key, value in notes.items() if value
         )
+        return f"\n[{NOTES}]\n{noted}" if noted else ""
+
+    def _socket(self) -> str:
         group = _group() if self.for_system and self.domain else ""
+        again = units_of(self.socket_unit)[3]
         return (
-            f"[Unit]\nDescription={self.name} for other qubes, by {RPC}\n\n"
+            f"[Unit]\nDescription={self.name} for other qubes, by {RPC}\n"
+            f"OnFailure={again}\n\n"
             f"[Socket]\nListenStream={FOLDER}/{self.name}\n"
+            f"TriggerLimitIntervalSec={STARTS_INTERVAL}s\n"
+            f"TriggerLimitBurst={MAX_STARTS}\n"
             f"{self._access(self.user and caller(), group)}\n"
             "[Install]\nWantedBy=sockets.target\n"
-            + (f"\n[{NOTES}]\n{noted}" if noted else "")
+        )
+
+    def _again(self) -> str:
+        return (
+            f"[Unit]\nDescription=Opens {self.name} again, whose program ended"
+            f" {MAX_STARTS} times within {STARTS_INTERVAL} s\n\n[Timer]\n"
+            f"OnActiveSec={PAUSE}s\nAccuracySec=1s\nRemainAfterElapse=no\n"
+            f"Unit={self.socket_unit}\n"
+        )
+
+    def _domain(self) -> str:
+        """What gives Caddy the name once more after each start and reload."""
+        words = shlex.join(["publish", self.name, "--domain", self.domain])
+        admin = os.environ.get("CADDY_ADMIN", "")
+        return (
+            f"[Unit]\nDescription={self.domain} in Caddy, which forgets it when"
+            f" it is started or reloaded\nAfter={CADDY} {self.socket_unit}\n"
+            f"PartOf={CADDY}\nReloadPropagatedFrom={CADDY}\n\n"
+            f"[Service]\nType=oneshot\nRemainAfterExit=yes\n"
+            + (
+                f"Environment={_word(f'CADDY_ADMIN={admin}')}\n"
+                if admin
+                else ""
+            )
+            + f"ExecStart={_ourselves()} {words}\n"
+            f"ExecReload={_ourselves()} {words}\n\n"
+            f"[Install]\nWantedBy={CADDY}\n"
         )
 
     def _access(self, user: str, group: str = "") -> str:
@@ -283,15 +396,6 @@ class Service:
         )
         return f"{who}DirectoryMode=0755\nRemoveOnStop=yes\n"
 
-    def _confinement(self) -> str:
-        if not self.user:
-            return CONFINED
-        place = home(self.user)
-        return (
-            f"User={self.user}\nWorkingDirectory={place}\n"
-            f"ReadWritePaths={place}\n{CONFINED}{SHUT_IN}"
-        )
-
 
 def is_service(unit: str) -> bool:
     """Whether a socket unit is that of a service that was published with a
@@ -299,14 +403,17 @@ def is_service(unit: str) -> bool:
     return unit.startswith(PREFIX) and unit.endswith(".socket")
 
 
-def units_of(socket_unit: str) -> tuple[str, str, str]:
-    """What a service's socket unit starts: the unit beside it, the program's
-    own, and its socket; not all have all."""
+def units_of(socket_unit: str) -> tuple[str, str, str, str, str]:
+    """What belongs to a service's socket unit: the unit beside it, the
+    program's own, and its socket; what opens it again, and what keeps its name
+    in Caddy. Not all have all."""
     stem = socket_unit.removeprefix(PREFIX).removesuffix(".socket")
     return (
         f"{PREFIX}{stem}.service",
         f"{PROGRAM_PREFIX}{stem}.service",
         f"{PROGRAM_PREFIX}{stem}.socket",
+        f"{AGAIN_PREFIX}{stem}.timer",
+        f"{DOMAIN_PREFIX}{stem}.service",
     )
 
 
@@ -334,6 +441,17 @@ def _group() -> str:
         if any(entry.gr_name == CADDY_GROUP for entry in grp.getgrall())
         else ""
     )
+
+
+def _ourselves() -> str:
+    """How systemd starts this command."""
+    program = os.path.abspath(sys.argv[0])
+    words = (
+        [program]
+        if os.path.basename(program) == "qrexec-activate"
+        else [sys.executable, "-m", __package__.partition(".")[0]]
+    )
+    return " ".join(_word(word) for word in words)
 
 
 def _proxy() -> str:
@@ -385,9 +503,16 @@ def check(service: Service) -> None:
     for unit in units_of(service.socket_unit):
         parse_unit_name(unit)
     command_line(service.command)
+    _check_lengths(service)
     if service.port is not None and not 0 < service.port < 65536:
         raise UsageProblem(
             f"--port {service.port}: a port is a number from 1 to 65535"
+        )
+    if service.port is not None and service.network:
+        raise UsageProblem(
+            "--port with --network: any user of this qube could reach the"
+            " port, and take it, and what is sent there, while the program"
+            " sleeps; let it take systemd's socket, or listen on --unix PATH"
         )
     if service.path and not _PLAIN_PATH.fullmatch(service.path):
         raise UsageProblem(
@@ -413,9 +538,11 @@ def check(service: Service) -> None:
             )
     if service.domain:
         caddy.check_domain(service.domain)
+        _check_domain(service)
     if service.user:
         check_user(service.user)
         caller()
+        _check_visible(service.command)
         if service.path and not Path(service.path).is_relative_to(
             home(service.user)
         ):
@@ -430,6 +557,59 @@ def check(service: Service) -> None:
             f"{service.name} is published already, by {there[0]}:"
             f" qrexec-activate unpublish it first"
         )
+    if there := service.drop_ins():
+        raise UsageProblem(
+            f"{there[0]} would change what {service.name} does: it is of one"
+            f" that was published before; remove it first"
+        )
+
+
+def _check_lengths(service: Service) -> None:
+    """Addresses and names of units end somewhere, and systemd says so only when
+    it is too late."""
+    if len(os.fsencode(service.address)) > LONGEST_ADDRESS:
+        raise UsageProblem(
+            f"{service.name} is too long: {service.address} has to be of at"
+            f" most {LONGEST_ADDRESS} bytes"
+        )
+    if len(os.fsencode(service.path)) > LONGEST_ADDRESS:
+        raise UsageProblem(
+            f"--unix {service.path} is too long: at most {LONGEST_ADDRESS}"
+            f" bytes"
+        )
+
+
+def _check_domain(service: Service) -> None:
+    """Raise UsageProblem for a name that another service has, whether Caddy
+    knows of it or not."""
+    for for_system in (False, True):
+        for file in own_folder(user=not for_system).glob(f"{PREFIX}*.socket"):
+            for one in assignments(read_file(str(file)).text or ""):
+                if (one.section, one.key, one.value.lower()) == (
+                    NOTES,
+                    "Domain",
+                    service.domain.lower(),
+                ) and file != service.folder / service.socket_unit:
+                    raise UsageProblem(
+                        f"--domain {service.domain} is another service's:"
+                        f" {file}"
+                    )
+
+
+def _check_visible(command: str) -> None:
+    """Raise UsageProblem for a program, or a file that it is given, in a folder
+    that a program with a user of its own does not see."""
+    words = shlex.split(command)
+    program = shutil.which(words[0]) or words[0]
+    for path in (Path(os.path.abspath(word)) for word in (program, *words[1:])):
+        if not path.exists():
+            continue
+        for one in (path, path.resolve()):
+            if is_hidden(one):
+                raise UsageProblem(
+                    f"--exec: with --user, the program does not see {one}: put"
+                    f" it elsewhere, for example into /usr/local"
+                )
 
 
 # ------------------------------------------------------------- made and removed
@@ -440,7 +620,8 @@ def creation(services: Sequence[Service]) -> list[Step]:
     what cannot be."""
     for service in services:
         check(service)
-    return _steps(services, Service.units)
+    private = [Step("", ensure_private_network)] * services[0].for_system
+    return [*private, *_steps(services, Service.units)]
 
 
 def removal(services: Sequence[Service]) -> list[Step]:
@@ -453,9 +634,19 @@ def removal(services: Sequence[Service]) -> list[Step]:
     for service in services:
         if service.user:
             check_ours(service.user, service.folder / service.socket_unit)
-    return _steps(
-        services, lambda service: {file.name: "" for file in service.files()}
-    )
+    added = [file for service in services for file in service.drop_ins()]
+    for service in services:
+        wanted = service.folder / "sockets.target.wants" / service.socket_unit
+        if not os.path.lexists(service.folder / service.socket_unit):
+            # systemd disables nothing whose unit was deleted by hand.
+            added += [wanted] if os.path.lexists(wanted) else []
+    return [
+        *(file_step(file, "") for file in added),
+        *_steps(
+            services,
+            lambda service: {file.name: "" for file in service.files()},
+        ),
+    ]
 
 
 def _steps(
@@ -470,13 +661,14 @@ def _steps(
         for name, text in units(service).items()
     }
     sockets = [service.socket_unit for service in services]
-    programs = [
-        unit for service in services for unit in units_of(service.socket_unit)
+    domains = [one for one in files if one.startswith(DOMAIN_PREFIX)]
+    everything = [
+        unit for socket in sockets for unit in (socket, *units_of(socket))
     ]
 
     def forget() -> None:
         systemctl.daemon_reload()
-        systemctl.run("reset-failed", *sockets, *programs, check=False)
+        systemctl.run("reset-failed", *everything, check=False)
 
     def load() -> None:
         systemctl.daemon_reload()
@@ -489,12 +681,21 @@ def _steps(
                     f" {systemctl.written('status', unit)}"
                 )
 
+    there = [one for one in (*sockets, *domains) if one in files]
+
     def stop() -> None:
-        systemctl.run("disable", "--now", *sockets)
-        systemctl.run("stop", *programs, check=False)
+        if there:
+            systemctl.run("disable", *there)
+        with open_manager(user=systemctl.user) as manager:
+            # Again, as a socket may just have started its program.
+            for _ in range(2):
+                # Those that run and no others: where one is not there, systemd
+                # 262 stops none.
+                if running := _running(manager, everything):
+                    systemctl.run("stop", *running)
 
     reload = f"$ {systemctl.written('daemon-reload')}"
-    reset = systemctl.written("reset-failed", *sockets, *programs)
+    reset = systemctl.written("reset-failed", *everything)
     steps = [Step("", undo=forget, undone=f"{reload}\n$ {reset}")]
     steps += [file_step(place / unit, text) for unit, text in files.items()]
     for service in services:
@@ -502,15 +703,33 @@ def _steps(
         steps += database_steps(service.user) if service.database else []
     steps.append(Step(reload, load))
     # What was started of them is stopped also if not all could be.
-    disable = systemctl.written("disable", "--now", *sockets)
-    ended = systemctl.written("stop", *programs)
-    steps.append(Step("", undo=stop, undone=f"$ {disable}\n$ {ended}"))
+    ends = [("disable", *there)] if there else []
+    ends.append(("stop", *files))
+    shown = "\n".join(f"$ {systemctl.written(*words)}" for words in ends)
+    steps.append(Step("", undo=stop, undone=shown))
     enable = ("enable", "--now", *sockets)
     steps.append(
         Step(f"$ {systemctl.written(*enable)}", lambda: systemctl.run(*enable))
     )
     steps += [domain_step(service) for service in services if service.domain]
+    if domains:
+        put_back = ("enable", "--now", *domains)
+        steps.append(
+            Step(
+                f"$ {systemctl.written(*put_back)}",
+                lambda: systemctl.run(*put_back),
+            )
+        )
     return steps
+
+
+def _running(manager: Manager, units: Sequence[str]) -> list[str]:
+    rows = manager.unit_properties(units, "Unit", ["ActiveState"])
+    return [
+        unit
+        for unit, row in zip(units, rows, strict=True)
+        if row["ActiveState"] not in (None, "inactive", "failed")
+    ]
 
 
 def domain_step(service: Service) -> Step:
@@ -538,6 +757,26 @@ def domain_step(service: Service) -> Step:
 
 
 # -------------------------------------------------------------------- looked at
+
+
+def pause_problem(
+    manager: Manager, socket_units: Sequence[str]
+) -> Iterator[str]:
+    """For each service why systemd has closed its socket for a while; empty
+    where it has not."""
+    rows = manager.unit_properties(socket_units, "Socket", ["Result"])
+    for unit, row in zip(socket_units, rows, strict=True):
+        if row["Result"] not in LIMIT_HIT:
+            yield ""
+            continue
+        status = Systemctl(user=manager.user).written(
+            "status", *units_of(unit)[:2]
+        )
+        yield (
+            f"its program ended {MAX_STARTS} times within"
+            f" {STARTS_INTERVAL} s, so systemd has closed its socket, and opens"
+            f" it again {PAUSE} s later: {status}"
+        )
 
 
 def state_and_memory(

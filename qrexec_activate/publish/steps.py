@@ -57,18 +57,18 @@ def do_all(steps: Sequence[Step]) -> None:
         for step in steps:
             step.do()
             done.append(step)
-    except ActivateError as error:
-        _undo_for(error, done)
     except OSError as error:
         _undo_for(ActivateError(str(error)), done)
+    except Exception as error:
+        _undo_for(error, done)
 
 
-def _undo_for(error: ActivateError, done: list[Step]) -> NoReturn:
+def _undo_for(error: Exception, done: list[Step]) -> NoReturn:
     left = []
     for step in reversed(done):
         try:
             step.undo()
-        except ActivateError as another:
+        except Exception as another:
             left.append(str(another))
     if left:
         raise ActivateError(

@@ -18,7 +18,12 @@ from ..control.dropins import (
     without_lines,
 )
 from ..control.options import debug_option, dry_run_option
-from ..control.publications import Publication, published, symlink_lines
+from ..control.publications import (
+    Publication,
+    managers,
+    published,
+    symlink_lines,
+)
 from ..control.survey import read_file
 from ..control.table import short_path
 from ..errors import UsageProblem
@@ -68,6 +73,12 @@ def command(names: tuple[str, ...], yes: bool, dry_run: bool) -> None:
         or Service.read(name, for_system=True)
         for name in names
     }
+    unknown = _unknown([name for name in names if services[name] is None])
+    if unknown:
+        raise UsageProblem(
+            f"{', '.join(map(repr, unknown))}: not published; qrexec-activate"
+            f" published shows what is"
+        )
     for for_system in (False, True):
         if same := [
             one
@@ -81,6 +92,15 @@ def command(names: tuple[str, ...], yes: bool, dry_run: bool) -> None:
         if dry_run:
             continue
         click.echo(f"{name} is not published any more")
+
+
+def _unknown(names: list[str]) -> list[str]:
+    """Those that nothing makes."""
+    if not names:
+        return []
+    with managers() as found:
+        there = {one.name for manager in found for one in published(manager)}
+    return [name for name in names if name not in there]
 
 
 def _end(services: list[Service], *, yes: bool, dry_run: bool) -> None:
@@ -102,7 +122,11 @@ def _end(services: list[Service], *, yes: bool, dry_run: bool) -> None:
         click.confirm(
             f"This deletes the Linux user {what}. Go on?", abort=True, err=True
         )
-    files = [file for service in services for file in service.files()]
+    files = [
+        file
+        for service in services
+        for file in (*service.files(), *service.drop_ins())
+    ]
     with contextlib.ExitStack() as acts, locked(one.folder), finishing():
         for service in services:
             what = service.about

@@ -17,6 +17,7 @@ INSTALL = f"""{SERVICE_QUBE}
 cp -r {ROOT}/qrexec_activate {{top}}/root/usr/lib/python3/dist-packages/
 printf '#!/bin/sh\\nexec python3 -m qrexec_activate "$@"\\n' >{{top}}/root/usr/bin/qrexec-activate
 chmod 755 {{top}}/root/usr/bin/qrexec-activate
+cp {ROOT}/tests/publish/hostile.py {{top}}/root/etc/
 """
 APP = "guestbook"
 
@@ -223,6 +224,145 @@ def test_it_ends_when_idle(apps: Container, recipe: Recipe) -> None:
     )
     apps.run("qrexec-activate unpublish brief --yes")
     assert traces(apps, "brief") == ""
+
+
+#: What asks a hostile program; and the same program without a room.
+ASK = """\
+import json, socket, sys
+ways = json.load(sys.stdin)
+if sys.argv[1:]:
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(sys.argv[1])
+    file = client.makefile("rw")
+    def is_open(way):
+        print(way, file=file, flush=True)
+        return file.readline() == "open\\n"
+else:
+    sys.path.insert(0, "/etc")
+    from hostile import is_open
+print(json.dumps([way for way in ways if is_open(way)]))
+"""
+
+
+def open_to(
+    apps: Container, ways: list[str], path: str = "", *, user: str
+) -> list[str]:
+    """What of all that is open to the program that is published there; without
+    a path, to any program of this user."""
+    apps.run(f"cat >/etc/ask.py <<'EOF'\n{ASK}\nEOF")
+    found = apps.run(
+        f"runuser -u {user} -- python3 /etc/ask.py {path} <<'EOF'\n"
+        f"{json.dumps(ways)}\nEOF"
+    )
+    return list(json.loads(found))
+
+
+def all_ways(apps: Container) -> list[str]:
+    """Every socket of the system, Caddy, a route to another qube, and what goes
+    past the filters."""
+    sockets = apps.run(
+        "find /run /var /etc /home /root /tmp /dev -type s"
+    ).splitlines()
+    abstract = [
+        line.split()[-1].removeprefix("@")
+        for line in apps.run("cat /proc/net/unix").splitlines()
+        if line.split()[-1].startswith("@")
+    ]
+    return [
+        *(f"unix {path}" for path in sockets),
+        *(f"abstract {name}" for name in abstract),
+        *(f"tcp {host} 2019" for host in ("127.0.0.1", "::1")),
+        *("tcp 127.0.0.1 80", "tcp 127.0.0.1 1234", "io_uring"),
+        *("write /dev/shm/x", "write /etc/hostile.py"),
+    ]
+
+
+def test_a_hostile_program_stays_in_its_room(
+    apps: Container, recipe: Recipe
+) -> None:
+    # As qrexec's agent does, and a route to another qube.
+    apps.run("mkdir -p /run/qubes")
+    for unit, listen in (
+        ("agent", "UNIX-LISTEN:/run/qubes/qrexec-agent,mode=0666,fork"),
+        ("route", "TCP-LISTEN:1234,bind=127.0.0.1,fork"),
+        ("bus", "ABSTRACT-LISTEN:some-bus,fork"),
+    ):
+        apps.run(
+            f"systemd-run --quiet --unit=pretend-{unit} socat {listen} EXEC:cat"
+        )
+    publish = "qrexec-activate publish"
+    program = "python3 /etc/hostile.py"
+    apps.run(f"{publish} taker --user taker --exec '{program}'")
+    apps.run(f"{publish} idler --user idler --idle 1min --exec '{program}'")
+    apps.run(
+        f"{publish} porter --user porter --port 8000 --exec '{program} 8000'"
+    )
+    apps.run(
+        f"{publish} keeper --user keeper --database --exec '{program}'"
+        f" --domain keeper.localhost"
+    )
+    names = ("taker", "idler", "porter", "keeper")
+    path = "/run/qubes.ConnectUnix"
+    # All run, so that what each has is there for the others.
+    for name in names:
+        assert open_to(apps, [], f"{path}/{name}", user="user") == []
+    ways = all_ways(apps)
+    assert f"unix {path}/taker" in ways
+    free = open_to(apps, ways, user="taker")
+    assert {
+        "tcp 127.0.0.1 2019",
+        "tcp 127.0.0.1 1234",
+        "abstract some-bus",
+        "unix /run/dbus/system_bus_socket",
+        "unix /run/qubes/qrexec-agent",
+        "unix /run/systemd/journal/socket",
+    } < set(free)
+    postgresql = "unix /run/postgresql/.s.PGSQL.5432"
+    allowed = {name: set[str]() for name in names}
+    allowed["keeper"] = {postgresql}
+    found = {
+        name: set(open_to(apps, ways, f"{path}/{name}", user="user"))
+        for name in names
+    }
+    assert found == allowed
+    # With a network, and so what listens on it, but no more of /run.
+    apps.run(f"{publish} netter --user netter --network --exec '{program}'")
+    netter = set(open_to(apps, ways, f"{path}/netter", user="user"))
+    assert not {
+        way for way in netter if not way.startswith(("tcp ", "abstract "))
+    }
+    apps.run("qrexec-activate unpublish --yes netter " + " ".join(names))
+    apps.run("systemctl stop pretend-agent pretend-route pretend-bus")
+
+
+def test_a_users_own_program_has_no_network_either(
+    apps: Container, recipe: Recipe
+) -> None:
+    """The user's systemd has no rights of its own, and needs a user
+    namespace."""
+    ways = ["tcp 127.0.0.1 2019", "tcp 127.0.0.1 5432"]
+    program = "python3 /etc/hostile.py"
+    path = "/run/user/1000/qubes.ConnectUnix"
+    assert open_to(apps, ways, user="user") == ways
+    for name, words in (
+        ("mine", ""),
+        ("idle", "--idle 1min"),
+        ("one", "--port 2020"),
+        ("other", "--port 2020"),
+    ):
+        port = "2020" if "port" in words else ""
+        as_user(
+            apps,
+            f"qrexec-activate publish {name} {words} --exec '{program} {port}'",
+        )
+        # Twice: also once it has been ended and started again.
+        for _ in range(2):
+            assert open_to(apps, ways, f"{path}/{name}", user="user") == []
+            as_user(apps, f"systemctl --user stop 'qrexec-program-{name}*'")
+    # A port of the qube is none of the program's.
+    as_user(apps, "systemctl --user start qrexec-program-one.service")
+    assert open_to(apps, ["tcp 127.0.0.1 2020"], user="user") == []
+    as_user(apps, "qrexec-activate unpublish mine idle one other")
 
 
 def test_failing_midway_undoes_all(apps: Container, recipe: Recipe) -> None:
