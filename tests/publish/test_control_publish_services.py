@@ -528,3 +528,225 @@ def test_a_name_in_caddy_comes_and_goes(desk: Desk) -> None:
     assert "Caddy's admin API" in desk.fails(*words, environment=NO_CADDY)
     assert desk.files() == before
     assert desk.json("published") == []
+
+
+#: Ends after each line that it answers; by itself, or as a crash does.
+ONCE = """\
+import os, socket, sys
+with socket.socket(fileno=3).accept()[0] as connection:
+    with connection.makefile("rwb") as file:
+        line = file.readline()
+        if line == b"crash\\n": os.abort()
+        file.write(b"heard " + line)
+"""
+
+
+@pytest.mark.parametrize("line", ["me", "crash"])
+def test_no_number_of_requests_ends_a_service_for_good(
+    desk: Desk, line: str
+) -> None:
+    desk.run("publish", "once", "--exec", program(desk, ONCE))
+    for _ in range(30):
+        assert ask(desk, "once", line) == (
+            "" if line == "crash" else "heard me"
+        )
+    assert ask(desk, "once") == "heard me"
+    assert only(desk)["problem"] is None
+
+
+def test_a_program_that_only_ends_gets_a_pause(desk: Desk) -> None:
+    desk.run("publish", "bad", "--exec", "/bin/false")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(address(desk, "bad"))
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+    one = only(desk)
+    assert (one["state"], one["alive"]) == ("failed", False)
+    assert "its program ended 200 times within 10 s" in one["problem"]
+    assert (
+        "systemctl --user status qrexec-publish-bad.service" in one["problem"]
+    )
+    # By itself, as its timer says.
+    until("its socket is there again", lambda: only(desk)["alive"])
+    assert only(desk)["problem"] is None
+
+
+@pytest.mark.parametrize("idle", [(), ("--idle", "1min")])
+def test_the_mend_that_is_named_works_while_a_program_runs(
+    desk: Desk, idle: tuple[str, ...]
+) -> None:
+    desk.run(
+        "publish", "notes", "--exec", program(desk, ACTIVATED, "notes"), *idle
+    )
+    assert ask(desk, "notes") == "notes heard me"
+    os.unlink(address(desk, "notes"))
+    mend = only(desk)["problem"].partition(": ")[2]
+    assert mend == "systemctl --user restart qrexec-publish-notes.socket"
+    desk.machine.run(mend.split())
+    assert only(desk)["problem"] is None
+    assert ask(desk, "notes") == "notes heard me"
+
+
+def test_four_hundred_connections_at_once_through_the_proxy(desk: Desk) -> None:
+    desk.run(
+        *("publish", "many", "--exec", program(desk, ACTIVATED, "many")),
+        *("--idle", "1min"),
+    )
+    with contextlib.ExitStack() as stack:
+        files = []
+        for _ in range(400):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.settimeout(PATIENCE)
+            client.connect(address(desk, "many"))
+            files.append(stack.enter_context(client.makefile("rwb")))
+        for file in files:
+            file.write(b"me\n")
+            file.flush()
+            assert file.readline() == b"many heard me\n"
+
+
+def test_a_check_leaves_all_as_it_was(desk: Desk) -> None:
+    for name in ("slept", "idled", "ran"):
+        desk.run(
+            *("publish", name, "--exec", program(desk, ACTIVATED, name)),
+            *(("--idle", "1min") if name == "idled" else ()),
+        )
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(address(desk, "ran"))
+        with client.makefile("rwb") as file:
+            file.write(b"me\n")
+            file.flush()
+            assert file.readline() == b"ran heard me\n"
+            desk.try_("published", "--check")
+            until(
+                "what was started has ended",
+                lambda: (
+                    {
+                        one["name"]: one["state"]
+                        for one in desk.json("published")
+                    }
+                    == {"slept": "idle", "idled": "idle", "ran": "running"}
+                ),
+            )
+            # Whose connection it was, has it still.
+            file.write(b"me\n")
+            file.flush()
+            assert file.readline() == b"ran heard me\n"
+
+
+@contextlib.contextmanager
+def admin_api(
+    answer: Callable[[socket.socket], None],
+) -> Iterator[dict[str, str]]:
+    """What listens where Caddy's admin API should, and answers so."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection = server.accept()[0]
+                    threading.Thread(
+                        target=answer_one, args=(connection,), daemon=True
+                    ).start()
+
+        def answer_one(connection: socket.socket) -> None:
+            with contextlib.suppress(OSError), connection:
+                connection.recv(65536)
+                answer(connection)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield {"CADDY_ADMIN": f"127.0.0.1:{server.getsockname()[1]}"}
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def endless(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n[")
+    while True:
+        connection.sendall(b" " * 65536)
+
+
+def slow(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n[")
+    while True:
+        connection.sendall(b" ")
+        time.sleep(1)
+
+
+def saying(text: str) -> Callable[[socket.socket], None]:
+    return lambda connection: connection.sendall(
+        b"HTTP/1.1 200 OK\r\n\r\n" + text.encode()
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        endless,
+        slow,
+        saying("[" * 100_000),
+        saying("[1]"),
+        saying('{"x": 1}'),
+        saying("\x1b]0;x\x07"),
+    ],
+    ids=["endless", "slow", "deep", "list", "flat", "escape"],
+)
+def test_a_false_admin_api_leaves_nothing_behind(
+    desk: Desk, answer: Callable[[socket.socket], None]
+) -> None:
+    before = desk.files()
+    with admin_api(answer) as false:
+        said = desk.fails(
+            *("publish", "x", "--exec", "/bin/cat", "--domain", "x.localhost"),
+            environment=false,
+        )
+    assert "\x1b" not in said
+    assert desk.files() == before
+    assert desk.json("published") == []
+
+
+def test_unpublish_looks_at_all_names_before_it_takes_any(desk: Desk) -> None:
+    for name in ("one", "other"):
+        desk.run("publish", name, "--exec", "/bin/cat")
+    assert "'nosuch': not published" in desk.fails(
+        "unpublish", "one", "nosuch", "other", code=2
+    )
+    assert len(desk.json("published")) == 2
+
+
+def test_what_is_left_of_a_service_can_be_taken_away(desk: Desk) -> None:
+    before = desk.files()
+    desk.run("publish", "notes", "--exec", "/bin/cat", "--idle", "1min")
+    (desk.machine.unit_dir / "qrexec-publish-notes.socket").unlink()
+    desk.run("unpublish", "notes")
+    assert desk.files() == before
+    assert "qrexec-publish-notes.socket" not in desk.active()
+
+
+def test_drop_ins_go_with_a_service(desk: Desk) -> None:
+    before = desk.files()
+    desk.run("publish", "notes", "--exec", "/bin/cat")
+    desk.drop_in("qrexec-publish-notes.service", "more.conf", "[Service]")
+    assert "more.conf" in desk.run("unpublish", "notes")
+    assert desk.files() == before
+    desk.drop_in("qrexec-publish-notes.service", "more.conf", "[Service]")
+    assert "remove it first" in desk.fails(
+        "publish", "notes", "--exec", "/bin/cat", code=2
+    )
+
+
+def test_what_is_longer_than_systemd_takes_is_refused(desk: Desk) -> None:
+    room = 107 - len(address(desk, "x")) + 1
+    assert "too long" in desk.fails(
+        "publish", "x" * (room + 1), "--exec", "/bin/cat", code=2
+    )
+    desk.run("publish", "x" * room, "--exec", "/bin/cat", "--idle", "1min")
+
+
+def test_each_of_many_has_a_port_of_its_own(desk: Desk) -> None:
+    assert "{port}" in desk.fails(
+        *("publish", "x", "--exec", "/bin/cat", "--port", "9000"),
+        *("--count", "2"),
+        code=2,
+    )

@@ -201,6 +201,131 @@ def test_what_is_there(apps: Container, recipe: Recipe) -> None:
     )
 
 
+def test_a_name_comes_back_by_itself(apps: Container, recipe: Recipe) -> None:
+    ask = "curl --silent --fail http://guestbook.localhost/"
+    for change in (
+        "systemctl reload caddy",
+        "systemctl restart caddy",
+        # As a reboot does.
+        "systemctl stop caddy && systemctl start caddy",
+    ):
+        apps.run(change)
+        until(
+            f"the name is there again after {change}",
+            lambda: "noted by guestbook" in apps.run(ask, check=False),
+        )
+
+
+def test_a_name_that_is_taken_is_refused(
+    apps: Container, recipe: Recipe
+) -> None:
+    publish = (
+        "qrexec-activate publish thief --user thief --exec /bin/cat --domain"
+        " Guestbook.localhost 2>&1"
+    )
+    assert "another service's" in apps.run(publish, check=False)
+    # Also where Caddy alone knows it.
+    apps.run(
+        "sed -i s/^Domain=.*// /etc/systemd/system/qrexec-publish-guestbook.socket"
+    )
+    assert "Caddy offers something else" in apps.run(publish, check=False)
+    apps.run(
+        "sed -i '/^Database=/aDomain=guestbook.localhost'"
+        " /etc/systemd/system/qrexec-publish-guestbook.socket"
+    )
+    assert traces(apps, "thief") == ""
+    assert "noted by" in apps.run("curl --silent http://guestbook.localhost/")
+
+
+def test_it_is_idle_behind_caddy_too(apps: Container, recipe: Recipe) -> None:
+    apps.run(
+        "qrexec-activate publish brief --user brief --database --exec"
+        " 'python3 /etc/guestbook.py' --idle 1s --domain brief.localhost"
+    )
+    assert apps.run("curl --silent http://brief.localhost/")
+    # Caddy would keep its connection for two minutes.
+    until("it ends", lambda: published(apps)["brief"]["state"] == "idle")
+    apps.run("qrexec-activate unpublish brief --yes")
+    assert traces(apps, "brief") == ""
+
+
+def test_an_admin_api_that_only_root_and_caddy_reach(
+    apps: Container, recipe: Recipe
+) -> None:
+    socket = "unix//run/caddy/admin.socket"
+    drop_in = "/run/systemd/system/caddy.service.d"
+    apps.run(
+        f"cp /etc/caddy/Caddyfile /root/ && mkdir {drop_in} &&"
+        f" printf '%s\\n' '{{' 'admin {socket}' '}}' ':80' >/etc/caddy/Caddyfile &&"
+        " printf '%s\\n' '[Service]' RuntimeDirectory=caddy"
+        f" RuntimeDirectoryMode=0700 >{drop_in}/admin.conf &&"
+        " systemctl daemon-reload && systemctl restart caddy"
+    )
+    try:
+        apps.run(
+            f"CADDY_ADMIN={socket} qrexec-activate publish quiet --user quiet"
+            " --exec /bin/cat --domain quiet.localhost"
+        )
+        know = (
+            "curl --silent --header 'Host;' --unix-socket"
+            " /run/caddy/admin.socket http://localhost/id/qrexec-publish-quiet.socket"
+        )
+        assert "quiet.localhost" in apps.run(know)
+        apps.run("systemctl reload caddy")
+        until("it is back", lambda: "quiet.localhost" in apps.run(know))
+        assert "7" in apps.run(
+            f"runuser -u quiet -- {know} || echo $?", check=False
+        )
+        apps.run(f"CADDY_ADMIN={socket} qrexec-activate unpublish quiet --yes")
+        assert "quiet.localhost" not in apps.run(know, check=False)
+    finally:
+        apps.run(
+            f"cp /root/Caddyfile /etc/caddy/ && rm -r {drop_in} && systemctl daemon-reload &&"
+            " systemctl restart caddy"
+        )
+
+
+def test_nobody_blocks_a_database(apps: Container, recipe: Recipe) -> None:
+    apps.run(
+        "systemd-run --quiet --unit=in-the-way --uid=postgres"
+        " psql template1 --command='select pg_sleep(600)'"
+    )
+    until(
+        "somebody uses template1",
+        lambda: (
+            "template1"
+            in apps.run(
+                'runuser -u postgres -- psql -At -c "select datname from'
+                " pg_stat_activity where query like '%sleep%' and datname is"
+                ' not null and pid <> pg_backend_pid()"'
+            )
+        ),
+    )
+    apps.run(
+        "qrexec-activate publish more --user more --database --exec /bin/cat"
+    )
+    apps.run("qrexec-activate unpublish more --yes")
+    apps.run("systemctl stop in-the-way")
+
+
+def test_what_a_program_could_not_see_is_refused(
+    apps: Container, recipe: Recipe
+) -> None:
+    apps.run("touch /home/user/app.py")
+    for program in (
+        "python3 /home/user/app.py",
+        "/root/x/../../home/user/app.py",
+    ):
+        apps.run("mkdir -p /root/x && chmod 755 /home/user/app.py")
+        assert "does not see /home/user/app.py" in apps.run(
+            f"qrexec-activate publish x --user x --exec '{program}' 2>&1",
+            check=False,
+        )
+    assert "not published" in apps.run(
+        "qrexec-activate unpublish nosuch 2>&1", check=False
+    )
+
+
 def test_it_ends_when_idle(apps: Container, recipe: Recipe) -> None:
     apps.run(
         "qrexec-activate publish brief --user brief --database --exec"
