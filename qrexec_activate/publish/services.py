@@ -686,13 +686,13 @@ def _steps(
     def stop() -> None:
         if there:
             systemctl.run("disable", *there)
+        if files:
+            systemctl.run("stop", *files, check=False)
         with open_manager(user=systemctl.user) as manager:
-            # Again, as a socket may just have started its program.
-            for _ in range(2):
-                # Those that run and no others: where one is not there, systemd
-                # 262 stops none.
-                if running := _running(manager, everything):
-                    systemctl.run("stop", *running)
+            # What a socket started just then, or has no file any more: none of
+            # those that are not there, as systemd 262 then stops none.
+            if running := _running(manager, everything):
+                systemctl.run("stop", *running)
 
     reload = f"$ {systemctl.written('daemon-reload')}"
     reset = systemctl.written("reset-failed", *everything)
