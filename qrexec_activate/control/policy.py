@@ -18,6 +18,7 @@ from .survey import Entry, survey
 __all__ = [
     "FILE",
     "command",
+    "file_name",
     "policy_file",
     "policy_line",
     "policy_lines",
@@ -39,6 +40,15 @@ def this_qube() -> str:
         return check_target(qubesdb("/name"))
     except BadName:
         return THIS_QUBE
+
+
+def file_name(qube: str) -> str:
+    """The name, without its suffix, of the file for what a qube calls.
+
+    A qube may have capitals, but a file of policy that has some ends all calls
+    of all qubes: `invalid filename`, says qrexec 4.4.2.
+    """
+    return f"30-qrexec-activate-{qube.lower()}"
 
 
 def policy_line(
@@ -217,7 +227,7 @@ def command(
             err=True,
         )
         return
-    name = f"30-qrexec-activate-{source}"
+    name = file_name(source)
     path = f"/etc/qubes/policy.d/{name}.policy"
     click.echo(
         f"# dom0: all of {path}, opened by"

@@ -25,7 +25,12 @@ from qrexec_activate.control.dropins import (
 )
 from qrexec_activate.control.kinds import unit_of
 from qrexec_activate.control.netproc import Listening, overlaps
-from qrexec_activate.control.policy import policy_file, policy_line
+from qrexec_activate.control.policy import (
+    THIS_QUBE,
+    file_name,
+    policy_file,
+    policy_line,
+)
 from qrexec_activate.control.select import select
 from qrexec_activate.control.survey import Daemon, Entry, find_daemon, foresee
 from qrexec_activate.control.table import lay_out
@@ -226,6 +231,14 @@ def test_a_kind_and_an_argument_make_a_unit(
 def test_what_makes_no_unit_is_refused(kind: str, argument: str) -> None:
     with pytest.raises(BadName):
         unit_of(kind, argument)
+
+
+def test_the_file_of_policy_has_a_name_that_ends_no_other_calls() -> None:
+    # qrexec takes these characters; with any other, it denies everything.
+    allowed = set("abcdefghijklmnopqrstuvwxyz0123456789_.-")
+    for qube in ("work", "My-Work_2.x", THIS_QUBE):
+        assert set(file_name(qube)) <= allowed
+    assert file_name("work") != file_name("gitweb")
 
 
 @pytest.mark.parametrize(
