@@ -404,6 +404,7 @@ def test_places_are_told_by_file_and_line() -> None:
     [
         ("/run/é.sock", r"/run/\303\251.sock"),
         ("@a b", "@a b"),
+        ("@é", r"@\303\251"),
         (r"/run/a\b", r"/run/a\\b"),
         ("127.0.0.1:80", "127.0.0.1:80"),
         ("vsock::80", "vsock::80"),
