@@ -179,8 +179,7 @@ def test_what_an_earlier_daemon_left_may_all_be_open_to_one_qube() -> None:
 def test_who_waits_is_asked_again_only_where_there_may_be_room() -> None:
     door = Door(setups=1)
     calls = [door.establish()]
-    while not fail(door):
-        pass
+    lack_room(door)
     door.admission.waits("listener", "work")
     assert list(door.admission.turns(0)) == []
     assert list(door.admission.turns(FIRST_PROBE - 0.01)) == []
@@ -210,6 +209,11 @@ def fail(door: Door, target: str = "work", now: float = 0.0) -> bool:
     return full
 
 
+def lack_room(door: Door, target: str = "work") -> None:
+    results = [fail(door, target) for _ in range(FAILURES_IN_A_ROW)]
+    assert results[-1]
+
+
 def test_failures_while_calls_are_open_mean_that_there_is_no_room() -> None:
     door = Door()
     opened = [door.establish() for _ in range(3)]
@@ -225,8 +229,7 @@ def test_failures_while_calls_are_open_mean_that_there_is_no_room() -> None:
 def test_a_qube_that_fails_keeps_nobody_waiting_for_another() -> None:
     door = Door()
     door.establish("work")
-    while not fail(door, "broken"):
-        pass
+    lack_room(door, "broken")
     assert door.verdict("broken") is Verdict.ALL_FULL
     assert door.verdict("work") is Verdict.YES
     door.establish("work")
@@ -250,8 +253,7 @@ def test_failures_with_nothing_open_have_another_reason() -> None:
 def test_where_nothing_is_scarce_failures_have_another_reason() -> None:
     door = Door()
     door.establish()
-    while not fail(door):
-        pass
+    lack_room(door)
     # As Qubes' GUI agent sees to it, once it has started.
     door.admission.scarce = False
     assert not fail(door, now=FIRST_PROBE)
@@ -262,8 +264,7 @@ def test_where_nothing_is_scarce_failures_have_another_reason() -> None:
 def test_a_ceiling_is_tried_from_time_to_time_and_then_less_often() -> None:
     door = Door()
     door.establish()
-    while not fail(door):
-        pass
+    lack_room(door)
     now, delay, tries = 0.0, FIRST_PROBE, 0
     while now < 120:
         assert door.verdict(now=now + delay - 0.01) is Verdict.ALL_FULL
@@ -278,8 +279,7 @@ def test_a_ceiling_is_tried_from_time_to_time_and_then_less_often() -> None:
 def test_a_probe_that_succeeds_lifts_the_ceiling() -> None:
     door = Door()
     door.establish()
-    while not fail(door):
-        pass
+    lack_room(door)
     door.establish(now=FIRST_PROBE)
     assert door.verdict(now=FIRST_PROBE) is Verdict.YES
 
@@ -290,8 +290,7 @@ def test_one_that_holds_no_place_may_show_that_there_is_room() -> None:
     for number in (100, 101):
         door.admission.opens(number, "work")
     door.admission.established(100)
-    while not fail(door):
-        pass
+    lack_room(door)
     door.admission.waits("listener", "work")
     assert list(door.admission.turns(0)) == []
     door.admission.established(101)
@@ -301,8 +300,7 @@ def test_one_that_holds_no_place_may_show_that_there_is_room() -> None:
 def test_as_many_as_there_were_do_not_show_that_there_is_more_room() -> None:
     door = Door()
     opened = [door.establish() for _ in range(2)]
-    while not fail(door):
-        pass
+    lack_room(door)
     door.admission.closes(opened[0])
     door.establish()
     assert door.verdict() is Verdict.ALL_FULL
@@ -322,8 +320,7 @@ def test_a_qube_to_which_nothing_is_open_any_more_is_not_full() -> None:
 def test_a_ceiling_is_gone_with_the_last_open_call() -> None:
     door = Door()
     opened = door.establish()
-    while not fail(door):
-        pass
+    lack_room(door)
     door.admission.closes(opened)
     assert door.verdict() is Verdict.YES
 
@@ -433,8 +430,7 @@ def test_the_next_look_is_when_something_changes_by_itself() -> None:
     door = Door()
     assert door.admission.next_look(0) == math.inf
     door.establish()
-    while not fail(door):
-        pass
+    lack_room(door)
     assert door.admission.next_look(0) == math.inf
     door.admission.waits("listener", "work")
     assert door.admission.next_look(0) == FIRST_PROBE
