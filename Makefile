@@ -94,7 +94,7 @@ install-client-data: man completions
 	install -D -m 644 -t $(man_dir)/man1 build/man/*.1
 	install -D -m 644 -t $(man_dir)/man5 build/man/*.5
 	install -D -m 644 -t $(man_dir)/man8 build/man/qrexec-activate-serve.8
-	install -D -m 644 -t $(doc_dir) README.md $(wildcard SECURITY.md)
+	install -D -m 644 -t $(doc_dir) README.md CHANGELOG.md SECURITY.md
 	install -D -m 644 -t $(doc_dir)/docs docs/*
 	install -d $(doc_dir)/examples
 	cp -R examples/. salt $(doc_dir)/examples

@@ -18,12 +18,65 @@ ROOT = Path(__file__).resolve().parent.parent
 VERSION = (ROOT / "version").read_text().strip()
 
 
+def changelog(form: str) -> str:
+    return subprocess.run(
+        [ROOT / "tools/changelog", form],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
 def test_the_changelog_is_of_this_version() -> None:
-    assert (
-        (ROOT / "debian/changelog")
-        .read_text()
-        .startswith(f"qrexec-activate ({VERSION}) ")
+    assert changelog("debian").startswith(f"qrexec-activate ({VERSION}-1) ")
+
+
+def test_one_changelog_is_the_source_of_all() -> None:
+    # tools/changelog --write
+    assert (ROOT / "debian/changelog").read_text() == changelog("debian")
+    assert (ROOT / "debian/NEWS").read_text() == changelog("news")
+    items = re.sub(
+        r"^(#.*|- )|\n  |\s",
+        "",
+        (ROOT / "CHANGELOG.md").read_text().split("\n## ", 1)[1],
+        flags=re.MULTILINE,
     )
+    assert "qrexec-activate-publish" in changelog("news")
+    for form, mark in ("debian", r"  \* "), ("rpm", "- "):
+        # All of it and nothing else, in whatever lines.
+        text = re.sub(
+            rf"^(\S.*unstable.*|  \[.*|\* .*| -- .*|{mark})|\s",
+            "",
+            changelog(form),
+            flags=re.MULTILINE,
+        )
+        assert text.replace("%%", "%") == items.split(")", 1)[1]
+
+
+def test_what_names_a_public_place_names_one_placeholder() -> None:
+    # Whoever publishes it finds all of them by that name.
+    host = "qrexec-activate.invalid"
+    for name in (
+        "debian/control",
+        "debian/upstream/metadata",
+        "debian/watch",
+        *(str(path) for path in ROOT.glob("rpm_spec/*")),
+    ):
+        text = (ROOT / name).read_text()
+        found = re.findall(r"(?:https?://|@)(\w[\w.-]*\.\w+)", text)
+        assert set(found) == {host}, name
+    assert host in (ROOT / "debian/README.source").read_text()
+
+
+def test_files_of_a_package_that_was_parted_move_with_it() -> None:
+    control = (ROOT / "debian/control").read_text()
+    publish = control.split("\nPackage: qrexec-activate-publish\n")[1]
+    publish = publish.split("\nPackage: ")[0]
+    for field in ("Breaks", "Replaces"):
+        assert f"\n{field}: qrexec-activate (<< 0.2.0)\n" in publish
+    spec = (ROOT / "rpm_spec/qrexec-activate.spec.in").read_text()
+    publish = spec.split("\n%package publish\n")[1].split("\n%description")[0]
+    assert "\nConflicts:      %{name} < 0.2.0" in publish
 
 
 def test_both_kinds_of_packages_need_what_the_python_package_needs() -> None:
