@@ -63,6 +63,11 @@ check-installed:
 	@tools/packages-setup
 	@CHECK_INSTALLED=yes .venv/bin/python -m pytest tests/installed tests/test_packaging.py tests/test_man.py
 
+# What decides where a byte goes is pure, and tested where a package is built. All else needs a systemd user manager.
+.PHONY: check-pure
+check-pure:
+	$(PYTHON) -B -m pytest -c /dev/null --rootdir=. --noconftest -p no:cacheprovider -q tests/routing/test_names.py tests/routing/test_routes.py tests/routing/test_unitfile.py
+
 .PHONY: man completions install-client install-client-python install-client-data install-service uninstall
 
 man:

@@ -28,7 +28,8 @@ def changelog(form: str) -> str:
 
 
 def test_the_changelog_is_of_this_version() -> None:
-    assert changelog("debian").startswith(f"qrexec-activate ({VERSION}-1) ")
+    rel = (ROOT / "rel").read_text().strip()
+    assert changelog("debian").startswith(f"qrexec-activate ({VERSION}-{rel}) ")
 
 
 def test_one_changelog_is_the_source_of_all() -> None:
@@ -99,7 +100,7 @@ def test_both_kinds_of_packages_need_what_the_python_package_needs() -> None:
     spec = (ROOT / "rpm_spec/qrexec-activate.spec.in").read_text()
     assert (
         set(re.findall(r"^BuildRequires: +python3-(\w+)", spec, re.MULTILINE))
-        - {"devel"}
+        - {"devel", "hypothesis", "pytest"}
         == needed
     )
 

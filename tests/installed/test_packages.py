@@ -14,6 +14,8 @@ import pytest
 from container import ROOT, WANTED
 from debs import build
 
+VERSION = (ROOT / "version").read_text().strip()
+
 pytestmark = pytest.mark.skipif(
     not WANTED, reason="make check-installed does this"
 )
@@ -40,15 +42,42 @@ def client_of(debs: list[Path]) -> Path:
 def test_two_builds_are_one(
     tree: Path, debs: list[Path], tmp_path: Path
 ) -> None:
-    def hashes(paths: list[Path]) -> dict[str, str]:
+    def hashes(folder: Path) -> dict[str, str]:
         return {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in paths
+            for path in folder.iterdir()
+            # These say when and where it was built.
+            if path.suffix not in (".buildinfo", ".changes")
         }
 
-    again = build(tree, tmp_path)
-    assert len(again) == 3
-    assert hashes(again) == hashes(debs)
+    build(tree, tmp_path)
+    built = hashes(tmp_path)
+    assert [
+        sum(name.endswith(end) for name in built)
+        for end in (".deb", ".dsc", ".orig.tar.gz", ".debian.tar.xz")
+    ] == [3, 1, 1, 1]
+    assert built == hashes(debs[0].parent)
+
+
+def test_the_source_is_ours_and_debians_apart(
+    debs: list[Path], tmp_path: Path
+) -> None:
+    (source,) = debs[0].parent.glob("*.orig.tar.gz")
+    names = output("tar", "--list", "--file", source).splitlines()
+    assert all(name.startswith(f"qrexec-activate-{VERSION}/") for name in names)
+    assert not [name for name in names if name.split("/")[1] == "debian"]
+    (dsc,) = debs[0].parent.glob("*.dsc")
+    # It fails where the parts do not fit, or there is a patch.
+    output(
+        "dpkg-source",
+        "--extract",
+        "--require-strong-checksums",
+        "--no-check",
+        dsc,
+        tmp_path / "x",
+    )
+    assert (tmp_path / "x/debian/source/format").read_text() == "3.0 (quilt)\n"
+    assert not (tmp_path / "x/debian/patches").exists()
 
 
 def test_lintian_finds_nothing(debs: list[Path]) -> None:
