@@ -7,6 +7,7 @@ click nor D-Bus stays with a process that lives as long as a session.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -14,7 +15,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from ..errors import ActivateError, BadName, UsageProblem
+from ..errors import ActivateError, BadName, ManagerError, UsageProblem
 from ..printable import printable
 from ..routing.claim import Claim, PassedSocket
 from ..systemd.passed import passed_sockets
@@ -101,7 +102,10 @@ def _decide(
             request = request._replace(
                 settings=dataclasses.replace(settings, stop_timeout=timeout)
             )
-        systemd.reset_start_limit(unit)
+        # The system's manager takes orders of root alone: of its daemons a line
+        # of the unit resets the count.
+        with contextlib.suppress(ManagerError):
+            systemd.reset_start_limit(unit)
     return request, claims
 
 

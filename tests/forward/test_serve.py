@@ -1,0 +1,61 @@
+"""What serve asks of systemd as it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from qrexec_activate.errors import ManagerError
+from qrexec_activate.forward import serve
+from qrexec_activate.routing.claim import PassedSocket
+from qrexec_activate.systemd import manager
+
+
+class SystemManager:
+    """Answers anybody, and takes orders of root alone."""
+
+    asked = 0
+
+    def trigger_units(self, service: str) -> list[str]:
+        return []
+
+    def socket_units(self, units: list[str], **_: bool) -> list[object]:
+        return []
+
+    def specifiers(self) -> dict[str, str]:
+        return {}
+
+    def stop_timeout(self, service: str) -> None:
+        return None
+
+    def reset_start_limit(self, service: str) -> None:
+        self.asked += 1
+        raise ManagerError(
+            "systemd did not answer over D-Bus:"
+            " org.freedesktop.DBus.Error.AccessDenied: Permission denied"
+        )
+
+
+def test_a_daemon_starts_though_systemd_takes_no_order_of_its_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    systemd = SystemManager()
+
+    @contextlib.contextmanager
+    def open_manager(*, user: bool) -> Iterator[SystemManager]:
+        yield systemd
+
+    monkeypatch.setattr(manager, "open_manager", open_manager)
+    monkeypatch.setattr(
+        sys, "argv", ["x", "serve", "qubes.ConnectTCP", "--unit", "x.service"]
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        passed = PassedSocket(listener.fileno(), "x", "tcp", "127.0.0.1:1")
+        _, claims = serve._decide([passed], by_manager=True)
+    assert systemd.asked == 1
+    # It goes on, and refuses what is not known.
+    assert len(claims) == 1
