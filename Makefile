@@ -9,7 +9,7 @@
 #
 # make deb, make rpm                    the packages, in dist/
 # make check-installed                  install the debs in Debian 12 and 13, boot these, and try everything
-# make install-client, install-service  without a package manager; with DESTDIR= for one
+# make install-client, install-services without a package manager; with DESTDIR= for one
 # make uninstall                        what these two have installed
 
 .PHONY: demo check clean bench fuzz simulate soak deb rpm check-installed
@@ -68,7 +68,7 @@ check-installed:
 check-pure:
 	$(PYTHON) -B -m pytest -c /dev/null --rootdir=. --noconftest -p no:cacheprovider -q tests/routing/test_names.py tests/routing/test_routes.py tests/routing/test_unitfile.py
 
-.PHONY: man completions install-client install-client-python install-client-data install-service uninstall
+.PHONY: man completions install-client install-client-python install-client-data install-services uninstall
 
 man:
 	$(PYTHON) -B tools/man build/man
@@ -76,12 +76,15 @@ man:
 completions:
 	tools/completions $(PYTHON) build/completions
 
+# By make and Python alone, and what the command itself needs. On this machine, what a package's scripts do is done, too.
 install-client: install-client-python install-client-data
+ifeq (,$(DESTDIR))
+	systemd-sysusers /usr/lib/sysusers.d/qrexec-activate.conf
+	/usr/libexec/qrexec-activate/managers renew
+endif
 
-# The units run /usr/bin/qrexec-activate; Debian's pip would put it into /usr/local.
 install-client-python:
-	DEB_PYTHON_INSTALL_LAYOUT=deb $(PYTHON) -m pip install --no-deps --no-build-isolation --prefix=/usr --root=$(or $(DESTDIR),/) .
-	sed -i '1s|.*|#!$(PYTHON) -s|' $(DESTDIR)/usr/bin/qrexec-activate
+	$(PYTHON) -B tools/install-python "$(DESTDIR)"
 
 install-client-data: man completions
 	install -d $(unit_dir)/user $(unit_dir)/system
@@ -109,7 +112,7 @@ install-client-data: man completions
 ZSH_FOLDER ?= $(if $(wildcard /etc/debian_version),vendor-completions,site-functions)
 
 # No Python: a qube that only serves needs none.
-install-service:
+install-services:
 	install -D -m 755 -t $(DESTDIR)/etc/qubes-rpc rpc/qubes.*
 	install -D -m 644 -t $(DESTDIR)/etc/qubes/rpc-config rpc/rpc-config/qubes.*
 	set -e; for page in man/qubes.*.8; do \
@@ -130,8 +133,11 @@ install-dom0-salt:
 	install -D -m 644 -t $(DESTDIR)/srv/pillar/base/qrexec-activate salt/pillar/init.sls salt/pillar/init.top
 	install -D -m 644 -t $(DESTDIR)/etc/salt/minion.d salt/minion.d/formula-qrexec-activate.conf
 
-# What install-client and install-service have put there, and nothing else: what a person wrote stays, also in /etc.
+# What install-client and install-services have put there, and nothing else: what a person wrote stays, also in /etc.
 uninstall:
+ifeq (,$(DESTDIR))
+	if [ -x /usr/libexec/qrexec-activate/managers ]; then /usr/libexec/qrexec-activate/managers stop; fi
+endif
 	rm -f $(DESTDIR)/usr/bin/qrexec-activate
 	rm -rf $(DESTDIR)/usr/lib/python3*/*-packages/qrexec_activate $(DESTDIR)/usr/lib/python3*/*-packages/qrexec_activate-*.dist-info
 	rm -rf $(DESTDIR)/usr/libexec/qrexec-activate $(doc_dir)
@@ -142,7 +148,9 @@ uninstall:
 	set -e; for name in units/* units-user/*; do rm -f $(unit_dir)/user/$${name##*/} $(unit_dir)/system/$${name##*/}; done
 	set -e; for name in units-system/*/*.conf; do rm -f $(unit_dir)/system/$${name#units-system/}; done
 	rmdir --ignore-fail-on-non-empty $(unit_dir)/system/qrexec-connect-.service.d 2>/dev/null || true
-	rm -f $(man_dir)/man1/qrexec-activate-*.1
 	set -e; for name in man/*; do rm -f $(man_dir)/man*/$${name##*/}; done
 	rm -f $(man_dir)/man1/qrexec-activate-*.1
 	set -e; for name in rpc/qubes.*; do rm -f $(DESTDIR)/etc/qubes-rpc/$${name##*/} $(DESTDIR)/etc/qubes/rpc-config/$${name##*/}; done
+ifeq (,$(DESTDIR))
+	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+endif

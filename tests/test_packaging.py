@@ -232,7 +232,6 @@ def test_uninstall_leaves_nothing_of_what_was_installed(tmp_path: Path) -> None:
     mine.write_text("")
 
     def make(*targets: str) -> None:
-        # The pure Python part is pip's, and needs a network.
         argv = [
             "make",
             *targets,
@@ -241,20 +240,26 @@ def test_uninstall_leaves_nothing_of_what_was_installed(tmp_path: Path) -> None:
         ]
         subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
 
-    make("install-client-data", "install-service")
+    make("install-client", "install-services")
     page = tmp_path / "usr/share/man/man8/qubes.ConnectUnix.8"
     assert VERSION in page.read_text().splitlines()[0]
     assert (
         tmp_path / "usr/lib/systemd/user/qrexec-connect-tcp@.socket"
     ).exists()
     assert os.access(tmp_path / "etc/qubes-rpc/qubes.ConnectTCPBind", os.X_OK)
+    launcher = tmp_path / "usr/bin/qrexec-activate"
+    first = launcher.read_text().splitlines()[0]
+    # What a user has installed with pip is not for a daemon.
+    assert first == f"#!{sys.executable} -s"
+    (package,) = tmp_path.glob("usr/lib/python3*/*-packages/qrexec_activate")
+    assert (package / "cli.py").exists()
     make("uninstall")
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == [mine]
 
 
 def test_the_service_side_is_installed_without_python(tmp_path: Path) -> None:
     nothing = f"PYTHON={tmp_path}/no-python"
-    argv = ["make", "install-service", f"DESTDIR={tmp_path}", nothing]
+    argv = ["make", "install-services", f"DESTDIR={tmp_path}", nothing]
     subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "etc/qubes-rpc/qubes.ConnectUnix").exists()
 
