@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,33 @@ def newer_debs(
 
 
 @pytest.fixture(scope="session")
-def first_debs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The packages of version 0.1.0."""
+def first_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source of version 0.1.0."""
     folder = tmp_path_factory.mktemp("first")
     export_first_release(folder)
-    return build(folder, tmp_path_factory.mktemp("first-debs"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def first_debs(
+    first_tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    return build(first_tree, tmp_path_factory.mktemp("first-debs"))
+
+
+def build_rpms(tree: Path, folder: Path) -> Path:
+    subprocess.run([tree / "tools/build-rpm", folder], check=True, timeout=600)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rpms(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_rpms(tree, tmp_path_factory.mktemp("rpms"))
+
+
+@pytest.fixture(scope="session")
+def first_rpms(
+    first_tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The RPMs of version 0.1.0."""
+    return build_rpms(first_tree, tmp_path_factory.mktemp("first-rpms"))

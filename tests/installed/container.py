@@ -33,6 +33,8 @@ CACHE = Path(
     os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate")
 )
 MIRROR = "http://deb.debian.org/debian"
+#: Which Debians are tried.
+SUITES = os.environ.get("CHECK_SUITES", "bookworm trixie").split()
 #: What is there before the packages; all else they have to bring along.
 BASE = "systemd,systemd-sysv,libpam-systemd,dbus"
 
@@ -207,11 +209,11 @@ class Container:
             *options,
         ]
 
-    def install(self, debs: Sequence[Path]) -> str:
+    def install(self, debs: Sequence[Path], *more: str) -> None:
         """Install packages by apt, with all that they depend on and nothing
-        more."""
+        more; and packages of this Debian."""
         self.put(debs)
-        names = " ".join(f"/root/{deb.name}" for deb in debs)
+        names = " ".join([*(f"/root/{deb.name}" for deb in debs), *more])
         install = (
             f"apt-get install --yes --quiet --no-install-recommends {names}"
         )
@@ -225,10 +227,14 @@ class Container:
         ]
         # An index of the cached tree may be too old for the mirror.
         keep = "-o Binary::apt-get::APT::Keep-Downloaded-Packages=true"
-        script = (
+        self.do(
             f"{install} {keep} ||"
-            f" {{ apt-get update --quiet && {install} {keep}; }}"
+            f" {{ apt-get update --quiet && {install} {keep}; }}",
+            *options,
         )
+
+    def do(self, script: str, *options: str) -> str:
+        """What a script prints, run by root's shell in there."""
         done = subprocess.run(
             self._nspawn(*options, "sh", "-c", script),
             capture_output=True,
@@ -243,6 +249,9 @@ class Container:
         (self._upper / "root").mkdir(exist_ok=True, mode=0o700)
         for file in files:
             shutil.copy(file, self._upper / "root")
+
+    def put_tree(self, tree: Path, place: str) -> None:
+        shutil.copytree(tree, self._upper / place, symlinks=True)
 
     def prepare(self) -> None:
         """Make what a qube has beside the packages: users, the group of qrexec,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from container import ROOT, USERS, WANTED, Container
+from container import ROOT, SUITES, USERS, WANTED, Container
 from debs import UPGRADE
 
 pytestmark = pytest.mark.skipif(
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["bookworm", "trixie"])
+@pytest.fixture(scope="module", params=SUITES)
 def debian(
     request: pytest.FixtureRequest,
     possible: None,
@@ -31,7 +31,8 @@ def debian(
 ) -> Iterator[Container]:
     """A Debian with the packages; the first test boots it."""
     container = Container(request.param, tmp_path_factory.mktemp(request.param))
-    container.install(debs)
+    # What the first release needed besides.
+    container.install(debs, "python3-rich")
     container.prepare()
     yield container
     container.shut_down()
@@ -599,3 +600,78 @@ def test_installing_again_finds_the_routes_back(debian: Container) -> None:
     debian.run("sh", "-ec", "apt-get install --yes /root/*upgrade*.deb")
     debian.run("systemctl", "restart", "user@1000.service")
     assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
+
+
+#: Takes the socket that systemd passes, and greets.
+PROGRAM = """
+import socket
+with socket.socket(fileno=3) as listener:
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(b"published\\n")
+"""
+
+
+def test_an_upgrade_from_the_first_release_loses_nothing(
+    debian: Container, first_debs: list[Path]
+) -> None:
+    everything = "qrexec-activate-services qrexec-activate-publish"
+    debian.run("sh", "-ec", f"apt-get purge --yes qrexec-activate {everything}")
+    # No pipes, which make an upgrade wait.
+    relay = "/home/user/.config/systemd/user/qrexec-connect-tcp.service.d"
+    debian.run("rm", "-r", relay)
+    debian.put_while_booted(first_debs)
+    debian.run("sh", "-ec", "apt-get install --yes /root/*_0.1.0_all.deb")
+    for user in USERS.values():
+        debian.run("systemctl", "restart", f"user@{user}.service")
+    debian.run("systemctl", "enable", "--now", "qrexec-connect-tcp@80.socket")
+    debian.write("/home/user/program.py", PROGRAM, user="user")
+    debian.run(
+        *("qrexec-activate", "publish", "wiki", "--exec"),
+        "python3 /home/user/program.py",
+        user="user",
+    )
+    wiki = "/run/user/1000/qubes.ConnectUnix/wiki"
+    assert debian.ask(wiki) == "published"
+    with (
+        debian.talk("127.0.0.1", "1234") as one,
+        debian.talk("127.0.0.3", "1234", user="other") as two,
+        debian.talk("/run/user/1000/backup") as three,
+        debian.talk("127.0.0.1", "80") as four,
+    ):
+        talks = [one, two, three, four]
+        before = old_daemons(debian)
+        assert "0" not in before
+        # What moves is not taken from under the old one.
+        publish = f"/root/qrexec-activate-publish_{UPGRADE}-1_all.deb"
+        assert "breaks qrexec-activate" in debian.run(
+            "dpkg", "--unpack", publish, check=False
+        )
+        names = ("qrexec-activate", "qrexec-activate-services")
+        debs = " ".join(f"/root/{name}_{UPGRADE}-1_all.deb" for name in names)
+        debian.run("sh", "-ec", f"apt-get install --yes {debs}")
+        assert UPGRADE in debian.run("qrexec-activate", "--version")
+        assert [talk.echo("still there") for talk in talks] == [
+            "still there"
+        ] * 4
+        assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
+        assert debian.ask("127.0.0.3", "1234", user="other").startswith(
+            "work to "
+        )
+        assert debian.ask("/run/user/1000/backup").startswith("archive to ")
+        assert debian.ask("127.0.0.1", "80").startswith("web to ")
+        after = old_daemons(debian)
+        assert "0" not in after
+        assert not set(before) & set(after)
+        assert [talk.echo("and now") for talk in talks] == ["and now"] * 4
+    # What was published is reached; who wants the commands is told what to do.
+    assert debian.ask(wiki) == "published"
+    needs = "qrexec-activate-publish"
+    news = "/usr/share/doc/qrexec-activate/NEWS.Debian.gz"
+    assert needs in debian.run("zcat", news)
+    said = debian.run("qrexec-activate", "published", user="user", check=False)
+    assert needs in said
+    debian.run("apt-get", "install", "--yes", publish)
+    assert "wiki" in debian.run("qrexec-activate", "published", user="user")
+    assert debian.ask(wiki) == "published"

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from container import ROOT, WANTED
+from container import ROOT, SUITES, WANTED, Container
 from debs import build
 
 VERSION = (ROOT / "version").read_text().strip()
@@ -94,6 +94,21 @@ def test_lintian_finds_nothing(debs: list[Path]) -> None:
     assert not re.findall("^[EW]:.*", said, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    "suite", [suite for suite in SUITES if suite != "bookworm"]
+)
+def test_the_lintian_of_a_newer_debian_finds_nothing(
+    suite: str, possible: None, debs: list[Path], tmp_path: Path
+) -> None:
+    container = Container(suite, tmp_path)
+    container.install([], "lintian")
+    container.put(list(debs[0].parent.iterdir()))
+    said = container.do(
+        "lintian --allow-root --fail-on=error,warning --info /root/*.changes"
+    )
+    assert not re.findall("^[EW]:.*", said, re.MULTILINE)
+
+
 def test_the_service_side_needs_no_python(debs: list[Path]) -> None:
     services = next(
         deb for deb in debs if deb.name.startswith("qrexec-activate-services")
@@ -165,13 +180,6 @@ def comparable(paths: set[str]) -> set[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def rpms(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rpms")
-    subprocess.run([tree / "tools/build-rpm", folder], check=True, timeout=600)
-    return folder
-
-
 def rpm_of(rpms: Path, name: str) -> Path:
     (rpm,) = [
         path
@@ -230,3 +238,41 @@ def test_dom0_gets_its_policy_and_tests_that_its_runner_finds(
     ]
     assert entry.group == "qubes.tests.extra.for_template"
     assert (site / entry.module / "__init__.py").exists()
+
+
+def test_by_hand_as_by_packages_with_make_and_python_alone(
+    possible: None, tree: Path, debs: list[Path], tmp_path: Path
+) -> None:
+    container = Container("bookworm", tmp_path)
+    container.install([], "make", "python3")
+    container.put_tree(tree, "root/source")
+    make = "touch /root/mark; cd /root/source && make --no-print-directory"
+
+    def added() -> set[str]:
+        """Files that came since `make` began."""
+        found = container.do(
+            "cd /; find etc usr -cnewer /root/mark ! -type d -printf '/%p\\n'"
+        )
+        return {path for path in found.split() if "/__pycache__/" not in path}
+
+    # It says what it runs with, and that is enough.
+    said = container.do(f"{make} install-client 2>&1 || true")
+    lacks = re.search("lacks what .*: install (.*)", said)
+    assert lacks is not None, said
+    assert not [path for path in added() if "qrexec" in path]
+    container.install([], *lacks[1].split())
+    assert "No module named pip" in container.do("python3 -m pip 2>&1 || true")
+    container.do(f"{make} install-client install-services")
+    ours = {path for deb in debs for path in files_of_deb(deb)}
+    # systemd-sysusers adds to these, and the container writes one.
+    account = r"/etc/(\.pwd\.lock|resolv\.conf|(g?shadow|group|passwd)-?)"
+    assert comparable(ours) == {
+        path for path in comparable(added()) if not re.fullmatch(account, path)
+    }
+    assert container.do("qrexec-activate --version").split()[1] == VERSION
+    container.do(f"{make} uninstall")
+    assert "qrexec-activate" not in container.do("ls /usr/bin /usr/libexec")
+    left = container.do(
+        "find /etc /usr ! -type d '(' -path '*qrexec*' -o -name 'qubes.*' ')'"
+    )
+    assert left == ""

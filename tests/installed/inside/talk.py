@@ -11,10 +11,10 @@ import sys
 # Whatever happens, no test waits for ever.
 signal.alarm(120)
 if len(sys.argv) == 3:
-    sock = socket.create_connection((sys.argv[1], int(sys.argv[2])), 20)
+    sock = socket.create_connection((sys.argv[1], int(sys.argv[2])), 60)
 else:
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(20)
+    sock.settimeout(60)
     sock.connect(sys.argv[1])
 with sock, sock.makefile("rw") as stream:
     try:
