@@ -389,6 +389,36 @@ def never_typed(recipe: str) -> list[Line]:
     ]
 
 
+def forwards_nothing(client: Qube, options: str) -> None:
+    """Who may log in by ssh on port 2222 gets no further: not even to what
+    answers on that very port."""
+    said = client.run(
+        f"ssh -o LogLevel=INFO {options} -W 127.0.0.1:2222 -p 2222 127.0.0.1 2>&1",
+        check=False,
+    )
+    assert "administratively prohibited" in said
+    assert "SSH-2.0" not in said
+
+
+def listening_ports(pid: str) -> set[tuple[str, int]]:
+    """The TCP addresses that a process itself listens on; of IPv6 the port
+    alone."""
+    held = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            held.add(os.readlink(link))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        lines = Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+        for fields in map(str.split, lines):
+            host, _, port = fields[1].partition(":")
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in held:
+                packed = bytes.fromhex(host)[::-1]
+                name = socket.inet_ntoa(packed) if table == "tcp" else ""
+                found.add((name, int(port, 16)))
+    return found
+
+
 @contextlib.contextmanager
 def sshd(folder: Path, authorized_keys: Path) -> Iterator[str]:
     """A host that one logs in to with a key, on a port of its own; the block

@@ -3,7 +3,7 @@ look at its pictures shows."""
 
 from __future__ import annotations
 
-from recipe import Recipe, listens, require, until
+from recipe import Recipe, listening_ports, listens, require, until
 
 BROWSER = (
     "chromium-headless-shell --no-sandbox --disable-gpu"
@@ -29,6 +29,11 @@ def test_a_browser_sees_each_by_its_name() -> None:
         recipe.follow("The web apps")
         recipe.follow("The names")
         until("Caddy listens", lambda: listens((work.host, 8080)))
+        # Nothing else, such as a port by which programs change the routes.
+        pid = work.run(
+            "systemctl --user show --value -p MainPID caddy.service"
+        ).strip()
+        assert listening_ports(pid) == {(work.host, 8080)}
         for name, expected in {
             "gitweb": "project.git",
             "wiki": "All that I know",

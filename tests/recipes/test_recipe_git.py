@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from recipe import Qube, Recipe, require
+from recipe import Qube, Recipe, forwards_nothing, require
 
 MEBIBYTES = 100
 #: Seconds for what moves them, on a busy machine.
@@ -98,6 +98,9 @@ def test_push_clone_and_fetch(
 ) -> None:
     clone = WAYS[section]
     said = recipe.follow(section)
+    if clone == "by-ssh":
+        command = recipe["work"].environment["GIT_SSH_COMMAND"]
+        forwards_nothing(recipe["work"], command.removeprefix("ssh "))
     exchange(recipe["work"], clone, source)
     if clone == "by-http":
         page = next(

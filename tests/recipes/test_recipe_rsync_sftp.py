@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from recipe import Recipe, require
+from recipe import Recipe, forwards_nothing, require
 
 
 @pytest.fixture
@@ -54,9 +54,11 @@ def test_rsync(recipe: Recipe) -> None:
 
 def test_sftp(recipe: Recipe) -> None:
     files, work = recipe["files"], recipe["work"]
-    work.substitutes["sftp -q"] = f"sftp -q {files.let_in(work)}"
+    options = files.let_in(work)
+    work.substitutes["sftp -q"] = f"sftp -q {options}"
     recipe.follow("")
     recipe.follow("sftp")
     album = work.machine.home / "album"
     assert is_same(album, files.machine.home / "files" / "album-by-sftp")
     assert is_same(album, work.machine.home / "album-by-sftp")
+    forwards_nothing(work, options)

@@ -59,3 +59,11 @@ def test_sign_and_decrypt(tmp_path: Path) -> None:
             )
             == []
         )
+
+        # Nor does gpg start an agent in work where it reaches none.
+        work.run(
+            "systemctl --user stop qrexec-connect-unix@gpg-agent-extra.socket"
+        )
+        assert "no gpg-agent running" in work.run(
+            "gpg --batch --list-secret-keys 2>&1", check=False
+        )
