@@ -1,16 +1,18 @@
-"""Asterisk 22 in a booted Debian sid: each of its three sockets starts it, and
-is reached from `work`."""
+"""Asterisk 22 in a booted Debian sid: each of its five sockets starts it, and is
+reached from `work`."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
+import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from booted import Container
+from booted import SERVICE_QUBE, Container
 from recipe import EXAMPLES, PATIENCE, Recipe, require, until
 
 MANAGER_LOGIN = (
@@ -21,7 +23,13 @@ MANAGER_LOGIN = (
 
 @pytest.fixture(scope="module")
 def pbx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
-    container = Container("asterisk", "pbx", tmp_path_factory.mktemp("pbx"))
+    container = Container(
+        "asterisk",
+        "pbx",
+        tmp_path_factory.mktemp("pbx"),
+        SERVICE_QUBE,
+        system="exchange",
+    )
     try:
         container.wait()
         yield container
@@ -42,7 +50,7 @@ def recipe(pbx: Container) -> Iterator[Recipe]:
         (qube.rpc_config / "qubes.ConnectTCP").write_text(
             "skip-service-descriptor=true\n"
         )
-        for port in (5038, 8088):
+        for port in (5038, 5039, 8088, 8089):
             bridge = qube.machine.directory / f"port-{port}"
             argv = ["nsenter", f"--target={pbx.leader}", "--net", "socat"]
             argv += [f"UNIX-LISTEN:{bridge},fork", f"TCP:127.0.0.1:{port}"]
@@ -56,17 +64,33 @@ def recipe(pbx: Container) -> Iterator[Recipe]:
         yield recipe
 
 
-def ask(address: tuple[str, int] | str, question: bytes) -> str:
-    with socket.socket(
-        socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-    ) as client:
+def ask(
+    address: tuple[str, int] | str, question: bytes, certificate: str = ""
+) -> str:
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(
+            socket.socket(
+                socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+            )
+        )
         client.settimeout(PATIENCE)
         client.connect(address)
+        if certificate:
+            context = ssl.create_default_context(cadata=certificate)
+            client = stack.enter_context(
+                context.wrap_socket(client, server_hostname="127.0.0.1")
+            )
         client.sendall(question)
         answer = b""
-        while chunk := client.recv(1 << 16):
-            answer += chunk
+        with contextlib.suppress(ssl.SSLEOFError):
+            while chunk := client.recv(1 << 16):
+                answer += chunk
     return answer.decode(errors="replace")
+
+
+@pytest.fixture
+def certificate(pbx: Container, recipe: Recipe) -> str:
+    return pbx.run("cat /etc/asterisk/keys/pbx.crt")
 
 
 def state(pbx: Container) -> str:
@@ -118,6 +142,34 @@ def test_its_web_server(pbx: Container, recipe: Recipe, stopped: None) -> None:
     )
     assert "Asterisk HTTP Status" in answer
     until("it has started", lambda: state(pbx) == "active")
+
+
+def test_its_manager_interface_by_tls(
+    pbx: Container, recipe: Recipe, stopped: None, certificate: str
+) -> None:
+    answer = ask((recipe["work"].host, 5039), MANAGER_LOGIN, certificate)
+    assert "Authentication accepted" in answer
+    until("it has started", lambda: state(pbx) == "active")
+
+
+def test_its_web_server_by_tls(
+    pbx: Container, recipe: Recipe, stopped: None, certificate: str
+) -> None:
+    answer = ask(
+        (recipe["work"].host, 8089),
+        b"GET /httpstatus HTTP/1.0\r\nConnection: close\r\n\r\n",
+        certificate,
+    )
+    assert "Asterisk HTTP Status" in answer
+    until("it has started", lambda: state(pbx) == "active")
+
+
+def test_what_the_user_of_its_qube_may(pbx: Container, recipe: Recipe) -> None:
+    assert "asterisk" in pbx.run("id --name --groups user").split()
+    assert (
+        pbx.run("stat --format='%U %a' /etc/asterisk/keys/pbx.key")
+        == "asterisk 600\n"
+    )
 
 
 def test_stopping_does_not_start_it_again(
@@ -172,4 +224,4 @@ def test_its_units_are_well_formed(tmp_path: Path) -> None:
     ]
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     ours = [line for line in result.stderr.splitlines() if "asterisk" in line]
-    assert (len(names), ours) == (3, [])
+    assert (len(names), ours) == (5, [])
