@@ -38,7 +38,7 @@ mkdir -p {{top}}/root/etc/qubes-rpc {{top}}/root/etc/qubes/rpc-config {{top}}/ro
 cp {ROOT}/rpc/qubes.* {{top}}/root/etc/qubes-rpc/
 cp {ROOT}/rpc/rpc-config/* {{top}}/root/etc/qubes/rpc-config/
 chroot {{top}}/root useradd --create-home --uid 1000 --shell /bin/sh user
-chroot {{top}}/root systemd-machine-id-setup
+tr -d - </proc/sys/kernel/random/uuid >{{top}}/root/etc/machine-id
 touch {{top}}/root/var/lib/systemd/linger/user
 """
 AS_USER = (
