@@ -14,6 +14,7 @@ from schema import SCHEMA, problems
 
 STEP = {
     "area": "units",
+    "manager": "user",
     "level": "ok",
     "text": "well",
     "mend": None,

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import socket
 import time
+from dataclasses import replace
 
 import click
 
@@ -14,8 +16,8 @@ from ..errors import ActivateError
 from ..routing.unitfile import address_key
 from ..systemd.journalreader import records
 from .checks import Level, Step, walk
-from .options import json_option, system_option
-from .survey import Entry, Survey
+from .options import json_option, managers_option
+from .survey import Entry
 from .table import (
     BAD,
     DOUBTFUL,
@@ -55,7 +57,7 @@ Examples:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before --try.")
 @click.option("-q", "--quiet", is_flag=True, help="Show only what is wrong.")
 @json_option
-@system_option
+@managers_option
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -63,7 +65,7 @@ def command(
     yes: bool,
     quiet: bool,
     as_json: bool,
-    system: bool,
+    which: str | None,
 ) -> None:
     """Walk the whole way and say of each step whether it is right; with what is
     wrong comes the command that mends it ($) or, where none can, what you have
@@ -73,16 +75,17 @@ def command(
     code is 0, 1 if there are warnings, or 2 if there are errors. It is of use
     on a machine without Qubes, too.
     """
-    steps, now = walk(user=not system)
+    steps, entries = walk(which)
+    marked = which is None and any(one.manager == "system" for one in steps)
     if not as_json:
         for step in steps:
-            _show(step, quiet)
-    if tries and now is not None and (yes or _may_call(now)):
-        for entry in now.entries:
-            if not entry.refused and entry.listens:
-                steps.append(_try(entry, user=not system))
-                if not as_json:
-                    _show(steps[-1], quiet)
+            _show(step, quiet, marked)
+    routes = [one for one in entries if not one.refused and one.listens]
+    if tries and routes and (yes or _may_call(len(routes))):
+        for entry in routes:
+            steps.append(replace(_try(entry), manager=entry.manager))
+            if not as_json:
+                _show(steps[-1], quiet, marked)
     worst = max(step.level for step in steps)
     if as_json:
         print_json(
@@ -91,6 +94,7 @@ def command(
                 "steps": [
                     {
                         "area": one.area,
+                        "manager": one.manager,
                         "level": one.level.word,
                         "text": one.text,
                         "mend": one.mend or None,
@@ -105,12 +109,13 @@ def command(
     ctx.exit(int(worst))
 
 
-def _show(step: Step, quiet: bool) -> None:
+def _show(step: Step, quiet: bool, marked: bool) -> None:
     if quiet and step.level is Level.OK:
         return
+    whose = " (system)" if marked and step.manager == "system" else ""
     say(
         styled(f"{step.level.word:<8}", STYLES[step.level]),
-        f"{step.area}: {with_short_paths(step.text)}",
+        f"{step.area}{whose}: {with_short_paths(step.text)}",
     )
     if step.mend:
         click.echo(f"{'':<8}$ {step.mend}")
@@ -133,21 +138,20 @@ def _conclude(steps: list[Step]) -> None:
 # ---------------------------------------------------------------------- --try
 
 
-def _may_call(now: Survey) -> bool:
-    count = sum(
-        not entry.refused and bool(entry.listens) for entry in now.entries
-    )
-    return bool(count) and click.confirm(
+def _may_call(count: int) -> bool:
+    return click.confirm(
         f"Connect to {count} route{'s' * (count != 1)}? Each may start a"
         f" qube, or ask you in dom0",
         err=True,
     )
 
 
-def _try(entry: Entry, *, user: bool) -> Step:
+def _try(entry: Entry) -> Step:
     """Connect, send nothing, and see whether the connection lasts."""
     route = f"{entry.listener} → {entry.target} {entry.call}"
-    mend = f"qrexec-activate logs {entry.listener}"
+    user = entry.manager == "user"
+    logs = "logs" if user else "logs --system"
+    mend = f"qrexec-activate {logs} {shlex.quote(entry.listener)}"
     try:
         with _connect(entry.listener) as sock:
             peer = (

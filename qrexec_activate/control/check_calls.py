@@ -73,11 +73,11 @@ def calls(context: Context) -> Iterator[Step]:
             Level.ERROR,
             f"the last call of {entry.listener} → {entry.target}"
             f" {entry.call}: {said}",
-            advice=_advice(entry, ended),
+            advice=_advice(context, entry, ended),
         )
 
 
-def _advice(entry: Entry, record: Record) -> str:
+def _advice(context: Context, entry: Entry, record: Record) -> str:
     """What a person has to do elsewhere; the next call that succeeds makes
     check content again."""
     target = entry.target
@@ -86,7 +86,7 @@ def _advice(entry: Entry, record: Record) -> str:
         case "126" if not established:
             return (
                 f"see whether {target} is spelt so and runs; in dom0, put what"
-                f" qrexec-activate policy {entry.listener} prints into"
+                f" {context.command('policy', entry.listener)} prints into"
                 f" {POLICY_FILE}; then connect again"
             )
         case "127":
@@ -100,6 +100,6 @@ def _advice(entry: Entry, record: Record) -> str:
                 f" {entry.argument or 'its socket'}, then connect again"
             )
     return (
-        f"see qrexec-activate logs {entry.listener}, and the same call's log in"
-        f" {target}; then connect again"
+        f"see {context.command('logs', entry.listener)}, and the same call's"
+        f" log in {target}; then connect again"
     )

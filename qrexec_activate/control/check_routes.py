@@ -28,7 +28,7 @@ from .address import (
     parse_address,
 )
 from .netproc import overlaps
-from .steps import Context, Level, Step, joined
+from .steps import Context, Level, Step, joined, sudo
 from .survey import Entry
 
 __all__ = ["clashes", "exposure", "overrides", "routes"]
@@ -90,6 +90,14 @@ def _route(context: Context, entry: Entry) -> Step:
             mend,
             advice,
         )
+    if entry.state == "not readable":
+        files = context.now.units[entry.unit].unreadable
+        return Step(
+            "routes",
+            Level.WARNING,
+            f"{route}: only root can read {', '.join(files)}",
+            sudo("qrexec-activate check --system"),
+        )
     if entry.listens is False:
         return Step(
             "routes",
@@ -144,6 +152,7 @@ def _obstacle(context: Context, entry: Entry) -> Obstacle | None:
         for one in context.now.entries
         if one.unit != entry.unit and one.listens
     ]
+    others += [one for one in context.others if one.listens]
     return obstacle(address, others, context.now.listening)
 
 
@@ -177,8 +186,8 @@ def _mend_inactive(context: Context, entry: Entry) -> tuple[str, str]:
     if hindrance.trouble is Trouble.TAKEN and not any(
         address_key(one.listener) == address_key(entry.listener)
         or overlaps(*keys)
-        for one in context.now.entries
-        if one.unit != entry.unit
+        for one in (*context.now.entries, *context.others)
+        if (one.manager, one.unit) != (entry.manager, entry.unit)
         and one.listens
         and (keys := _keys(one, entry))
     ):

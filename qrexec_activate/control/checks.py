@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from .check_qrexec import DEFAULT_CLIENT, client_steps, clients
 from .check_routes import clashes, exposure, overrides, routes
 from .check_services import services
 from .check_units import daemons, reloads, syntax, units
+from .managers import ask
 from .persistence import forgotten
 from .steps import Context, Level, Step
-from .survey import Survey, take_survey
+from .survey import Entry, Survey, survey
 
 __all__ = ["Level", "Step", "to_reach", "walk"]
 
@@ -38,40 +40,59 @@ LINGER = Path("/var/lib/systemd/linger")
 LOOK_BACK = 500
 
 
-def walk(*, user: bool) -> tuple[list[Step], Survey | None]:
-    """Take all steps; also returns the survey, where systemd could be asked."""
+def walk(which: str | None) -> tuple[list[Step], list[Entry]]:
+    """Take all steps for the manager that is named or else for both; also
+    returns the routes."""
+    steps: list[Step] = []
     try:
-        with open_manager(user=user) as manager:
-            now = take_survey(manager)
-            version, environment = manager.manager_properties(
-                "Version", "Environment"
-            )
-            found = _records(now) if now.entries else []
-            context = Context(
-                manager,
-                now,
-                Systemctl(user),
-                dict(one.partition("=")[::2] for one in environment or ()),
-                [one for one in found if one.connection],
-                [one for one in found if not one.connection],
-            )
-            which = "user" if user else "system"
-            steps = [
-                Step(
-                    "systemd",
-                    Level.OK,
-                    f"the {which} manager answers (systemd {version})",
-                )
-            ]
-            for look in _LOOKS:
-                steps += look(context)
-            return steps, now
+        surveys, lost = ask(which, lambda user: survey(user=user), _declares)
+        entries = [entry for now in surveys for entry in now.entries]
+        if lost:
+            # Root has come to see what the system has.
+            level = Level.ERROR if os.geteuid() else Level.WARNING
+            steps.append(Step("systemd", level, lost, *to_reach(user=True)))
+        for now in surveys:
+            others = [one for one in entries if one.manager != now.manager]
+            for step in _steps(now, others):
+                # What is of the machine is said once.
+                if step.area != "qrexec" or step not in steps:
+                    steps.append(replace(step, manager=now.manager))
     except ActivateError as error:
-        mend, advice = to_reach(user=user)
-        return [
-            *client_steps(DEFAULT_CLIENT, None),
-            Step("systemd", Level.ERROR, str(error), mend, advice),
-        ], None
+        user = which != "system"
+        wrong = Step("systemd", Level.ERROR, str(error), *to_reach(user=user))
+        return [*client_steps(DEFAULT_CLIENT, None), wrong], []
+    return steps, entries
+
+
+def _declares(now: Survey) -> bool:
+    if now.units:
+        return True
+    with open_manager(user=now.user) as manager:
+        return any(strays(Context(manager, now, Systemctl(now.user))))
+
+
+def _steps(now: Survey, others: list[Entry]) -> Iterator[Step]:
+    with open_manager(user=now.user) as manager:
+        version, environment = manager.manager_properties(
+            "Version", "Environment"
+        )
+        found = _records(now) if now.entries else []
+        context = Context(
+            manager,
+            now,
+            Systemctl(now.user),
+            dict(one.partition("=")[::2] for one in environment or ()),
+            [one for one in found if one.connection],
+            [one for one in found if not one.connection],
+            others,
+        )
+        yield Step(
+            "systemd",
+            Level.OK,
+            f"the {now.manager} manager answers (systemd {version})",
+        )
+        for look in _LOOKS:
+            yield from look(context)
 
 
 def _records(now: Survey) -> list[Record]:

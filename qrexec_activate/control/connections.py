@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -61,6 +61,8 @@ class Connection:
     peer_process: Holder | None = None
     bytes_to_qube: int | None = None
     bytes_from_qube: int | None = None
+    #: Whose daemon began it: "user" or "system".
+    manager: str = "user"
 
     @property
     def age(self) -> float:
@@ -92,26 +94,34 @@ class Connection:
 
 
 class Lookout:
-    """Looks at the open connections of a manager's daemons, again and again:
+    """Looks at the open connections of all managers' daemons, again and again:
     what cannot change is read once."""
 
     def __init__(self) -> None:
         self._known: dict[int, Connection | None] = {}
         #: Looked at once, and no connection: it may be about to become one.
         self._doubtful: set[int] = set()
-        self._daemons: set[str] = set()
+        self._daemons: set[tuple[str, str]] = set()
 
-    def look(self, survey: Survey) -> list[Connection]:
+    def look(self, surveys: Sequence[Survey]) -> list[Connection]:
         """Return the open connections, the oldest first."""
-        if self._daemons != set(survey.daemons):
+        daemons = {
+            (survey.manager, name)
+            for survey in surveys
+            for name in survey.daemons
+        }
+        if self._daemons != daemons:
             self.__init__()  # type: ignore[misc]
-            self._daemons = set(survey.daemons)
+            self._daemons = daemons
         pids = _pids()
         for pid in self._known.keys() - pids:
             del self._known[pid]
         new: list[Connection] = []
         for pid in (pids - self._known.keys()) | (self._doubtful & pids):
-            one = self._known[pid] = _examine(survey, pid)
+            one = self._known[pid] = next(
+                filter(None, (_examine(survey, pid) for survey in surveys)),
+                None,
+            )
             if one is not None:
                 new.append(one)
                 self._doubtful.discard(pid)
@@ -159,7 +169,7 @@ def _pids() -> set[int]:
 def open_connections(survey: Survey) -> list[Connection]:
     """Return the open connections of this manager's daemons, the oldest
     first."""
-    return Lookout().look(survey)
+    return Lookout().look([survey])
 
 
 def _examine(survey: Survey, pid: int) -> Connection | None:
@@ -192,6 +202,7 @@ def _examine(survey: Survey, pid: int) -> Connection | None:
             unit=of("UNIT"),
             peer=of("PEER"),
             key=_key(of("PEER"), of("LISTENER")),
+            manager=survey.manager,
         )
     return None
 

@@ -25,7 +25,7 @@ from .address import obstacle, parse_address
 from .dropins import finishing, locked
 from .netproc import overlaps
 from .options import complete_routes, dry_run_option, system_option
-from .select import select, written
+from .select import the_routes
 from .settle import Change, carry_out, show
 from .survey import (
     Daemon,
@@ -115,7 +115,7 @@ def _file_of(now: Survey, route: str, folder: Path) -> tuple[str, str]:
             and "@." not in path.parent.name
         ):
             return _checked(str(path), unit.name, folder)
-    entries = select(written(now), [route])
+    entries = the_routes(now, [route], all_of_them=True)
     files = {(entry.file, entry.unit) for entry in entries if entry.file}
     if not files:
         raise UsageProblem(

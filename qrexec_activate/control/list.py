@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from .options import complete_routes, json_option, system_option, wide_option
+from .options import (
+    complete_routes,
+    json_option,
+    managers_option,
+    wide_option,
+)
 from .select import select
-from .survey import Entry, survey
+from .survey import Entry, all_entries
 from .table import (
     BAD,
     DOUBTFUL,
@@ -16,6 +22,7 @@ from .table import (
     print_json,
     print_rows,
     printable,
+    say,
     short_path,
     with_short_paths,
 )
@@ -28,6 +35,7 @@ __all__ = [
     "print_refusals",
     "row",
     "style",
+    "table",
 ]
 
 HEADER = ("listener", "target", "service", "enabled", "state", "file")
@@ -47,6 +55,7 @@ def entry_as_json(entry: Entry) -> dict[str, Any]:
         "label": entry.label or None,
         "unit": entry.unit,
         "daemon": entry.daemon,
+        "manager": entry.manager,
         "file": entry.file or None,
         "enabled": entry.enabled,
         "active": entry.active,
@@ -67,6 +76,19 @@ def row(entry: Entry) -> list[str]:
     ]
 
 
+def table(
+    entries: Sequence[Entry], *, marked: bool
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Header and rows; `marked` with whose each route is."""
+    rows = [row(entry) for entry in entries]
+    if not marked:
+        return HEADER, rows
+    return (*HEADER[:-1], "manager", HEADER[-1]), [
+        [*cells[:-1], entry.manager, cells[-1]]
+        for cells, entry in zip(rows, entries, strict=True)
+    ]
+
+
 def style(column: int, text: str) -> str:
     return (
         {
@@ -78,6 +100,7 @@ def style(column: int, text: str) -> str:
             "enabled": GOOD,
             "not started": DOUBTFUL,
             "restart needed": DOUBTFUL,
+            "not readable": DOUBTFUL,
             "disabled": DOUBTFUL,
         }.get(text, "")
         if column in (3, 4)
@@ -113,22 +136,26 @@ Example:
 )
 @wide_option
 @json_option
-@system_option
+@managers_option
 def command(
-    routes: tuple[str, ...], wide: bool, as_json: bool, system: bool
+    routes: tuple[str, ...], wide: bool, as_json: bool, which: str | None
 ) -> None:
     """List every route: listener, target, service, file, and whether it is
     enabled, listening or refused.
 
     ROUTE is an address, a unit, a label, a target, a call or a file; without
     one, all are listed. Routes that were written by hand, or by other
-    programs, are listed too.
+    programs, are listed too; your own, and the system's, marked as such.
     """
-    entries = select(survey(user=not system).entries, routes)
+    entries, lost = all_entries(which)
+    if lost:
+        say(lost[0].upper() + lost[1:], err=True)
+    entries = select(entries, routes)
     if as_json:
         print_json([entry_as_json(entry) for entry in entries])
     elif entries:
-        print_rows(HEADER, [row(entry) for entry in entries], style, wide=wide)
+        marked = which is None and any(e.manager == "system" for e in entries)
+        print_rows(*table(entries, marked=marked), style, wide=wide)
         print_refusals(entries)
     else:
         click.echo(NO_ROUTES, err=True)

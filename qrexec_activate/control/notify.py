@@ -154,7 +154,7 @@ def _happenings(notices: Notices, *, user: bool) -> Iterator[Notice]:
         due = time.monotonic() + LOOK
         if time.monotonic() - began > RENEW:
             now, began = survey(user=user), time.monotonic()
-        for connection in lookout.look(now):
+        for connection in lookout.look([now]):
             if notice := notices.waits(connection, time.monotonic()):
                 yield notice
 

@@ -26,6 +26,7 @@ __all__ = [
     "did_you_mean",
     "dry_run_option",
     "json_option",
+    "managers_option",
     "system_option",
     "wide_option",
 ]
@@ -86,6 +87,20 @@ def dry_run_option(command: _Command) -> _Command:
     )(command)
 
 
+def managers_option(command: _Command) -> _Command:
+    """Add --system, --user and --debug, for commands that change nothing: they
+    show both managers' unless one is named."""
+    for name, whose in (("user", "your own"), ("system", "the system's")):
+        command = click.option(
+            f"--{name}",
+            "which",
+            flag_value=name,
+            default=None,
+            help=f"Show only {whose}, not both.",
+        )(command)
+    return debug_option(command)
+
+
 def json_option(command: _Command) -> _Command:
     """Add --json; docs/json.md says what it prints."""
     return click.option(
@@ -121,10 +136,14 @@ def _complete(
 ) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
-    from .survey import survey
+    from .survey import all_entries, survey
 
     try:
-        entries = survey(user=not ctx.params.get("system")).entries
+        entries = (
+            all_entries(ctx.params["which"])[0]
+            if "which" in ctx.params
+            else survey(user=not ctx.params.get("system")).entries
+        )
     except Exception:
         # A shell that completes a line has no place for messages.
         return []

@@ -25,7 +25,7 @@ from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .dropins import finishing, is_idle, locked, without_lines
 from .options import complete_routes, dry_run_option, system_option
-from .select import the_routes, written
+from .select import the_routes
 from .settle import Change, carry_out, show
 from .survey import (
     Daemon,
@@ -113,7 +113,7 @@ def _plan(
     with open_manager(user=user) as manager:
         now = take_survey(manager)
     removals: dict[str, Removal] = {}
-    for entry in the_routes(written(now), words, all_of_them):
+    for entry in the_routes(now, words, all_of_them):
         removal = removals.setdefault(
             entry.unit, Removal(entry.unit, now.units[entry.unit].daemon)
         )

@@ -27,7 +27,7 @@ from .options import (
 )
 from .policy import FILE as POLICY_FILE
 from .policy import policy_lines, this_qube
-from .select import the_routes, written
+from .select import the_routes
 from .survey import Entry, Survey, read_file, take_survey
 
 __all__ = ["command"]
@@ -69,7 +69,7 @@ def command(
     with contextlib.nullcontext() if dry_run else locked(folder):
         with open_manager(user=user) as manager:
             now = take_survey(manager)
-        meant = the_routes(written(now), [route], all_of_them)
+        meant = the_routes(now, [route], all_of_them)
         units: dict[str, dict[str, str]] = {}
         for entry in meant:
             if entry.target == target:

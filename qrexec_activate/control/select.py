@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
-from ..errors import ActivateError, UsageProblem
+from ..errors import ActivateError, ManagerError, UsageProblem
 from ..routing.claim import Route
 from ..routing.names import parse_unit_name
 from ..routing.unitfile import address_key
 from .kinds import unit_of
-from .survey import Entry, Survey, Unit, written_claims
+from .survey import Entry, Survey, Unit, survey, written_claims
 
 __all__ = ["means", "select", "the_routes", "whole_units", "written"]
 
@@ -86,6 +87,7 @@ def _written(unit: Unit, loaded: list[Entry], now: Survey) -> list[Entry]:
                 unit.enabled,
                 unit.active,
                 now.listening.holds(claim.address),
+                manager=now.manager,
             )
         entries.append(
             replace(
@@ -102,13 +104,21 @@ def _written(unit: Unit, loaded: list[Entry], now: Survey) -> list[Entry]:
 
 
 def the_routes(
-    entries: Sequence[Entry], words: Sequence[str], all_of_them: bool
+    now: Survey, words: Sequence[str], all_of_them: bool = False
 ) -> list[Entry]:
-    """Return the routes that are meant: one for each word, all that it may mean
-    with --all, or those of KIND ARGUMENT [TARGET], as add takes it."""
+    """Return the routes that a command changes: one for each word, all that it
+    may mean with --all, or those of KIND ARGUMENT [TARGET], as add takes it.
+
+    They are of one manager; that the other has what is meant is said, no more.
+    """
+    entries = written(now)
     groups = [(" ".join(words), _by_kind(words, entries))]
     if not groups[0][1]:
-        groups = [(word, select(entries, [word])) for word in words]
+        try:
+            groups = [(word, select(entries, [word])) for word in words]
+        except UsageProblem:
+            _look_elsewhere(words, entries, user=now.user)
+            raise
     meant: dict[Entry, None] = {}
     for word, found in groups:
         # A unit's own name stands for all that it opens.
@@ -121,6 +131,27 @@ def the_routes(
             )
         meant |= dict.fromkeys(found)
     return list(meant)
+
+
+def _look_elsewhere(
+    words: Sequence[str], entries: Sequence[Entry], *, user: bool
+) -> None:
+    """Raise UsageProblem where the other manager has a route that is meant,
+    and this one has none."""
+    with suppress(ManagerError):
+        others = survey(user=not user).entries
+        by_kind = _by_kind(words, others)
+        for word in words:
+            if any(means(word, entry) for entry in entries):
+                continue
+            if by_kind or any(means(word, entry) for entry in others):
+                whose, option = (
+                    ("the system's", "add --system")
+                    if user
+                    else ("your own, not the system's", "leave out --system")
+                )
+                route = " ".join(words) if by_kind else word
+                raise UsageProblem(f"the route {route!r} is {whose}: {option}")
 
 
 def _names(word: str, units: set[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,11 +21,12 @@ from .list import HEADER as LIST_HEADER
 from .list import NO_ROUTES, entry_as_json, print_refusals
 from .list import row as route_row
 from .list import style as route_style
+from .managers import ask
 from .options import (
     complete_files,
     complete_routes,
     json_option,
-    system_option,
+    managers_option,
     wide_option,
 )
 from .policy import this_qube
@@ -53,7 +55,7 @@ __all__ = [
     "daemon_lines",
     "is_among",
     "look",
-    "route_rows",
+    "route_table",
     "style",
 ]
 
@@ -83,24 +85,37 @@ class DaemonNow:
     active: str
     pid: int | None
     status: str
+    manager: str = "user"
 
 
 @dataclass(slots=True)
 class Status:
     """Everything that is shown."""
 
-    survey: Survey
+    surveys: list[Survey]
     entries: list[Entry]
     connections: list[Connection]
     daemons: list[DaemonNow]
-    last: dict[tuple[str, str], Record] = field(default_factory=dict)
+    last: dict[tuple[str, str, str], Record] = field(default_factory=dict)
+    #: Whether to say of each route whose it is.
+    marked: bool = False
+    #: What is not shown, in words.
+    lost: str = ""
 
     def of(self, entry: Entry) -> list[Connection]:
-        return [
-            one
-            for one in self.connections
-            if one.unit == entry.unit and one.listener == entry.listener
-        ]
+        return [one for one in self.connections if is_among(one, [entry])]
+
+    def counts(self, entry: Entry) -> tuple[int, int] | tuple[None, None]:
+        """How many connections are open, and how many wait; None where this
+        user may not see them."""
+        if entry.manager == "system" and os.geteuid() != 0:
+            return None, None
+        mine = self.of(entry)
+        is_open = sum(one.state == "open" for one in mine)
+        return is_open, len(mine) - is_open
+
+    def last_of(self, entry: Entry) -> Record | None:
+        return self.last.get((entry.manager, entry.unit, entry.listener))
 
 
 @click.command(
@@ -139,7 +154,7 @@ Examples:
 )
 @wide_option
 @json_option
-@system_option
+@managers_option
 def command(
     routes: tuple[str, ...],
     watch: bool,
@@ -147,7 +162,7 @@ def command(
     drawing: str | None,
     wide: bool,
     as_json: bool,
-    system: bool,
+    which: str | None,
 ) -> None:
     """Show the routes and what is alive on them: open connections with age,
     peer and bytes, and those that wait.
@@ -157,15 +172,18 @@ def command(
 
     A connection waits while dom0 asks a person, or the qube starts. Connections
     that outlived their daemon are shown, too. Bytes are known for TCP only.
+    Routes of the system are marked; only root sees what is alive on them.
     """
     if watch and (as_json or drawing):
         raise UsageProblem("--watch excludes --json and --svg")
     if watch:
         from .watch import watch as go_on
 
-        go_on(routes, user=not system, interval=interval)
+        go_on(routes, which, interval=interval)
         return
-    status = look(routes, not system, Lookout())
+    status = look(routes, which, Lookout())
+    if status.lost:
+        say(status.lost[0].upper() + status.lost[1:], err=True)
     if drawing:
         with open(drawing, "w", encoding="utf-8") as file:
             file.write(svg(_ways(status)))
@@ -175,35 +193,61 @@ def command(
         _print(status, wide, ways=bool(routes))
 
 
-def look(routes: Sequence[str], user: bool, lookout: Lookout) -> Status:
+def look(routes: Sequence[str], which: str | None, lookout: Lookout) -> Status:
     """See to everything anew."""
+    seen, lost = ask(which, _see, lambda one: bool(one[0].entries))
+    surveys = [now for now, _ in seen]
+    everything = [entry for now in surveys for entry in now.entries]
+    entries = select(everything, routes)
+    connections = [
+        one
+        for one in lookout.look(surveys)
+        if not routes or is_among(one, entries)
+    ]
+    daemons = [
+        one
+        for _, daemons in seen
+        for one in daemons
+        if not routes
+        or any(
+            (entry.manager, entry.daemon) == (one.manager, one.unit)
+            for entry in entries
+        )
+    ]
+    last = {
+        (now.manager, *route): record
+        for now in surveys
+        for route, record in _last_records(now).items()
+    }
+    marked = which is None and any(not now.user for now in surveys)
+    return Status(surveys, entries, connections, daemons, last, marked, lost)
+
+
+def _see(user: bool) -> tuple[Survey, list[DaemonNow]]:
     with open_manager(user=user) as manager:
         now = take_survey(manager)
         units = sorted(now.daemons)
         rows = manager.unit_properties(
             units, "Service", ["MainPID", "StatusText"]
         )
-    entries = select(now.entries, routes)
-    connections = [
-        one for one in lookout.look(now) if not routes or is_among(one, entries)
-    ]
-    daemons = [
+    return now, [
         DaemonNow(
             unit,
             now.daemons[unit].service,
             now.daemons[unit].active,
             row["MainPID"] or None,
             row["StatusText"] or "",
+            now.manager,
         )
         for unit, row in zip(units, rows, strict=True)
-        if not routes or any(entry.daemon == unit for entry in entries)
     ]
-    return Status(now, entries, connections, daemons, _last_records(now))
 
 
 def is_among(connection: Connection, entries: list[Entry]) -> bool:
     return any(
-        connection.unit == entry.unit and connection.listener == entry.listener
+        connection.unit == entry.unit
+        and connection.listener == entry.listener
+        and connection.manager == entry.manager
         for entry in entries
     )
 
@@ -246,6 +290,7 @@ def _as_json(status: Status) -> dict[str, Any]:
         "daemons": [
             {
                 "unit": one.unit,
+                "manager": one.manager,
                 "rpc": one.rpc,
                 "active": one.active,
                 "pid": one.pid,
@@ -253,17 +298,7 @@ def _as_json(status: Status) -> dict[str, Any]:
             }
             for one in status.daemons
         ],
-        "routes": [
-            {
-                **entry_as_json(entry),
-                "open": sum(one.state == "open" for one in status.of(entry)),
-                "waiting": sum(one.state != "open" for one in status.of(entry)),
-                "last": _record_as_json(
-                    status.last.get((entry.unit, entry.listener))
-                ),
-            }
-            for entry in status.entries
-        ],
+        "routes": [_route_as_json(status, entry) for entry in status.entries],
         "connections": [
             {
                 "id": one.id,
@@ -276,6 +311,7 @@ def _as_json(status: Status) -> dict[str, Any]:
                 "target": one.target,
                 "call": one.call,
                 "unit": one.unit,
+                "manager": one.manager,
                 "peer": one.peer,
                 "peer_pid": one.peer_process.pid if one.peer_process else None,
                 "peer_name": one.peer_process.name
@@ -286,6 +322,16 @@ def _as_json(status: Status) -> dict[str, Any]:
             }
             for one in status.connections
         ],
+    }
+
+
+def _route_as_json(status: Status, entry: Entry) -> dict[str, Any]:
+    is_open, waiting = status.counts(entry)
+    return {
+        **entry_as_json(entry),
+        "open": is_open,
+        "waiting": waiting,
+        "last": _record_as_json(status.last_of(entry)),
     }
 
 
@@ -306,31 +352,30 @@ def _record_as_json(record: Record | None) -> dict[str, Any] | None:
 # ------------------------------------------------------------------- for people
 
 
-def route_rows(
+def route_table(
     status: Status, entries: Sequence[Entry] | None = None
-) -> list[list[str]]:
-    """Of all routes, or of some."""
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Header and rows, of all routes or of some."""
     rows = []
     for entry in status.entries if entries is None else entries:
-        connections = status.of(entry)
         listener, target, call, _, state, _ = route_row(entry)
-        is_open = sum(one.state == "open" for one in connections)
+        counts = ["?" if n is None else str(n) for n in status.counts(entry)]
         rows.append(
             [
                 listener,
                 target,
                 call,
                 state,
-                str(is_open),
-                str(len(connections) - is_open),
+                *counts,
                 _last_words(status, entry),
+                *([entry.manager] if status.marked else []),
             ]
         )
-    return rows
+    return (*HEADER, "manager") if status.marked else HEADER, rows
 
 
 def _last_words(status: Status, entry: Entry) -> str:
-    record = status.last.get((entry.unit, entry.listener))
+    record = status.last_of(entry)
     if record is None:
         return "-"
     return (
@@ -379,8 +424,9 @@ def daemon_lines(status: Status) -> list[str]:
     lines = []
     for one in status.daemons:
         state = f"running, pid {one.pid}" if one.pid else one.active
+        whose = f" ({one.manager})" if status.marked else ""
         lines.append(
-            f"{one.unit}:"
+            f"{one.unit}{whose}:"
             f" {state}{': ' + printable(one.status) if one.status else ''}"
         )
     return lines
@@ -388,13 +434,19 @@ def daemon_lines(status: Status) -> list[str]:
 
 def _ways(status: Status) -> list[list[Hop]]:
     qube = this_qube()
+    states = {
+        (now.manager, name): daemon.active
+        for now in status.surveys
+        for name, daemon in now.daemons.items()
+    }
     return [
         hops(
             entry,
             status.of(entry),
-            status.survey.daemons[entry.daemon].active,
-            status.last.get((entry.unit, entry.listener)),
+            states[entry.manager, entry.daemon],
+            status.last_of(entry),
             qube,
+            seen=status.counts(entry) != (None, None),
         )
         for entry in status.entries
     ]
@@ -403,7 +455,9 @@ def _ways(status: Status) -> list[list[Hop]]:
 def _print_ways(status: Status) -> None:
     width = shutil.get_terminal_size().columns
     for entry, way in zip(status.entries, _ways(status), strict=True):
-        say(styled(f"{entry.listener} → {entry.target or 'no target'}", "bold"))
+        whose = f" ({entry.manager})" if status.marked else ""
+        title = f"{entry.listener} → {entry.target or 'no target'}{whose}"
+        say(styled(title, "bold"))
         for line in picture(way, width):
             say(line)
         say()
@@ -416,7 +470,7 @@ def _print(status: Status, wide: bool, ways: bool) -> None:
     if ways:
         _print_ways(status)
     else:
-        print_rows(HEADER, route_rows(status), style, wide=wide)
+        print_rows(*route_table(status), style, wide=wide)
         click.echo()
     if status.connections:
         print_rows(

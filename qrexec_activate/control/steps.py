@@ -17,7 +17,7 @@ from ..systemd.journalreader import Record
 from ..systemd.manager import Manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
-from .survey import Survey
+from .survey import Entry, Survey
 
 __all__ = ["Context", "Level", "Step", "joined", "output", "set_aside", "sudo"]
 
@@ -46,6 +46,8 @@ class Step:
     text: str
     mend: str = ""
     advice: str = ""
+    #: Of whose units: "user" or "system".
+    manager: str = "user"
 
 
 @dataclass(slots=True)
@@ -60,6 +62,13 @@ class Context:
     calls: list[Record] = field(default_factory=list)
     #: What the daemons said of listeners that they refuse, the latest first.
     refusals: list[Record] = field(default_factory=list)
+    #: The routes of the other manager, as far as they are known.
+    others: list[Entry] = field(default_factory=list)
+
+    def command(self, *words: str) -> str:
+        """A command of this program, for this manager."""
+        system = [] if self.now.user else ["--system"]
+        return shlex.join(["qrexec-activate", words[0], *system, *words[1:]])
 
     def edit(self, unit: str, path: str) -> tuple[str, str]:
         """How a file is changed and a unit listens afterwards, as mend and
@@ -69,14 +78,7 @@ class Context:
                 f"{path} is not yours to change: put a file of the same name"
                 f" into {own_folder(user=self.now.user)}/{unit}.d"
             )
-        edit = shlex.join(
-            [
-                "qrexec-activate",
-                "edit",
-                *([] if self.now.user else ["--system"]),
-                path,
-            ]
-        )
+        edit = self.command("edit", path)
         edit = edit if self.now.user else sudo(edit)
         known = self.now.units.get(unit)
         if known and known.active == "active":

@@ -43,6 +43,7 @@ from .daemons import (
     is_mask,
     read_file,
 )
+from .managers import ask
 from .netproc import Listening, listening
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Entry",
     "Survey",
     "Unit",
+    "all_entries",
     "find_daemon",
     "foresee",
     "read_file",
@@ -82,6 +84,8 @@ class Entry:
     refused: str = ""
     #: systemd's LoadState of the socket unit.
     load: str = "loaded"
+    #: Whose unit it is: "user" or "system".
+    manager: str = "user"
 
     @property
     def call(self) -> str:
@@ -94,7 +98,9 @@ class Entry:
     @property
     def state(self) -> str:
         """In one word or two, how it is: `listening`, `not started`, `restart
-        needed`, `failed`, `refused`, `masked`…"""
+        needed`, `failed`, `refused`, `masked`…
+
+        `not readable` is one of the system whose file only root can read."""
         if self.enabled == "masked":
             return "masked"
         if self.load != "loaded":
@@ -105,6 +111,8 @@ class Entry:
             return "failed"
         if self.active in ("inactive", "deactivating"):
             return "not started"
+        if not self.target:
+            return "not readable"
         return "restart needed" if self.listens is False else "listening"
 
     def matches(self, word: str) -> bool:
@@ -136,10 +144,23 @@ class Unit:
     enabled: str
     #: Drop-ins that systemd has not read.
     unread: tuple[str, ...] = ()
+    manager: str = "user"
 
     @property
     def name(self) -> str:
         return self.socket.name
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Files of the system that its daemon can read, and this user
+        cannot."""
+        return [
+            file.path
+            for file in self.socket.files
+            if self.manager == "system"
+            and os.geteuid() != 0
+            and file.problem.startswith("cannot be read")
+        ]
 
     @property
     def in_doubt(self) -> bool:
@@ -173,6 +194,10 @@ class Survey:
     control_group: str = ""
 
     @property
+    def manager(self) -> str:
+        return "user" if self.user else "system"
+
+    @property
     def systemctl(self) -> str:
         return "systemctl --user" if self.user else "systemctl"
 
@@ -181,6 +206,15 @@ def survey(*, user: bool) -> Survey:
     """Connect to systemd and take a survey; raises ManagerError."""
     with open_manager(user=user) as manager:
         return take_survey(manager)
+
+
+def all_entries(which: str | None) -> tuple[list[Entry], str]:
+    """Return the routes of the manager that is named or else of both, the
+    user's first; and in words what is not among them."""
+    surveys, lost = ask(
+        which, lambda user: survey(user=user), lambda now: bool(now.entries)
+    )
+    return [entry for now in surveys for entry in now.entries], lost
 
 
 def take_survey(manager: Manager) -> Survey:
@@ -221,6 +255,7 @@ def take_survey(manager: Manager) -> Survey:
             known.sub if known else "dead",
             _enabled(result.files, name),
             tuple(path for path in drop_ins if path not in read),
+            result.manager,
         )
     for unit in result.units.values():
         result.entries += _entries(unit, result)
@@ -433,7 +468,7 @@ def _entries(unit: Unit, result: Survey) -> list[Entry]:
         listens = result.listening.holds(claim.address)
         reason, target, file = unit.daemon.dead, "", claim.file
         if isinstance(claim, Refusal):
-            reason = reason or claim.reason
+            reason = reason or ("" if unit.unreadable else claim.reason)
             target = on_disk.targets.get(claim.address, "")
             file = file or on_disk.files.get(claim.address, "")
         else:
@@ -482,6 +517,7 @@ def _entry(
         listens,
         refused,
         unit.load,
+        unit.manager,
     )
 
 

@@ -38,8 +38,9 @@ def switch(
         at_once: bool = False,
     ) -> None:
         with open_manager(user=not system) as manager:
-            entries = written(take_survey(manager))
-        units = whole_units(the_routes(entries, words, all_of_them), entries)
+            now = take_survey(manager)
+        meant = the_routes(now, words, all_of_them)
+        units = whole_units(meant, written(now))
         change = change_of(list(units), at_once)
         change.wanted = {
             unit: [entry.listener for entry in opened]

@@ -21,14 +21,13 @@ from ..forward.outcome import format_bytes
 from .connections import Connection, Lookout
 from .status import (
     CONNECTION_HEADER,
-    HEADER,
     Status,
     connection_rows,
     connection_style,
     daemon_lines,
     is_among,
     look,
-    route_rows,
+    route_table,
     style,
 )
 from .table import lay_out
@@ -152,7 +151,7 @@ class Screen:
             routes = shown[skipped:][: left - 2]
             self._shown = max(len(few) + len(routes), 1)
             lines.append(Styled(""))
-            lines += lay_out(HEADER, route_rows(status, routes), width, style)
+            lines += lay_out(*route_table(status, routes), width, style)
         lines += [
             Styled(""),
             *(styled(line[:width], "") for line in daemon_lines(status)),
@@ -213,13 +212,13 @@ def _order(one: Connection) -> tuple[bool, float]:
     return (not waits, one.started if waits else -one.started)
 
 
-def watch(routes: Sequence[str], *, user: bool, interval: float) -> None:
+def watch(routes: Sequence[str], which: str | None, *, interval: float) -> None:
     """Redraw in place on a terminal, until q; elsewhere print one after the
     other, until Ctrl-C."""
     if not sys.stdout.isatty():
-        for status in _statuses(routes, user):
+        for status in _statuses(routes, which):
             say(time.strftime("%Y-%m-%d %H:%M:%S"))
-            for line in lay_out(HEADER, route_rows(status), None):
+            for line in lay_out(*route_table(status), None):
                 say(line)
             if status.connections:
                 say()
@@ -230,7 +229,7 @@ def watch(routes: Sequence[str], *, user: bool, interval: float) -> None:
             time.sleep(interval)
     screen = Screen()
     with contextlib.suppress(KeyboardInterrupt), _whole_screen():
-        for status in _statuses(routes, user):
+        for status in _statuses(routes, which):
             screen.count(status.connections, time.monotonic())
             if not _show(screen, status, time.monotonic() + interval):
                 return
@@ -258,19 +257,19 @@ def _show(screen: Screen, status: Status, until: float) -> bool:
             return False
 
 
-def _statuses(routes: Sequence[str], user: bool) -> Iterator[Status]:
+def _statuses(routes: Sequence[str], which: str | None) -> Iterator[Status]:
     """Look again and again: at connections each time, at all else when it may
     have changed."""
     lookout = Lookout()
     while True:
-        status = look(routes, user, lookout)
+        status = look(routes, which, lookout)
         began = time.monotonic()
         pids = {one.pid for one in status.connections}
         yield status
         while (age := time.monotonic() - began) < RENEW:
             status.connections = [
                 one
-                for one in lookout.look(status.survey)
+                for one in lookout.look(status.surveys)
                 if not routes or is_among(one, status.entries)
             ]
             now = {one.pid for one in status.connections}

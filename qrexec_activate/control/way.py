@@ -44,12 +44,15 @@ def hops(
     daemon: str,
     last: Record | None,
     qube: str,
+    *,
+    seen: bool = True,
 ) -> list[Hop]:
     """Say of each hop of a route whether it works; `daemon` is the state of its
-    unit, `last` the record of the last connection that has ended."""
+    unit, `last` the record of the last connection that has ended, and `seen`
+    whether this user may see connections of it."""
     is_open = any(one.state == "open" for one in connections)
     return [
-        _program(connections),
+        _program(connections, seen),
         _address(entry),
         _unit(entry),
         _daemon(entry, daemon),
@@ -58,10 +61,11 @@ def hops(
     ]
 
 
-def _program(connections: Sequence[Connection]) -> Hop:
+def _program(connections: Sequence[Connection], seen: bool) -> Hop:
     names = {str(one.peer_process or one.peer): None for one in connections}
     if not names:
-        return Hop("program", "any of this qube", UNKNOWN, "none is connected")
+        note = "none is connected" if seen else "only root can see which"
+        return Hop("program", "any of this qube", UNKNOWN, note)
     count = len(connections)
     note = f"{count} connection{'s' * (count != 1)}"
     return Hop("program", ", ".join(names), WELL, note)
@@ -93,7 +97,11 @@ def _daemon(entry: Entry, state: str) -> Hop:
     mark, note = {
         "active": (WELL, "running"),
         "activating": (WELL, "starting"),
-        "failed": (WRONG, "failed: qrexec-activate logs --everything"),
+        "failed": (
+            WRONG,
+            "failed: qrexec-activate logs --everything"
+            f"{' --system' if entry.manager == 'system' else ''}",
+        ),
     }.get(state, (WELL, "comes with the next connection"))
     return Hop("daemon", entry.daemon, mark, note)
 

@@ -339,6 +339,8 @@ class Machine:
             "XDG_STATE_HOME": str(self.home / ".local" / "state"),
             "XDG_CACHE_HOME": str(self.home / ".cache"),
             "DBUS_SESSION_BUS_ADDRESS": f"unix:path={self.runtime / 'bus'}",
+            # Nor is the manager of this machine seen beside the private one.
+            "DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={top / 'no-system-bus'}",
             # Only these folders: no unit or drop-in of the person who runs
             # this, or of the machine, is seen.
             "SYSTEMD_UNIT_PATH": ":".join(

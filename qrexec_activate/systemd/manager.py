@@ -108,10 +108,12 @@ def _bus_address(user: bool) -> str:
         return f"unix:path={_escape_bus_path(f'{runtime}/bus')}"
     if address := os.environ.get("DBUS_SESSION_BUS_ADDRESS"):
         return address
+    as_root = "" if os.geteuid() else "; for the system's, add --system"
     raise ManagerError(
         "cannot reach the user's systemd: $XDG_RUNTIME_DIR/bus is not there"
         " and DBUS_SESSION_BUS_ADDRESS is not set;"
         " log in as this user, not by su or sudo, and install dbus-user-session"
+        f"{as_root}"
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from desk import GOLDEN, WRITE_GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrexec_activate.control.list import HEADER, row
+from qrexec_activate.control.list import HEADER, row, table
 from qrexec_activate.control.status import CONNECTION_HEADER
 from qrexec_activate.control.survey import Entry
 from qrexec_activate.control.table import cells, lay_out, shortened
@@ -73,6 +74,25 @@ def test_the_tables_are_those_that_were_looked_at(
     if WRITE_GOLDEN:
         path.write_text(text)
     assert text == path.read_text()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_tables_of_both_managers_are_those_that_were_looked_at(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("HOME", "/home/user")
+    file = "/etc/systemd/system/qrexec-connect-tcp@1234.socket.d/dispvm.conf"
+    theirs = replace(ENTRIES[2], manager="system", file=file)
+    both = [*ENTRIES[:2], theirs]
+    lines = lay_out(*table(both, marked=True), width)
+    text = "".join(f"{line}\n" for line in lines)
+    path = GOLDEN / f"list-both-{width}.txt"
+    if WRITE_GOLDEN:
+        path.write_text(text)
+    assert text == path.read_text()
+    assert re.findall(r"(?:user|system)(?=\s|$)", text) == [
+        one.manager for one in both
+    ]
 
 
 CONNECTIONS = [

@@ -64,7 +64,7 @@ def status(routes: int, alive: Iterable[Connection]) -> Status:
     )
     daemons = [DaemonNow(DAEMON, "qubes.ConnectTCP", "active", 42, "well")]
     entries = [entry(number) for number in range(1, routes + 1)]
-    return Status(survey, entries, list(alive), daemons)
+    return Status([survey], entries, list(alive), daemons)
 
 
 def test_what_is_alive_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,15 +166,15 @@ def test_a_thousand_connections_are_read_once_and_laid_out_by_the_screenful(
     monkeypatch.setattr(watch, "connection_rows", count_rows)
     now = status(42, [])
     lookout = Lookout()
-    assert len(lookout.look(now.survey)) == 500
+    assert len(lookout.look(now.surveys)) == 500
     assert (done.count("examine"), done.count("descriptor")) == (1000, 500)
     # A process that was no connection may be about to become one: once more.
-    lookout.look(now.survey)
+    lookout.look(now.surveys)
     assert done.count("examine") == 1500
     done.clear()
     pids.remove(2)
     pids.add(2002)
-    now.connections = lookout.look(now.survey)
+    now.connections = lookout.look(now.surveys)
     assert sorted(done) == ["descriptor", "dump", "examine"]
     assert {2, 2002} & {one.pid for one in now.connections} == {2002}
     Screen().lines(now, 100, 24)
