@@ -7,6 +7,7 @@ import contextlib
 import os
 import shlex
 import socket
+import sys
 import time
 from dataclasses import replace
 
@@ -139,11 +140,17 @@ def _conclude(steps: list[Step]) -> None:
 
 
 def _may_call(count: int) -> bool:
-    return click.confirm(
-        f"Connect to {count} route{'s' * (count != 1)}? Each may start a"
-        f" qube, or ask you in dom0",
-        err=True,
-    )
+    try:
+        return click.confirm(
+            f"Connect to {count} route{'s' * (count != 1)}? Each may start a"
+            f" qube, or ask you in dom0",
+            err=True,
+        )
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        say("Nobody answers, so nothing was tried; see --yes", err=True)
+        return False
 
 
 def _try(entry: Entry) -> Step:

@@ -157,6 +157,7 @@ def _known_qubes() -> set[str]:
 def strays(context: Context) -> Iterator[Step]:
     """Files that declare a route where systemd does not look for them."""
     yield from _files(context)
+    yield from _loose_files(context)
     yield from _no_folders(context)
     yield from _folders(context)
 
@@ -183,6 +184,42 @@ def _files(context: Context) -> Iterator[Step]:
                     context.start_again(unit),
                 ),
             )
+
+
+def _loose_files(context: Context) -> Iterator[Step]:
+    """Drop-ins that lie among the units, and not in the folder of one."""
+    top = own_folder(user=context.now.user)
+    prefixes = _prefixes(context)
+    for path in (top / name for name in _ls(str(top))):
+        if path.suffix != ".conf" or not _declares(path):
+            continue
+        folder = f"{path.name.removesuffix('.conf').removesuffix('.d')}.d"
+        unit = meant_unit(folder, prefixes)
+        if not unit and _is_ours(context, folder[:-2]):
+            unit = folder[:-2]
+        text = f"{path} opens an address, but lies in no folder of a unit"
+        if not unit:
+            yield Step(
+                "routes",
+                Level.ERROR,
+                text,
+                advice="move it into the folder of its unit, such as"
+                f" {top}/qrexec-connect-tcp@1234.socket.d, then"
+                f" {context.reload()}",
+            )
+            continue
+        right = f"{top}/{unit}.d"
+        words = ["mv", "-n", str(path), right]
+        yield Step(
+            "routes",
+            Level.ERROR,
+            text,
+            joined(
+                sudo(shlex.join(["mkdir", "-p", right]), str(path)),
+                sudo(shlex.join(words), str(path)),
+                context.start_again(unit),
+            ),
+        )
 
 
 def _no_folders(context: Context) -> Iterator[Step]:
@@ -234,11 +271,7 @@ def _no_folder(context: Context, unit: str, path: Path) -> Step:
 def _folders(context: Context) -> Iterator[Step]:
     """Folders of drop-ins whose name is a little wrong."""
     top = own_folder(user=context.now.user)
-    prefixes = {
-        parse_unit_name(unit).prefix
-        for unit in context.now.files.fragments
-        if unit.endswith("@.socket") and _is_ours(context, unit)
-    }
+    prefixes = _prefixes(context)
     for name in _ls(str(top)):
         folder = top / name
         if not name.endswith(".d") or _is_ours(context, name[:-2]):
@@ -263,6 +296,14 @@ def _folders(context: Context) -> Iterator[Step]:
             f" {unit}.d",
             joined(sudo(move, str(folder)), context.start_again(unit)),
         )
+
+
+def _prefixes(context: Context) -> set[str]:
+    return {
+        parse_unit_name(unit).prefix
+        for unit in context.now.files.fragments
+        if unit.endswith("@.socket") and _is_ours(context, unit)
+    }
 
 
 def meant_unit(folder: str, prefixes: Iterable[str]) -> str:

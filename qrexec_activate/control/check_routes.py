@@ -29,7 +29,7 @@ from .address import (
 )
 from .netproc import overlaps
 from .steps import Context, Level, Step, joined, sudo
-from .survey import Entry
+from .survey import Entry, masked_name
 
 __all__ = ["clashes", "exposure", "overrides", "routes"]
 
@@ -109,7 +109,8 @@ def _route(context: Context, entry: Entry) -> Step:
         return Step(
             "routes",
             Level.WARNING,
-            f"{route} listens, but not after the next login",
+            f"{route} listens, but not after the next"
+            f" {'login' if context.now.user else 'boot'}",
             written("enable", entry.unit),
         )
     return Step("routes", Level.OK, route)
@@ -123,11 +124,7 @@ def _mend_refused(context: Context, entry: Entry) -> tuple[str, str]:
         return "", ""
     unit = context.now.units[entry.unit]
     if entry.load == "masked":
-        masked = (
-            entry.unit
-            if entry.enabled == "masked"
-            else f"{parse_unit_name(entry.unit).prefix}@.socket"
-        )
+        masked = masked_name(entry.unit, entry.enabled)
         return joined(
             written("unmask", masked), written("enable", "--now", entry.unit)
         ), ""
@@ -136,6 +133,12 @@ def _mend_refused(context: Context, entry: Entry) -> tuple[str, str]:
         for file in unit.socket.files
     ):
         return "", ""
+    if "use a unit of another name" in entry.refused:
+        return "", (
+            f"put what {entry.file or entry.unit} says into the folder of a"
+            f" unit that is named for it, as"
+            f" {parse_unit_name(entry.daemon).prefix}@ARGUMENT.socket.d is"
+        )
     if not entry.file or _STALE.search(entry.refused):
         return context.reload(entry.unit), ""
     return context.edit(entry.unit, entry.file)

@@ -145,6 +145,8 @@ class Unit:
     #: Drop-ins that systemd has not read.
     unread: tuple[str, ...] = ()
     manager: str = "user"
+    #: Whether systemd has it start another service than its files mean.
+    astray: bool = False
 
     @property
     def name(self) -> str:
@@ -233,6 +235,8 @@ def take_survey(manager: Manager) -> Survey:
         unit.name: unit for unit in manager.list_units("*.socket", "*.service")
     }
     sockets = _our_sockets(manager, result, loaded)
+    lost = _lost_sockets(manager, result, loaded, set(sockets))
+    sockets |= lost
     names = sorted(sockets)
     states = {name: loaded[name] for name in names if name in loaded}
     load_states = dict(
@@ -256,6 +260,7 @@ def take_survey(manager: Manager) -> Survey:
             _enabled(result.files, name),
             tuple(path for path in drop_ins if path not in read),
             result.manager,
+            name in lost,
         )
     for unit in result.units.values():
         result.entries += _entries(unit, result)
@@ -303,7 +308,7 @@ def _our_sockets(
             for name in row["TriggeredBy"] or ()
             if name.endswith(".socket")
         }
-    return sockets | _lost_sockets(manager, result, loaded, set(sockets))
+    return sockets
 
 
 def _as_it_is(daemon: Daemon, loaded: Mapping[str, LoadedUnit]) -> Daemon:
@@ -466,7 +471,7 @@ def _entries(unit: Unit, result: Survey) -> list[Entry]:
     entries: dict[Entry, None] = {}
     for claim in decided:
         listens = result.listening.holds(claim.address)
-        reason, target, file = unit.daemon.dead, "", claim.file
+        reason, target, file = _why_lost(unit), "", claim.file
         if isinstance(claim, Refusal):
             reason = reason or ("" if unit.unreadable else claim.reason)
             target = on_disk.targets.get(claim.address, "")
@@ -494,6 +499,17 @@ def _entries(unit: Unit, result: Survey) -> list[Entry]:
         entry = _entry(unit, listener, target, path, listens, reason)
         entries[entry] = None
     return list(entries)
+
+
+def _why_lost(unit: Unit) -> str:
+    """Why connections never come to the daemon, though systemd has loaded the
+    unit; empty if they do."""
+    if unit.daemon.dead or not unit.astray:
+        return unit.daemon.dead
+    return (
+        f"{unit.name} does not start {unit.daemon.unit}: add"
+        f" Service={unit.daemon.unit} to its section [Socket]"
+    )
 
 
 def _entry(
@@ -600,7 +616,8 @@ def _why_missing(
     path = declaration.path
     reload = f"{systemctl} daemon-reload, then {systemctl} restart {unit.name}"
     if unit.load == "masked":
-        return f"{unit.name} is masked; {systemctl} unmask {unit.name}"
+        masked = masked_name(unit.name, unit.enabled)
+        return f"{unit.name} is masked; {systemctl} unmask {masked}"
     if unit.daemon.load == unit.load == "not-found":
         return unit.daemon.dead
     not_taken = (
@@ -624,6 +641,13 @@ def _why_missing(
     if any(f.path == path and f.text is None for f in unit.socket.files):
         return f"{path} was changed after systemd read it; {reload}"
     return not_taken
+
+
+def masked_name(unit: str, enabled: str) -> str:
+    """What is masked: a unit itself, or its template."""
+    name = parse_unit_name(unit)
+    own = enabled == "masked" or not name.instance
+    return unit if own else f"{name.prefix}@.{name.suffix}"
 
 
 def _accepts(unit: Unit, path: str) -> str:

@@ -83,17 +83,18 @@ def _address(entry: Entry) -> Hop:
 def _unit(entry: Entry) -> Hop:
     well = entry.state == "listening"
     refused = f": {entry.refused}" if entry.refused else ""
+    states = ", ".join(dict.fromkeys((entry.enabled, entry.state)))
     return Hop(
         "unit",
         entry.unit,
         WELL if well else WRONG,
-        f"{entry.enabled}, {entry.state}{refused}; {entry.file or 'no file'}",
+        f"{states}{refused}; {entry.file or 'no file'}",
     )
 
 
 def _daemon(entry: Entry, state: str) -> Hop:
     if entry.refused:
-        return Hop("daemon", entry.daemon, WRONG, "refuses this listener")
+        return Hop("daemon", entry.daemon, WRONG, "does not serve it")
     mark, note = {
         "active": (WELL, "running"),
         "activating": (WELL, "starting"),

@@ -319,6 +319,26 @@ def empty_file_for_a_folder(desk: Desk) -> None:
     (desk.machine.unit_dir / folder).touch()
 
 
+def beside_its_folder(pattern: str) -> Callable[[Desk], None]:
+    def do(desk: Desk) -> None:
+        desk.machine.systemctl("disable", "--now", desk.tcp)
+        folder = desk.machine.unit_dir / f"{desk.tcp}.d"
+        (folder / "gitweb.conf").rename(
+            desk.machine.unit_dir / pattern.format(desk.port)
+        )
+        folder.rmdir()
+        desk.machine.systemctl("daemon-reload")
+
+    do.__name__ = pattern
+    return do
+
+
+def starts_another_service(desk: Desk) -> None:
+    """A whole unit of one's own hides the template, and what that says."""
+    (desk.machine.unit_dir / desk.tcp).write_text("[Socket]\nBacklog=64\n")
+    again(desk)
+
+
 def misspelt_beside(desk: Desk) -> None:
     """The right folder is there, too, with another route."""
     own(
@@ -422,6 +442,16 @@ BREAKAGES = [
     Breakage(misspelt("qrexec-connect-tcp-{}.socket.d"), "should be called"),
     Breakage(misspelt("tcp-{}.socket.d"), "should be called"),
     Breakage(misspelt_beside, "should be called"),
+    Breakage(
+        beside_its_folder("qrexec-connect-tcp@{}.socket.conf"),
+        "lies in no folder of a unit",
+    ),
+    Breakage(beside_its_folder("tcp-{}.conf"), "lies in no folder of a unit"),
+    Breakage(
+        starts_another_service,
+        "does not start qrexec-connect-tcp.service",
+        "sed -i $aService=qrexec-connect-tcp.service",
+    ),
     Breakage(no_folder_of_drop_ins, "is a file, and should be a folder"),
     Breakage(empty_file_for_a_folder, "is a file, and should be a folder"),
     Breakage(
@@ -578,6 +608,35 @@ def test_a_client_that_is_not_there_is_no_matter_of_a_command(
     ((text, mend, advice),) = printed(desk)
     assert "/nowhere/qrexec-client-vm is not there" in text
     assert (mend, "take out what sets it" in advice) == ("", True)
+
+
+def test_a_file_that_may_be_of_any_unit_is_no_matter_of_a_command(
+    desk: Desk,
+) -> None:
+    (desk.machine.unit_dir / "gitweb.conf").write_text("\n".join(section(desk)))
+    (found,) = [one for one in printed(desk) if "gitweb.conf" in one[0]]
+    assert (found[1], "move it into the folder" in found[2]) == ("", True)
+
+
+def test_a_unit_whose_name_has_no_argument_is_no_matter_of_a_command(
+    desk: Desk,
+) -> None:
+    (desk.machine.unit_dir / "qrexec-connect-tcp-x.socket").write_text(
+        "\n".join((*section(desk), f"Service={SERVICE}", ""))
+    )
+    desk.start("qrexec-connect-tcp-x.socket", check=False)
+    (found,) = [one for one in printed(desk) if "is no port" in one[0]]
+    assert (found[1], "unit that is named for it" in found[2]) == ("", True)
+
+
+def test_what_an_empty_file_of_a_template_masks_is_told_by_its_name(
+    desk: Desk,
+) -> None:
+    own(desk)
+    (desk.machine.unit_dir / "qrexec-connect-tcp@.socket").touch()
+    desk.machine.systemctl("daemon-reload")
+    (found,) = desk.json("list")
+    assert found["refused"].endswith("unmask qrexec-connect-tcp@.socket")
 
 
 def test_without_routes_nobody_is_told_to_run_an_example(desk: Desk) -> None:

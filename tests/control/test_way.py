@@ -62,6 +62,14 @@ def marks(way: list[Hop]) -> str:
     return "".join(hop.mark for hop in way)
 
 
+def test_a_masked_route_is_told_once_and_no_daemon_blamed() -> None:
+    """Nothing comes to the daemon, so that it refuses nothing."""
+    masked = replace(ROUTE, enabled="masked", refused="it is masked")
+    _, _, unit, daemon, *_ = hops(masked, [], "inactive", None, "me")
+    assert unit.note.startswith("masked: it is masked;")
+    assert (daemon.mark, daemon.note) == ("✗", "does not serve it")
+
+
 @pytest.mark.parametrize(
     ("entry", "alive", "daemon", "last", "expected"),
     [
