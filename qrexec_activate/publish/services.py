@@ -275,16 +275,23 @@ class Service:
     def _network(self) -> str:
         return private_network(user=not self.for_system)
 
+    def _own_network(self) -> str:
+        """What takes the network away from it."""
+        return "" if self.network else self._network()
+
     def _program(self) -> str:
         shut_in = confinement(
             self.user,
-            "" if self.network else self._network(),
+            self._own_network(),
             sees=(POSTGRESQL,) if self.database else (),
         )
-        folder = units_of(self.socket_unit)[1].removesuffix(".service")
         return (
             f"[Service]\nType=exec\nExecStart={command_line(self.command)}\n"
-            + (TELL_PID.format(folder=folder) if self._is_apart else "")
+            + (
+                TELL_PID.format(folder=f"{PROGRAM_PREFIX}{self.name}")
+                if self._is_apart
+                else ""
+            )
             + shut_in
         )
 
@@ -295,18 +302,18 @@ class Service:
         return self.port is not None and self._network() == BY_USERS
 
     def _proxy(self) -> str:
-        """Whatever the program has, its proxy needs no network but that of a
-        program that listens on a port."""
-        enter, network, wait = "", self._network(), ""
+        enter, network, wait = "", self._own_network(), ""
         if self._is_apart:
             # Whose user namespace it is may enter it, and thus its network; it
             # fails where it is none of its own.
-            folder = units_of(self.socket_unit)[1].removesuffix(".service")
             enter = (
                 f"{NSENTER} --preserve-credentials --user --net"
                 f" --target=${{PROGRAM}} "
             )
-            network, wait = "", f"EnvironmentFile=%t/{folder}/main\n"
+            network, wait = (
+                "",
+                f"EnvironmentFile=%t/{PROGRAM_PREFIX}{self.name}/main\n",
+            )
         if listens_at := (
             f"127.0.0.1:{self.port}" if self.port is not None else self.path
         ):

@@ -114,6 +114,7 @@ def test_where_there_is_no_private_network_it_is_said(desk: Desk) -> None:
         assert desk.files() == before
         desk.run(
             *("publish", "x", "--exec", "/bin/cat", "--network"),
+            *("--idle", "1min"),
             environment=path,
         )
     finally:
