@@ -39,6 +39,7 @@ from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .caddy import known_routes
+from .details import MEMORY, TASKS, details
 from .services import Service, creation, domain_step
 from .steps import Step, audit, do_all, file_step, link_step, show
 from .steps import command as command_step
@@ -106,6 +107,47 @@ Examples:
     help="With --exec: it has this qube's network; without, it has none.",
 )
 @click.option(
+    "--memory",
+    metavar="SIZE",
+    help=f"With --exec: it gets no more than this. [{MEMORY}]",
+)
+@click.option(
+    "--tasks",
+    metavar="NUMBER",
+    type=click.IntRange(1),
+    help=f"With --exec: so many processes and threads at most. [{TASKS}]",
+)
+@click.option(
+    "--cpu",
+    metavar="PERCENT",
+    help="With --exec: so much of one processor at most, like 50%.",
+)
+@click.option(
+    "--env",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="With --exec: a variable of its environment; any number of these.",
+)
+@click.option(
+    "--env-file",
+    metavar="PATH",
+    shell_complete=complete_files,
+    help="With --exec: more of them, a KEY=VALUE on each line.",
+)
+@click.option(
+    "--credential",
+    metavar="PATH",
+    multiple=True,
+    shell_complete=complete_files,
+    help="With --user: a file that it finds in $CREDENTIALS_DIRECTORY.",
+)
+@click.option(
+    "--working-directory",
+    metavar="PATH",
+    shell_complete=complete_files,
+    help="With --exec: the folder in which it runs.",
+)
+@click.option(
     "--domain",
     metavar="HOST",
     help="With --exec: Caddy, which runs in this qube, offers it by this name.",
@@ -168,11 +210,11 @@ def command(
     if (
         domain
         or count
-        or any(value not in (None, False) for value in options.values())
+        or any(value not in (None, False, ()) for value in options.values())
     ):
         raise UsageProblem(
-            "--port, --idle, --user, --database, --network, --domain and"
-            " --count are for --exec"
+            "--port, --idle, --user, --database, --network, --domain, --count"
+            " and what a program is given, or may use, are for --exec"
         )
     if (unit is None) == (path is None):
         raise UsageProblem(
@@ -238,9 +280,13 @@ def _services(
     database: bool,
     network: bool,
     domain: str | None,
+    **given: Any,
 ) -> list[Service]:
     """One service, or as many as are wanted, each with a name, address, user
     and domain of its own."""
+    given["memory"] = given["memory"] or MEMORY
+    given["tasks"] = given["tasks"] or TASKS
+    more = tuple(details(**given, user=user))
     listens_itself = port is not None or bool(path)
     services = []
     for number in range(1, (count or 1) + 1):
@@ -261,6 +307,7 @@ def _services(
                 user=f"{user}{one}" if user else "",
                 database=database,
                 network=network,
+                more=more,
                 domain=f"{number}.{domain}"
                 if domain and count
                 else domain or "",

@@ -67,6 +67,7 @@ __all__ = [
     "domain_step",
     "is_service",
     "pause_problem",
+    "quoted",
     "removal",
     "state_and_memory",
     "units_of",
@@ -139,6 +140,8 @@ class Service:
     domain: str = ""
     #: Whether it has the qube's network.
     network: bool = False
+    #: Further directives of the program: its limits, and what it is given.
+    more: tuple[str, ...] = ()
 
     @property
     def for_system(self) -> bool:
@@ -293,6 +296,7 @@ class Service:
                 else ""
             )
             + shut_in
+            + "".join(f"{line}\n" for line in self.more)
         )
 
     @property
@@ -382,7 +386,7 @@ class Service:
             f"PartOf={CADDY}\nReloadPropagatedFrom={CADDY}\n\n"
             f"[Service]\nType=oneshot\nRemainAfterExit=yes\n"
             + (
-                f"Environment={_word(f'CADDY_ADMIN={admin}')}\n"
+                f"Environment={quoted(f'CADDY_ADMIN={admin}')}\n"
                 if admin
                 else ""
             )
@@ -491,14 +495,15 @@ def command_line(command: str) -> str:
 
 
 def _word(word: str) -> str:
+    """A word as ExecStart= takes it, which also knows variables."""
+    return quoted(word).replace("$", "$$")
+
+
+def quoted(word: str) -> str:
+    """A word as a unit file takes it, whatever is in it."""
     if _PLAIN.fullmatch(word):
         return word
-    for special, escaped in (
-        ("\\", "\\\\"),
-        ('"', '\\"'),
-        ("%", "%%"),
-        ("$", "$$"),
-    ):
+    for special, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%")):
         word = word.replace(special, escaped)
     return f'"{word}"'
 

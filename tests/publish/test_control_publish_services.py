@@ -681,19 +681,20 @@ def saying(text: str) -> Callable[[socket.socket], None]:
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "words"),
     [
-        endless,
-        slow,
-        saying("[" * 100_000),
-        saying("[1]"),
-        saying('{"x": 1}'),
-        saying("\x1b]0;x\x07"),
+        (endless, "its answer has no end"),
+        (slow, "does not answer: "),
+        (saying("[" * 100_000), "does not answer"),
+        (saying("[1]"), "makes no sense"),
+        (saying('{"x": 1}'), "makes no sense"),
+        (saying("\x1b]0;x\x07"), "does not answer"),
+        (saying('"\\u001b]0;x\\u0007"'), "makes no sense: \\x1b]0;x\\x07"),
     ],
-    ids=["endless", "slow", "deep", "list", "flat", "escape"],
+    ids=["endless", "slow", "deep", "list", "flat", "no-json", "escape"],
 )
 def test_a_false_admin_api_leaves_nothing_behind(
-    desk: Desk, answer: Callable[[socket.socket], None]
+    desk: Desk, answer: Callable[[socket.socket], None], words: str
 ) -> None:
     before = desk.files()
     with admin_api(answer) as false:
@@ -701,6 +702,7 @@ def test_a_false_admin_api_leaves_nothing_behind(
             *("publish", "x", "--exec", "/bin/cat", "--domain", "x.localhost"),
             environment=false,
         )
+    assert words in said
     assert "\x1b" not in said
     assert desk.files() == before
     assert desk.json("published") == []
@@ -750,3 +752,70 @@ def test_each_of_many_has_a_port_of_its_own(desk: Desk) -> None:
         *("--count", "2"),
         code=2,
     )
+
+
+GIVEN = """\
+import json, os, socket
+listener = socket.socket(fileno=3)
+with listener.accept()[0] as connection:
+    connection.recv(100)
+    found = {name: os.environ[name] for name in ("ONE", "TWO", "THREE")}
+    found["cwd"] = os.getcwd()
+    connection.sendall(json.dumps(found).encode() + b"\\n")
+"""
+
+
+def test_what_a_program_is_given_it_gets(desk: Desk) -> None:
+    home = desk.machine.home
+    (home / "variables").write_text("THREE=3\n")
+    odd = """a "b" 'c' \\ \\x41 %h %% $HOME ${HOME} $$ ; #é"""
+    desk.run(
+        *("publish", "given", "--exec", program(desk, GIVEN)),
+        *("--env", f"ONE={odd}", "--env", "TWO="),
+        *("--env-file", "variables"),
+        *("--working-directory", "/usr/lib"),
+        *("--memory", "300M", "--tasks", "20", "--cpu", "50%"),
+    )
+    assert json.loads(ask(desk, "given")) == {
+        "ONE": odd,
+        "TWO": "",
+        "THREE": "3",
+        "cwd": "/usr/lib",
+    }
+    unit = "qrexec-publish-given.service"
+    for name, value in {
+        "MemoryMax": str(300 << 20),
+        "TasksMax": "20",
+        "CPUQuotaPerSecUSec": "500ms",
+    }.items():
+        assert desk.machine.property(unit, name) == value
+
+
+def test_every_program_has_limits(desk: Desk) -> None:
+    desk.run("publish", "notes", "--exec", "/bin/cat", "--idle", "1min")
+    unit = "qrexec-program-notes.service"
+    assert desk.machine.property(unit, "MemoryMax") != "infinity"
+    assert desk.machine.property(unit, "TasksMax") == "512"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--memory", "much"),
+        ("--memory", "1G\nUser=root"),
+        ("--cpu", "all"),
+        ("--tasks", "0"),
+        ("--env", "=x"),
+        ("--env", "A=x\nB=y"),
+        ("--env-file", "/no/such"),
+        ("--credential", "/etc/passwd"),
+        ("--working-directory", "/no/such"),
+    ],
+)
+def test_what_a_program_cannot_be_given_is_refused(
+    desk: Desk, words: tuple[str, str]
+) -> None:
+    result = desk.try_("publish", "x", "--exec", "/bin/cat", *words)
+    assert result.returncode == 2
+    assert words[0] in result.stderr
+    assert desk.json("published") == []

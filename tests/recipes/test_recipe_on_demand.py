@@ -326,6 +326,27 @@ def test_what_a_program_could_not_see_is_refused(
     )
 
 
+def test_a_key_that_only_the_program_gets(
+    apps: Container, recipe: Recipe
+) -> None:
+    apps.run(
+        "cat >/etc/keyed.py <<'EOF'\n"
+        "import os, socket\n"
+        "client = socket.socket(fileno=3).accept()[0]\n"
+        "folder = os.environ['CREDENTIALS_DIRECTORY']\n"
+        "client.sendall(open(f'{folder}/key').read().encode())\n"
+        "EOF\necho sesame >/root/key && chmod 600 /root/key"
+    )
+    apps.run(
+        "qrexec-activate publish keyed --user keyed --credential /root/key"
+        " --exec 'python3 /etc/keyed.py'"
+    )
+    path = "/run/qubes.ConnectUnix/keyed"
+    said = as_user(apps, f"socat -u UNIX-CONNECT:{path} -")
+    assert said == "sesame\n"
+    apps.run("qrexec-activate unpublish keyed --yes")
+
+
 def test_it_ends_when_idle(apps: Container, recipe: Recipe) -> None:
     apps.run(
         "qrexec-activate publish brief --user brief --database --exec"
