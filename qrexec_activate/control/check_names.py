@@ -223,14 +223,35 @@ def _loose_files(context: Context) -> Iterator[Step]:
 
 
 def _no_folders(context: Context) -> Iterator[Step]:
-    """Files that are called as a folder of drop-ins is, and such folders that
-    nobody can look into."""
+    """Files that are called as a folder of drop-ins is, links to nothing, and
+    such folders that nobody can look into."""
+    top = own_folder(user=context.now.user)
+    for path in (top, *top.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            yield Step(
+                "routes",
+                Level.ERROR,
+                f"{path} is {_what_it_is(path)}, so nothing of yours is found"
+                f" in {top}",
+                advice=f"put the folder back where {path} should lead, then"
+                f" {context.reload()}",
+            )
     for unit, paths in sorted(context.now.files.folders.items()):
         if not unit.endswith(".socket") or not _is_ours(context, unit):
             continue
         for path in map(Path, paths):
             if path.is_file():
                 yield _no_folder(context, unit, path)
+            elif path.is_symlink() and not path.exists():
+                yield Step(
+                    "routes",
+                    Level.ERROR,
+                    f"{path} is {_what_it_is(path)}",
+                    joined(
+                        sudo(shlex.join(["rm", str(path)]), str(path)),
+                        context.reload(),
+                    ),
+                )
             elif path.exists() and not os.access(path, os.R_OK | os.X_OK):
                 mine = path.stat().st_uid == os.geteuid()
                 words = ["chmod", "u+rwx" if mine else "a+rx", str(path)]
@@ -244,6 +265,10 @@ def _no_folders(context: Context) -> Iterator[Step]:
                         context.start_again(unit),
                     ),
                 )
+
+
+def _what_it_is(path: Path) -> str:
+    return "a link to nothing" if path.is_symlink() else "no folder"
 
 
 def _no_folder(context: Context, unit: str, path: Path) -> Step:

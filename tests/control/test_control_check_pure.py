@@ -255,3 +255,24 @@ def test_a_folder_of_drop_ins_that_cannot_be_read_is_told(
         f"chmod u+rwx {folder}" if mine else f"sudo chmod a+rx {folder}"
     )
     assert again[-1] == f"systemctl --user restart {UNIT}"
+
+
+@pytest.mark.parametrize("level", ["systemd/user", "systemd"])
+@pytest.mark.parametrize("how", ["a link to nothing", "no folder"])
+def test_a_folder_of_units_that_leads_nowhere_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str, how: str
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    path = tmp_path / level
+    path.parent.mkdir(exist_ok=True)
+    if how == "no folder":
+        path.touch()
+    else:
+        path.symlink_to(tmp_path / "dotfiles")
+    (step,) = strays(context())
+    assert step.level is Level.ERROR
+    assert step.text.startswith(f"{path} is {how}, so nothing of yours")
+    assert "put the folder back" in step.advice
+    path.unlink()
+    path.mkdir()
+    assert list(strays(context())) == []

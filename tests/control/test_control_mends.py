@@ -319,6 +319,11 @@ def empty_file_for_a_folder(desk: Desk) -> None:
     (desk.machine.unit_dir / folder).touch()
 
 
+def link_to_nothing_for_a_folder(desk: Desk) -> None:
+    folder = f"qrexec-connect-tcp@{desk.port + 1}.socket.d"
+    (desk.machine.unit_dir / folder).symlink_to("/nowhere")
+
+
 def beside_its_folder(pattern: str) -> Callable[[Desk], None]:
     def do(desk: Desk) -> None:
         desk.machine.systemctl("disable", "--now", desk.tcp)
@@ -454,6 +459,7 @@ BREAKAGES = [
     ),
     Breakage(no_folder_of_drop_ins, "is a file, and should be a folder"),
     Breakage(empty_file_for_a_folder, "is a file, and should be a folder"),
+    Breakage(link_to_nothing_for_a_folder, "is a link to nothing"),
     Breakage(
         retarget("GitWeb"),
         "GitWeb looks like gitweb",
