@@ -15,32 +15,33 @@ __all__ = ["Census"]
 
 #: What the kernel keeps of the name qrexec-client-vm.
 _COMM = b"qrexec-client-v\n"
-#: A process that is none when it is first seen may yet become one, by exec.
-_LOOKS = 2
+#: A process may yet become one, by exec, or cease to be: what one forks bears
+#: its name until it is another program.
+_LOOKS = 3
 
 
 class Census:
     """Counts the others, and reads no more of /proc than has changed."""
 
     def __init__(self) -> None:
-        self._clients: set[int] = set()
-        self._looked: dict[int, int] = {}
+        #: Process → how often it was looked at, and whether it is one.
+        self._seen: dict[int, tuple[int, bool]] = {}
 
     def others(self, ours: Container[int]) -> int:
         """Count the qrexec-client-vm that are none of ours."""
-        clients: set[int] = set()
-        looked: dict[int, int] = {}
+        seen: dict[int, tuple[int, bool]] = {}
         for name in os.listdir("/proc"):
             if not name.isdigit():
                 continue
             pid = int(name)
-            looks = self._looked.get(pid, 0)
-            if pid in self._clients or (looks < _LOOKS and _is_client(pid)):
-                clients.add(pid)
-            else:
-                looked[pid] = looks + 1
-        self._clients, self._looked = clients, looked
-        return sum(pid not in ours for pid in clients)
+            looks, client = self._seen.get(pid, (0, False))
+            if looks < _LOOKS:
+                looks, client = looks + 1, _is_client(pid)
+            seen[pid] = looks, client
+        self._seen = seen
+        return sum(
+            client and pid not in ours for pid, (_, client) in seen.items()
+        )
 
 
 def _is_client(pid: int) -> bool:
