@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from ..errors import ManagerError, UsageProblem
+from ..errors import BadName, ManagerError, UsageProblem
 from ..systemd.journalreader import Record, records
+from .daemons import declared_daemon
 from .options import complete_routes, system_option
 from .select import means
 from .survey import Survey, survey
@@ -140,7 +141,7 @@ def command(
     whose: dict[str, Any] = {
         "user": not system,
         "control_group": now.control_group if now else "",
-        "daemons": now.daemons if now else None,
+        "daemons": _daemons(now) if now else None,
     }
     # Words that nothing is known by, so far.
     unknown = [word for word in routes if not meant[word]]
@@ -174,6 +175,18 @@ def _survey(*, user: bool) -> Survey | None:
     with contextlib.suppress(ManagerError):
         return survey(user=user)
     return None
+
+
+def _daemons(now: Survey) -> set[str]:
+    """The daemons that there are, and those that the templates would start:
+    systemd forgets a service with its last route."""
+    found = set(now.daemons)
+    for unit in now.files.fragments:
+        if unit.endswith("@.socket"):
+            with contextlib.suppress(BadName):
+                daemon = declared_daemon(unit, now.files)
+                found |= {daemon.unit} if daemon else set()
+    return found
 
 
 def _meant(word: str, now: Survey | None) -> set[tuple[str, str]]:

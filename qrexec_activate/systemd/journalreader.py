@@ -187,8 +187,6 @@ def _parse(line: str) -> Record | None:
             for name in FIELDS
             if raw.get(name) is not None
         }
-        if listener := fields.get("LISTENER"):
-            fields["LISTENER"] = plain_address(listener)
         if "LISTENER" in fields:
             # As the files have it, and so everybody who asks.
             fields["LISTENER"] = plain_address(fields["LISTENER"])

@@ -181,7 +181,10 @@ def test_a_route_is_disconnected_and_takes_new_connections(desk: Desk) -> None:
             "disconnect", "nobody", code=2
         )
     with connection(desk), connection(desk):
-        assert desk.run("disconnect", "--all").count("Ended") == 2
+        shown = desk.run("disconnect", "--all", "--dry-run")
+        assert shown.count("Would end") == 2
+        ended = desk.run("disconnect", "--all")
+        assert shown.replace("Would end", "Ended") == ended
 
 
 def test_the_log_says_that_a_person_ended_it_and_no_failure_is_counted(
@@ -327,6 +330,20 @@ def test_what_the_log_cannot_show_is_an_error(desk: Desk) -> None:
     early = desk.try_("logs", "work", "--until", "2001-01-01")
     assert (early.returncode, early.stdout) == (0, "")
     assert early.stderr == "The journal has nothing of that\n"
+
+
+def test_a_route_that_is_no_more_is_found_in_the_log(desk: Desk) -> None:
+    for _ in range(2):
+        with connection(desk):
+            pass
+    unit = desk.labelled("work")
+    newest = logged(desk, unit, lines=2).splitlines()[1]
+    first = json.loads(desk.run("logs", unit, "--json").splitlines()[0])
+    # Only further back than what is shown is anything of the first.
+    assert desk.run("logs", "-n1", "work", first["id"]) == f"{newest}\n"
+    desk.run("remove", "work")
+    for word in (f"{desk.port}", f"{desk.port}:work", unit, first["listener"]):
+        assert desk.run("logs", word).splitlines()[-1] == newest, word
 
 
 def test_a_journal_that_is_closed_to_the_user_is_an_error(
