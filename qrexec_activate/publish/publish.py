@@ -346,10 +346,10 @@ def _publish_services(services: list[Service], *, dry_run: bool) -> None:
             f"{min(taken)} is published already: qrexec-activate unpublish it"
             f" first"
         )
+    warn_of_loss(one.folder, *([Path("/etc/passwd")] if one.for_system else []))
     if dry_run:
         show(step.text for step in steps)
         return
-    warn_of_loss(one.folder, *([Path("/etc/passwd")] if one.for_system else []))
     with contextlib.ExitStack() as acts, locked(one.folder), finishing():
         for service in services:
             what = service.about

@@ -100,16 +100,28 @@ def test_it_is_said_before_anything_is_written(
     desk: Desk, database: Callable[[str], str]
 ) -> None:
     environment = {"PATH": database("none")}
+    desk.machine.write_unit(
+        "my-agent.socket", "[Socket]\nListenStream=%t/agent\n"
+    )
+    desk.machine.write_unit(
+        "my-agent.service", "[Service]\nExecStart=/bin/cat\n"
+    )
+    desk.machine.systemctl("daemon-reload")
     for words in (
         ("add", "tcp", str(desk.port), "gitweb", "--dry-run"),
         ("add", "tcp", str(desk.port), "gitweb"),
         ("add-rpc", "my-rpc", "my.Rpc"),
+        ("publish", "agent", "--unit", "my-agent", "--dry-run"),
+        ("publish", "agent", "--unit", "my-agent"),
+        ("publish", "notes", "--exec", "/bin/cat", "--dry-run"),
+        ("publish", "notes", "--exec", "/bin/cat"),
     ):
         result = desk.try_(*words, environment=environment)
         assert result.returncode == 0, result.stderr
         assert (
             f"a disposable and forgets {desk.machine.unit_dir}" in result.stderr
         )
+    desk.run("unpublish", "agent", "notes")
 
 
 # ------------------------------------------------------------------- the lock

@@ -165,3 +165,13 @@ def test_a_shortened_text_fits_and_says_so(text: str, width: int) -> None:
 def test_a_table_has_no_raw_characters() -> None:
     (_, line) = lay_out(("target", "peer"), [["work", "a\x1b[31m"]], 80)
     assert line == "work    a\\x1b[31m"
+
+
+def test_what_is_too_narrow_for_a_table_is_a_record_for_each_row() -> None:
+    """Also where these columns would fit."""
+    header, rows = ("listener", "target"), [["127.0.0.1:1234", "work"]]
+    assert len(lay_out(header, rows, 60)[0].split()) == 2
+    assert [line.split() for line in lay_out(header, rows, 59)] == [
+        ["LISTENER", "127.0.0.1:1234"],
+        ["TARGET", "work"],
+    ]
