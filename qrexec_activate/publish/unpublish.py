@@ -76,8 +76,9 @@ def command(names: tuple[str, ...], yes: bool, dry_run: bool) -> None:
     unknown = _unknown([name for name in names if services[name] is None])
     if unknown:
         raise UsageProblem(
-            f"{', '.join(map(repr, unknown))}: not published; qrexec-activate"
-            f" published shows what is"
+            f"{', '.join(map(repr, unknown))}"
+            f" {'are' if unknown[1:] else 'is'} not published;"
+            f" qrexec-activate published shows what is"
         )
     for for_system in (False, True):
         if same := [

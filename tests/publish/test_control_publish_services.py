@@ -711,7 +711,7 @@ def test_a_false_admin_api_leaves_nothing_behind(
 def test_unpublish_looks_at_all_names_before_it_takes_any(desk: Desk) -> None:
     for name in ("one", "other"):
         desk.run("publish", name, "--exec", "/bin/cat")
-    assert "'nosuch': not published" in desk.fails(
+    assert "'nosuch' is not published" in desk.fails(
         "unpublish", "one", "nosuch", "other", code=2
     )
     assert len(desk.json("published")) == 2
