@@ -23,8 +23,9 @@ client = socket.socket(kind)
 client.connect((path, int(port)) if int(port) else path)
 try:
     client.sendall(b"anybody?")
+    client.shutdown(socket.SHUT_WR)
     answer = client.recv(100)
-except ConnectionError:
+except OSError:
     print("reset")
 else:
     print("answered", answer)
@@ -146,12 +147,15 @@ class TC_00_Routes(qubes.tests.extra.ExtraTestCase):
             daemon=qrexec-connect-tcp.service
             folder=$(mktemp -d)
             mkfifo "$folder/in"
-            socat -t {self.patience} - {self.address()} \\
-                <"$folder/in" >"$folder/out" &
+            socat - {self.address()} <"$folder/in" >"$folder/out" &
+            client=$!
             exec 3>"$folder/in"
             say() {{
                 echo "$1" >&3
-                until grep -qx "$1" "$folder/out"; do sleep 0.1; done
+                until grep -qx "$1" "$folder/out"; do
+                    kill -0 "$client"
+                    sleep 0.1
+                done
             }}
             say first
             systemctl --user stop "$daemon"
