@@ -232,6 +232,73 @@ def test_an_address_in_a_file_and_on_the_bus_are_one() -> None:
     assert written_key("vsock::0") == address_key("vsock:4294967295:0")
 
 
+# ------------------------------------------------------------------ the syntax
+
+
+BOM = "\ufeff"
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("", []),
+        ("A=1\n[S]\nB=2", [("S", "B", "2", 3)]),
+        ("[S]\nA=1\n[T]\nB=2\n", [("S", "A", "1", 2), ("T", "B", "2", 4)]),
+        # White space is that of systemd, and no other.
+        ("[S]\n \tA \t= \t1 \t\n", [("S", "A", "1", 2)]),
+        ("[S]\nA=\f1\f\n", [("S", "A", "\f1\f", 2)]),
+        ("[S]\n\fA\f=1\n", [("S", "\fA\f", "1", 2)]),
+        ("[S]\n\f#A=1\n", [("S", "\f#A", "1", 2)]),
+        # What follows the first = is the value, and without one there is none.
+        ("[S]\nA=1=2\nB\n", [("S", "A", "1=2", 2)]),
+        # Comments.
+        ("[S]\n#A=1\n;B=2\n \t# C=3\nD=4 # 5\n", [("S", "D", "4 # 5", 5)]),
+        # A backslash at the end joins lines, two do not; a comment in between
+        # is none of them.
+        ("[S]\nA=1\\\n2\n", [("S", "A", "1 2", 3)]),
+        ("[S]\nA=1\\\n2\\\n3\n", [("S", "A", "1 2 3", 4)]),
+        ("[S]\nA=1\\\\\nB=2\n", [("S", "A", "1\\\\", 2), ("S", "B", "2", 3)]),
+        ("[S]\nA=1\\\\\\\n2\n", [("S", "A", r"1\\ 2", 3)]),
+        (
+            "[S]\nA=1\\\n#x\\\n2\nB=3\n",
+            [("S", "A", "1 2", 4), ("S", "B", "3", 5)],
+        ),
+        ("[S]\nA=1\\", [("S", "A", "1", 2)]),
+        # The ends of lines.
+        (
+            "[S]\r\nA=1\rB=2\0C=3\n\nD=4",
+            [
+                ("S", "A", "1", 2),
+                ("S", "B", "2", 3),
+                ("S", "C", "3", 4),
+                ("S", "D", "4", 6),
+            ],
+        ),
+        # A byte order mark counts once, wherever a line begins.
+        (f"{BOM}[S]\nA=1\n", [("S", "A", "1", 2)]),
+        (
+            f"[S]\n{BOM}A=1\n{BOM}B=2\n",
+            [("S", "A", "1", 2), ("S", f"{BOM}B", "2", 3)],
+        ),
+        (
+            f"[S]\nA=1{BOM}\n{BOM}B=2{BOM}\n",
+            [("S", "A", f"1{BOM}", 2), ("S", "B", f"2{BOM}", 3)],
+        ),
+        # Where systemd reads no further.
+        ("[S]\nA=1\n[T\nB=2\n", [("S", "A", "1", 2)]),
+        ('[S]\nA=1\n["T"]\nB=2\n', [("S", "A", "1", 2)]),
+        ("[S]\nA=1\nB=\udcff\nC=2\n", [("S", "A", "1", 2)]),
+    ],
+)
+def test_a_file_is_read_as_systemd_reads_it(
+    text: str, read: list[tuple[str, str, str, int]]
+) -> None:
+    assert [
+        (item.section, item.key, item.value, item.line)
+        for item in assignments(text)
+    ] == read
+
+
 # --------------------------------------------------------------- who names what
 
 
