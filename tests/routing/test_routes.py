@@ -297,6 +297,8 @@ def test_an_address_never_borrows_the_name_of_another_drop_in() -> None:
         f" /d/a.conf, then {RELOAD}"
     )
     assert target(served) == "work"
+    assert isinstance(refused, Refusal)
+    assert (refused.unit, refused.file) == (UNIT, "/d/a.conf")
 
 
 def test_one_file_of_two_addresses_and_two_names_is_refused() -> None:
@@ -396,6 +398,17 @@ def test_a_name_that_systemd_has_loaded_otherwise_refuses_the_whole_unit() -> (
             f"{UNIT} (opened by /d/{opener}.conf:2): its files set"
             f" FileDescriptorName=work, but systemd has vault;"
             f" {RELOAD}"
+        )
+
+
+def test_where_no_file_names_a_qube_systemd_has_the_name_of_the_unit() -> None:
+    bare = drop_in("a", "ListenStream=127.0.0.1:1234")
+    reset = drop_in("b", "FileDescriptorName=")
+    for files in ((bare,), (GITWEB, reset)):
+        (claim,) = decide(unit(*files, listen=BOTH[:1], fd_name="vault"))
+        assert (
+            f"its files set FileDescriptorName={UNIT}, but systemd has vault"
+            in reason(claim)
         )
 
 
