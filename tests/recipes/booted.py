@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +18,9 @@ CACHE = (
     Path(os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate"))
     / "recipes"
 )
-#: A container in a machine that may itself be one: cgroups of its own, and all
-#: that it writes is gone afterwards.
+#: A container in a machine that may itself be one: cgroups of its own, which no
+#: other container's systemd takes for its own, and all that it writes is gone
+#: afterwards.
 BOOT = """
 set -e
 mount -t tmpfs none {top}
@@ -28,8 +30,15 @@ cp -r {files}/. {top}/root/etc/
 {more}
 umount -R /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
+mkdir /sys/fs/cgroup/{name}
+echo $$ >/sys/fs/cgroup/{name}/cgroup.procs
 SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 SYSTEMD_SECCOMP=0 exec systemd-nspawn --quiet -D {top}/root --machine={name} --register=no \
     --keep-unit --private-network --kill-signal=SIGRTMIN+3 --console=pipe {binds} --boot
+"""
+LEAVE = """
+umount -R /sys/fs/cgroup
+mount -t cgroup2 none /sys/fs/cgroup
+find /sys/fs/cgroup/{name} -depth -type d -delete
 """
 #: What the package for service qubes and Qubes bring: the RPC services, and the
 #: user that they run as.
@@ -81,13 +90,14 @@ class Container:
             root="it boots a system in a container",
         )
         self.recipe, self.qube = recipe, qube
+        self.name = f"qa-{secrets.token_hex(4)}"
         files = EXAMPLES / recipe / qube / "etc"
         more = more.format(top=folder)
         script = BOOT.format(
             top=folder,
             cache=cache,
             files=files,
-            name=f"qa-{os.getpid()}",
+            name=self.name,
             more=more,
             binds=" ".join(f"--bind={path}" for path in binds),
         )
@@ -189,4 +199,9 @@ class Container:
             self.process.wait(20)
         self.process.kill()
         self.process.wait()
+        subprocess.run(
+            ["unshare", "--mount", "sh", "-c", LEAVE.format(name=self.name)],
+            stderr=self.log,
+            check=False,
+        )
         self.log.close()
