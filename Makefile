@@ -9,10 +9,11 @@
 #
 # make deb, make rpm                    the packages, in dist/
 # make check-installed                  install the debs in Debian 12 and 13, boot these, and try everything
+# make check-sid                        the same in the Debian to come, and all other tests in there; an hour
 # make install-client, install-services without a package manager; with DESTDIR= for one
 # make uninstall                        what these two have installed
 
-.PHONY: demo check clean bench fuzz simulate soak deb rpm check-installed
+.PHONY: demo check clean bench fuzz simulate soak deb rpm check-installed check-sid
 
 demo:
 	@tools/setup demo
@@ -62,6 +63,12 @@ check-installed:
 	@tools/setup check
 	@tools/packages-setup
 	@CHECK_INSTALLED=yes .venv/bin/python -m pytest tests/installed tests/test_packaging.py tests/test_man.py
+
+# By the ids of the tests: all that is done in a sid, and only that.
+check-sid:
+	@tools/setup check
+	@tools/packages-setup
+	@CHECK_INSTALLED=yes CHECK_SUITES=sid .venv/bin/python -m pytest tests/installed -k '[sid]'
 
 # What decides where a byte goes is pure, and tested where a package is built. All else needs a systemd user manager.
 .PHONY: check-pure

@@ -162,13 +162,13 @@ class Container:
         self._lower = base_tree(suite)
         self._archives = CACHE / f"archives-{suite}"
         self._root = folder / "root"
-        self._upper = folder / "upper"
+        self.upper = folder / "upper"
         #: The same tree once more: systemd-nspawn --read-only makes the mount
         #: that it is given read-only.
         self._writable = folder / "writable"
         for path in (
             self._root,
-            self._upper,
+            self.upper,
             self._writable,
             folder / "work",
             self._archives / "partial",
@@ -176,7 +176,7 @@ class Container:
             path.mkdir(parents=True, exist_ok=True)
         self._mount = (
             f"mount -t overlay overlay -o"
-            f" lowerdir={self._lower},upperdir={self._upper},workdir={folder / 'work'}"
+            f" lowerdir={self._lower},upperdir={self.upper},workdir={folder / 'work'}"
             f" {self._root}; mount --bind {self._root} {self._writable}"
         )
         self._leader = 0
@@ -246,17 +246,17 @@ class Container:
         return done.stdout
 
     def put(self, files: Sequence[Path]) -> None:
-        (self._upper / "root").mkdir(exist_ok=True, mode=0o700)
+        (self.upper / "root").mkdir(exist_ok=True, mode=0o700)
         for file in files:
-            shutil.copy(file, self._upper / "root")
+            shutil.copy(file, self.upper / "root")
 
     def put_tree(self, tree: Path, place: str) -> None:
-        shutil.copytree(tree, self._upper / place, symlinks=True)
+        shutil.copytree(tree, self.upper / place, symlinks=True)
 
     def prepare(self) -> None:
         """Make what a qube has beside the packages: users, the group of qrexec,
         and qrexec itself."""
-        pretend = self._upper / "var/lib/pretend"
+        pretend = self.upper / "var/lib/pretend"
         for qube, address in SERVERS:
             top = pretend / "qubes" / qube
             for name in ("rpc", "rpc-config", "home", "run"):
@@ -283,15 +283,15 @@ class Container:
             pretend / "qrexec_activate",
             ignore=shutil.ignore_patterns("__pyc*"),
         )
-        (self._upper / "usr/bin").mkdir(parents=True, exist_ok=True)
-        shutil.copy(INSIDE / "qrexec-client-vm", self._upper / "usr/bin")
-        units = self._upper / "etc/systemd/system"
+        (self.upper / "usr/bin").mkdir(parents=True, exist_ok=True)
+        shutil.copy(INSIDE / "qrexec-client-vm", self.upper / "usr/bin")
+        units = self.upper / "etc/systemd/system"
         (units / "multi-user.target.wants").mkdir(parents=True, exist_ok=True)
         (units / "qubes-qrexec-agent.service").write_text(AGENT_UNIT)
         (
             units / "multi-user.target.wants/qubes-qrexec-agent.service"
         ).symlink_to("../qubes-qrexec-agent.service")
-        (self._upper / "rw").mkdir()
+        (self.upper / "rw").mkdir()
         script = (
             "groupadd --system qubes; mkdir -p /var/lib/systemd/linger;"
             " systemd-machine-id-setup;"
@@ -417,6 +417,7 @@ class Container:
         user: str | None = None,
         check: bool = True,
         input: str = "",
+        timeout: float = 180,
     ) -> str:
         """What a command in there prints, as root or as a user."""
         done = subprocess.run(
@@ -425,7 +426,7 @@ class Container:
             capture_output=True,
             text=True,
             check=False,
-            timeout=180,
+            timeout=timeout,
         )
         assert not check or done.returncode == 0, (
             f"{argv}: {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -1,0 +1,55 @@
+"""The project's own tests in a booted Debian to come, by its Python, its
+libraries and its systemd: `make check-sid`, half an hour."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from container import SUITES, WANTED, Container
+
+pytestmark = pytest.mark.skipif(not WANTED, reason="make check-sid does this")
+
+#: What the tests run beside what Debian calls like the Python package.
+PACKAGES = "git make socat zsh fish dbus-user-session python3-pytest python3-hypothesis"
+LIBRARIES = ("trio", "click", "systemd", "jeepney", "psutil")
+#: Which tests; those of recipes and packages run on a machine, not in there.
+CHOSEN = os.environ.get(
+    "CHECK_SID_TESTS", "tests --ignore=tests/recipes --ignore=tests/installed"
+)
+
+
+@pytest.mark.parametrize("suite", [one for one in SUITES if one == "sid"])
+def test_the_suite_passes(
+    suite: str, possible: None, tree: Path, tmp_path: Path
+) -> None:
+    container = Container(suite, tmp_path)
+    libraries = (f"python3-{name}" for name in LIBRARIES)
+    container.install([], *PACKAGES.split(), *libraries)
+    container.prepare()
+    # The tests bring their own.
+    container.do(
+        "rm /usr/bin/qrexec-client-vm"
+        " /etc/systemd/system/multi-user.target.wants/qubes-qrexec-agent.service"
+    )
+    container.put_tree(tree, "root/source")
+    # No Debian has it; it is pure Python.
+    spec = importlib.util.find_spec("pytest_trio")
+    assert spec is not None
+    assert spec.origin is not None
+    site = Path(spec.origin).parents[1]
+    for path in site.glob("pytest_trio*"):
+        shutil.copytree(path, container.upper / "root/more" / path.name)
+    container.boot(read_only=False)
+    try:
+        container.run(
+            "sh",
+            "-ec",
+            f"cd /root/source; PYTHONPATH=/root/more exec python3 -m pytest -q {CHOSEN}",
+            timeout=5400,
+        )
+    finally:
+        container.shut_down()
