@@ -82,11 +82,17 @@ def edit(machine: Machine, unit: str, text: str) -> None:
     into the file that it is given."""
     content = machine.home / "typed"
     content.write_text(text)
+    # From systemd 257 on, the number of a line comes before the file.
+    editor = machine.home / "editor"
+    editor.write_text(
+        f'#!/bin/sh\nfor file; do :; done\ncat {content} >"$file"\n'
+    )
+    editor.chmod(0o755)
     controller, terminal = os.openpty()
     try:
         subprocess.run(
             ["systemctl", "--user", "edit", unit],
-            env={**machine.environment, "SYSTEMD_EDITOR": f"cp {content}"},
+            env={**machine.environment, "SYSTEMD_EDITOR": str(editor)},
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
