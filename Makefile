@@ -5,6 +5,7 @@
 # make bench   measure it next to what one would use otherwise: bench/results.md; ten minutes on a quiet machine
 # make fuzz    10 million random inputs for all that takes input from elsewhere, and the RPC services: hours
 # make simulate  the core in pretend worlds, from ever new seeds; SIMULATE="--minutes 60"
+# make mutants  what the tests of the core and of routing leave uncaught, of one small change each; half an hour
 # make soak    a load with faults, in which every client knows each byte that it must get; SOAK="--minutes 5"
 #
 # make deb, make rpm                    the packages, in dist/
@@ -13,7 +14,7 @@
 # make install-client, install-services without a package manager; with DESTDIR= for one
 # make uninstall                        what these two have installed
 
-.PHONY: demo check clean bench fuzz simulate soak deb rpm check-installed check-sid
+.PHONY: demo check clean bench fuzz simulate mutants soak deb rpm check-installed check-sid
 
 demo:
 	@tools/setup demo
@@ -36,12 +37,18 @@ simulate:
 	@tools/setup check
 	@.venv/bin/python -m tests.simulation --from $$(date +%s) $(SIMULATE)
 
+mutants:
+	@tools/setup check
+	@.venv/bin/pip install --quiet 'mutmut>=3.8'
+	@.venv/bin/mutmut run --max-children 1
+	@.venv/bin/mutmut results
+
 soak:
 	@tools/setup check
 	@.venv/bin/python soak/run $(SOAK)
 
 clean:
-	rm -rf .venv .venv-debian .coverage .coverage.* htmlcov build dist *.egg-info
+	rm -rf .venv .venv-debian .coverage .coverage.* htmlcov mutants build dist *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
