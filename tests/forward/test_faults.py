@@ -675,11 +675,14 @@ def judge(base: World, world: World) -> Iterator[str]:
     if not faults.failed:
         yield "nothing has failed"
     messages = [message for _, message, _ in world.records.lines]
-    # What no daemon can adopt outlives its client, too; it says so.
-    unwatched = (
-        faults.name == "pidfd_open"
-        and faults.error not in SHORTAGE
-        and any("go on, unwatched" in message for message in messages)
+    # What no daemon can adopt outlives its client, too; it says so. And one
+    # that is said to have gone, as the kernel says of none that runs.
+    unwatched = faults.name == "pidfd_open" and (
+        faults.error == "ESRCH"
+        or (
+            faults.error not in SHORTAGE
+            and any("go on, unwatched" in message for message in messages)
+        )
     )
     if world.alive and not unwatched:
         yield f"{world.alive} processes still run"
