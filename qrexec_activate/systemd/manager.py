@@ -64,9 +64,9 @@ _LOST = frozenset(
     )
 )
 
-#: Where `systemctl set-property` keeps what it has told systemd already. The
-#: unit counts as changed on disk from then on; but no listener, and no name of
-#: one, can be set in this way.
+#: Where `systemctl set-property` keeps what it has told systemd already. With
+#: systemd 252 the unit counts as changed on disk from then on; but no listener,
+#: and no name of one, can be set in this way.
 _BY_SET_PROPERTY = re.compile(r"/systemd/(user|system)\.control/")
 
 _SERVICE = "org.freedesktop.systemd1"
