@@ -69,7 +69,10 @@ def test_a_manager_that_is_gone_is_no_error(
         ({"WATCHDOG_USEC": "30000000"}, 15),
         ({"WATCHDOG_USEC": "x"}, None),
         ({"WATCHDOG_USEC": "0"}, None),
-        ({"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}, None),
+        (
+            {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": str(os.getpid() + 1)},
+            None,
+        ),
         ({"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": str(os.getpid())}, 0.5),
     ],
 )
