@@ -93,7 +93,9 @@ def silence() -> None:
     """Let Python end without another word about output that nobody takes."""
     for fd, stream in enumerate((sys.stdout, sys.stderr), 1):
         try:
-            stream.flush()
+            # click puts a wrapper around one whose reader has gone, which says
+            # nothing of it; Python 3.14 does, as it ends.
+            getattr(stream, "wrapped", stream).flush()
         except Exception:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, fd)
