@@ -810,7 +810,7 @@ def test_what_systemctl_set_property_wrote_is_no_change_of_listeners(
     systemd: Manager, machine: Machine, instance: str
 ) -> None:
     """From then on systemd 252 asks for a daemon-reload, and has that file last
-    until then; 262 does not, and has it where its name belongs."""
+    until then; 257 does not, and has it where its name belongs."""
     machine.systemctl("set-property", instance, "CPUWeight=50")
     (row,) = systemd.unit_properties([instance], "Unit", ["DropInPaths"])
     (written,) = [path for path in row["DropInPaths"] if ".control/" in path]
