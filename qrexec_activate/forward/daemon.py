@@ -845,7 +845,7 @@ class Daemon:
         and with it went the client; but what it has yet to read is to
         arrive."""
         try:
-            while left_to_read(orphan.pid):
+            while left_to_read(orphan.pidfd):
                 with trio.move_on_after(HANG_UP_LOOK):
                     await readable(orphan.pidfd)
                     return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import socket
 import stat
@@ -186,15 +187,18 @@ def _examine(pid: int, pidfd: int, members: Sequence[int]) -> Orphan | None:
     )
 
 
-def left_to_read(pid: int) -> int:
-    """How many bytes its stdin, a pipe, still holds for a process."""
+def left_to_read(pidfd: int) -> int:
+    """How many bytes its stdin, a pipe, still holds for a process that has
+    begun to read it. A call that is not established will have none of them: its
+    client has gone."""
     try:
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        pipe = os.open(f"/proc/{pid}/fd/0", flags)
+        pipe = _duplicate(pidfd, 0)
     except OSError:
         return 0
     try:
-        return unread(pipe) if stat.S_ISFIFO(os.fstat(pipe).st_mode) else 0
+        begun = fcntl.fcntl(pipe, fcntl.F_GETFL) & os.O_NONBLOCK
+        fifo = stat.S_ISFIFO(os.fstat(pipe).st_mode)
+        return unread(pipe) if begun and fifo else 0
     except OSError:
         return 0
     finally:

@@ -212,6 +212,21 @@ async def test_what_a_killed_daemon_spliced_leaves_no_process_behind(
     await scene.nobody_stays()
 
 
+async def test_a_lost_call_by_pipes_ends_with_its_daemon(scene: Scene) -> None:
+    """What waits in its pipe keeps no process that will never read it."""
+    scene.options(RELAY="splice")
+    address = await scene.route(echo)
+    scene.faults("lose=1 first=1 lost-timeout=3600")
+    async with await connect(address) as stream:
+        await send(stream, b"ping")
+        await until("the call is made", scene.calls)
+        (lost,) = scene.clients()
+        os.kill(scene.pid(), signal.SIGKILL)
+        assert await sees_reset(stream)
+    assert await ask(address, b"quick") == "quick"
+    await until("it has gone", lambda: lost not in scene.clients())
+
+
 async def test_a_denial_while_no_daemon_runs_is_a_reset_and_is_logged(
     scene: Scene,
 ) -> None:
