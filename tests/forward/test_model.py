@@ -221,7 +221,11 @@ class Model(RuleBasedStateMachine):
                 f"{name} is open by systemd's account, but refuses"
             )
             return None
-        reached = self._greeting(sock)
+        except ConnectionResetError:
+            # A refusal, before this process had its turn.
+            reached = None
+        else:
+            reached = self._greeting(sock)
         allowed = self.possible[name] | ({None} if self.changed else set())
         assert reached in allowed, (
             f"{name} reached {reached}, its file allows {allowed}"
