@@ -98,7 +98,7 @@ def test_what_listens_on_a_port_has_it_to_itself(
 def test_where_there_is_no_private_network_it_is_said(desk: Desk) -> None:
     """A systemd that cannot make one starts the program all the same; here it
     has tried, and could not."""
-    pretend = desk.machine.home / "bin"
+    pretend = desk.machine.home / "pretend"
     pretend.mkdir()
     systemd_run = pretend / "systemd-run"
     systemd_run.write_text("#!/bin/sh\nexit 1\n")
