@@ -133,7 +133,8 @@ class Machine:
             "--nogpgcheck",
             "--setopt=reposdir=/dev/null",
             "--setopt=module_platform_id=platform:f43",
-            "--setopt=metadata_expire=0",
+            # Whatever the clock says of how old the repository is.
+            "--refresh",
             f"--setopt=cachedir={self._folder / 'cache'}",
             f"--setopt=logdir={self._folder}",
         )
