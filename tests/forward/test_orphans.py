@@ -79,10 +79,16 @@ def test_what_this_daemon_has_started_is_no_orphan(
 ) -> None:
     """Wherever its control group says that it is itself."""
     environment = {**os.environ, "QREXEC_ACTIVATE_CONNECTION": "1-1"}
-    program = ["sh", "-c", "read wait", "work", "qubes.ConnectTCP+80"]
+    program = ["sh", "-c", "echo; read wait", "work", "qubes.ConnectTCP+80"]
     with subprocess.Popen(
-        program, env=environment, stdin=subprocess.PIPE
+        program,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as child:
+        assert child.stdout is not None
+        # Only then its words and variables are to be read in /proc.
+        assert child.stdout.readline() == b"\n"
         monkeypatch.setattr(orphans, "_members", lambda: [child.pid])
         assert found() == []
         # Without that it would be one.
