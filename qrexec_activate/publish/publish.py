@@ -41,7 +41,7 @@ from ..systemd.unitdirs import own_folder
 from .caddy import known_routes
 from .details import MEMORY, TASKS, details
 from .services import Service, creation, domain_step
-from .steps import Step, audit, do_all, file_step, link_step, show
+from .steps import Step, audit, do_all, do_own, file_step, link_step, show
 from .steps import command as command_step
 
 __all__ = ["command"]
@@ -228,16 +228,9 @@ def command(
     if dry_run:
         show(step.text for step in steps)
         return
-    with (
-        audit(
-            f"publishing {name}",
-            done=f"published {name}: {unit or path}",
-            QREXEC_NAME=name,
-        ),
-        locked(own_folder(user=True)),
-        finishing(),
-    ):
-        do_all(steps)
+    do_own(
+        steps, name, f"publishing {name}", f"published {name}: {unit or path}"
+    )
     for note in notes:
         click.echo(note)
     _report(name)

@@ -15,16 +15,24 @@ from typing import NoReturn
 
 import click
 
-from ..control.dropins import create_file, file_shown, remove_file
+from ..control.dropins import (
+    create_file,
+    file_shown,
+    finishing,
+    locked,
+    remove_file,
+)
 from ..errors import ActivateError, UsageProblem
 from ..systemd.journal import IDENTIFIER, Priority
 from ..systemd.programs import run
+from ..systemd.unitdirs import own_folder
 
 __all__ = [
     "Step",
     "audit",
     "command",
     "do_all",
+    "do_own",
     "file_step",
     "link_step",
     "show",
@@ -61,6 +69,17 @@ def do_all(steps: Sequence[Step]) -> None:
         _undo_for(ActivateError(str(error)), done)
     except Exception as error:
         _undo_for(error, done)
+
+
+def do_own(steps: Sequence[Step], name: str, doing: str, done: str) -> None:
+    """Do steps that change a person's own units, one command at a time, and
+    tell the journal."""
+    with (
+        audit(doing, done=done, QREXEC_NAME=name),
+        locked(own_folder(user=True)),
+        finishing(),
+    ):
+        do_all(steps)
 
 
 def _undo_for(error: Exception, done: list[Step]) -> NoReturn:

@@ -32,7 +32,7 @@ from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .published import complete_names
 from .services import Service, removal
-from .steps import Step, audit, do_all, link_step, show, undo_all
+from .steps import Step, audit, do_own, link_step, show, undo_all
 from .steps import command as command_step
 
 __all__ = ["command"]
@@ -173,16 +173,7 @@ def _take_back(name: str, *, dry_run: bool) -> None:
     if dry_run:
         show(step.text for step in steps)
         return
-    with (
-        audit(
-            f"unpublishing {name}",
-            done=f"unpublished {name}",
-            QREXEC_NAME=name,
-        ),
-        locked(own_folder(user=True)),
-        finishing(),
-    ):
-        do_all(steps)
+    do_own(steps, name, f"unpublishing {name}", f"unpublished {name}")
     if said:
         click.echo(said)
 
