@@ -111,7 +111,8 @@ class Lookout:
             for name in survey.daemons
         }
         if self._daemons != daemons:
-            self.__init__()  # type: ignore[misc]
+            self._known.clear()
+            self._doubtful.clear()
             self._daemons = daemons
         pids = _pids()
         for pid in self._known.keys() - pids:
