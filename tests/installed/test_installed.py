@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from container import ROOT, SUITES, USERS, WANTED, Container
+from container import ROOT, SUITES, USERS, WANTED, Container, Talk
 from debs import UPGRADE
 
 pytestmark = pytest.mark.skipif(
@@ -321,6 +321,23 @@ def test_a_reboot_finds_the_routes_back(debian: Container) -> None:
     assert debian.ask("/run/user/1000/backup") == "archive to a unix socket"
 
 
+def all_go_on(
+    debian: Container, talks: Sequence[Talk], before: Sequence[str]
+) -> None:
+    """After an upgrade: connections are as they were, and new ones are served
+    by new daemons."""
+    assert UPGRADE in debian.run("qrexec-activate", "--version")
+    assert [talk.echo("still there") for talk in talks] == ["still there"] * 4
+    assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
+    assert debian.ask("127.0.0.3", "1234", user="other").startswith("work to ")
+    assert debian.ask("/run/user/1000/backup").startswith("archive to ")
+    assert debian.ask("127.0.0.1", "80").startswith("web to ")
+    after = old_daemons(debian)
+    assert "0" not in after
+    assert not set(before) & set(after)
+    assert [talk.echo("and now") for talk in talks] == ["and now"] * 4
+
+
 def test_an_upgrade_loses_no_connection_and_leaves_no_old_daemon(
     debian: Container, newer_debs: list[Path]
 ) -> None:
@@ -354,20 +371,7 @@ def test_an_upgrade_loses_no_connection_and_leaves_no_old_daemon(
         assert "0" not in before
         debian.put_while_booted(newer_debs)
         debian.run("sh", "-ec", "apt-get install --yes /root/*upgrade*.deb")
-        assert UPGRADE in debian.run("qrexec-activate", "--version")
-        assert [talk.echo("still there") for talk in talks] == [
-            "still there"
-        ] * 4
-        assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
-        assert debian.ask("127.0.0.3", "1234", user="other").startswith(
-            "work to "
-        )
-        assert debian.ask("/run/user/1000/backup").startswith("archive to ")
-        assert debian.ask("127.0.0.1", "80").startswith("web to ")
-        after = old_daemons(debian)
-        assert "0" not in after
-        assert not set(before) & set(after)
-        assert [talk.echo("and now") for talk in talks] == ["and now"] * 4
+        all_go_on(debian, talks, before)
     for user in USERS:
         assert (
             debian.user_systemctl(
@@ -651,20 +655,7 @@ def test_an_upgrade_from_the_first_release_loses_nothing(
         names = ("qrexec-activate", "qrexec-activate-services")
         debs = " ".join(f"/root/{name}_{UPGRADE}-1_all.deb" for name in names)
         debian.run("sh", "-ec", f"apt-get install --yes {debs}")
-        assert UPGRADE in debian.run("qrexec-activate", "--version")
-        assert [talk.echo("still there") for talk in talks] == [
-            "still there"
-        ] * 4
-        assert debian.ask("127.0.0.1", "1234").startswith("gitweb to ")
-        assert debian.ask("127.0.0.3", "1234", user="other").startswith(
-            "work to "
-        )
-        assert debian.ask("/run/user/1000/backup").startswith("archive to ")
-        assert debian.ask("127.0.0.1", "80").startswith("web to ")
-        after = old_daemons(debian)
-        assert "0" not in after
-        assert not set(before) & set(after)
-        assert [talk.echo("and now") for talk in talks] == ["and now"] * 4
+        all_go_on(debian, talks, before)
     # What was published is reached; who wants the commands is told what to do.
     assert debian.ask(wiki) == "published"
     needs = "qrexec-activate-publish"
