@@ -10,6 +10,7 @@ import secrets
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 
 import pytest
 from recipe import EXAMPLES, PATIENCE, ROOT, Qube, require, until
@@ -109,6 +110,17 @@ class Container:
             stderr=self.log,
         )
         self.leader = 0
+
+    def __enter__(self) -> Self:
+        try:
+            self.wait()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def wait(self) -> None:
         until(

@@ -28,18 +28,14 @@ NEW_WARNINGS = (
 
 @pytest.fixture(scope="module")
 def pbx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
-    container = Container(
+    with Container(
         "asterisk",
         "pbx",
         tmp_path_factory.mktemp("pbx"),
         SERVICE_QUBE,
         system="exchange",
-    )
-    try:
-        container.wait()
+    ) as container:
         yield container
-    finally:
-        container.close()
 
 
 @pytest.fixture(scope="module")

@@ -38,19 +38,15 @@ def booted(
     tmp_path_factory: pytest.TempPathFactory, seen: Path
 ) -> Iterator[Container]:
     require("nfs", "nfs-cp", "nfs-ls")
-    container = Container(
+    with Container(
         "nfs",
         "nfs",
         tmp_path_factory.mktemp("nfs"),
         SERVICE_QUBE + MORE,
         system="services",
         binds=("/dev/autofs", f"{seen}:/seen"),
-    )
-    try:
-        container.wait()
+    ) as container:
         yield container
-    finally:
-        container.close()
 
 
 @pytest.fixture(scope="module")

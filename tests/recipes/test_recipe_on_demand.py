@@ -24,15 +24,13 @@ APP = "guestbook"
 
 @pytest.fixture(scope="module")
 def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
-    container = Container(
+    with Container(
         "on-demand",
         "apps",
         tmp_path_factory.mktemp("apps"),
         INSTALL,
         system="services",
-    )
-    try:
-        container.wait()
+    ) as container:
         state = "systemctl --user is-active basic.target"
         until(
             "the user's systemd runs",
@@ -40,8 +38,6 @@ def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
         )
         container.run("systemctl start postgresql caddy")
         yield container
-    finally:
-        container.close()
 
 
 @pytest.fixture(scope="module")

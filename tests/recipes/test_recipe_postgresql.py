@@ -46,15 +46,13 @@ echo 'local all postgres peer' >pg_hba.conf
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
     require("postgresql", "psql")
-    db = Container(
+    with Container(
         "postgresql",
         "db",
         tmp_path_factory.mktemp("db"),
         SERVICE_QUBE + OTHER_RULES,
         system="services",
-    )
-    try:
-        db.wait()
+    ) as db:
         db.run(
             "systemctl start postgresql && mv /root/pg_hba.conf"
             " /etc/postgresql/15/main/"
@@ -64,8 +62,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
             db.answer_calls(recipe["db"])
             recipe.follow("")
             yield recipe
-    finally:
-        db.close()
 
 
 def check_roles(recipe: Recipe, section: str) -> None:
