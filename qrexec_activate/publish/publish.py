@@ -39,6 +39,7 @@ from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .caddy import known_routes
+from .change import alteration, check_change, touched
 from .details import MEMORY, TASKS, details
 from .services import Service, creation, domain_step
 from .steps import Step, audit, do_all, do_own, file_step, link_step, show
@@ -157,6 +158,12 @@ Examples:
     type=click.IntRange(1, 1000),
     help="With --exec: so many at once, for a trial: NAME-1 and so on.",
 )
+@click.option(
+    "-y",
+    "--yes",
+    is_flag=True,
+    help="Do not ask before a database is deleted.",
+)
 @dry_run_option
 @debug_option
 def command(
@@ -165,6 +172,7 @@ def command(
     path: str | None,
     program: str | None,
     count: int | None,
+    yes: bool,
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -182,6 +190,10 @@ def command(
     itself, and is ended when nobody uses it. {name}, {number} and {port} stand
     for those of each of --count services. --domain alone gives Caddy once more
     what it has forgotten.
+
+    Said again with --exec, it changes what differs, and ends what runs as soon
+    as nobody is connected to it. A database that is not wanted any more is
+    deleted, after asking.
     """
     check_name(name)
     if program is not None:
@@ -199,6 +211,7 @@ def command(
             )
         _publish_services(
             _services(name, program, path or "", count, **options),
+            yes=yes,
             dry_run=dry_run,
         )
         return
@@ -245,7 +258,8 @@ def _put_back_domain(name: str, domain: str, *, dry_run: bool) -> None:
     )
     if service is None or service.domain != domain:
         raise UsageProblem(
-            f"--domain {domain}: {name} was not published with that and --exec"
+            f"--domain {domain}: {name} was not published with that; give it"
+            f" with the --exec of {name}, and all else that it is to have"
         )
     known = service.socket_unit in known_routes()
     steps = [] if known else [domain_step(service)]
@@ -325,40 +339,101 @@ def _filled(text: str, words: dict[str, str]) -> str:
     return text
 
 
-def _publish_services(services: list[Service], *, dry_run: bool) -> None:
-    steps = creation(services)
+def _publish_services(
+    services: list[Service], *, yes: bool, dry_run: bool
+) -> None:
+    """Make them, or make what is there under their names as they are to be, all
+    of it or nothing."""
     one = services[0]
     if not dry_run and one.for_system and os.geteuid() != 0:
         raise UsageProblem("--user needs root: say the same with sudo")
+    there = _there(services)
+    pairs = [(there[new.name], new) for new in services if new.name in there]
+    for before, after in pairs:
+        check_change(before, after)
+    made = [new for new in services if new.name not in there]
+    steps = (creation(made) if made else []) + alteration(pairs)
+    changed = {after.name: touched(before, after) for before, after in pairs}
+    for name in (name for name, files in changed.items() if not files):
+        click.echo(f"{name} is published so already: nothing changed")
+    if not steps:
+        return
+    warn_of_loss(one.folder, *([Path("/etc/passwd")] if one.for_system else []))
+    if dry_run:
+        show(step.text for step in steps)
+        return
+    _ask_for_databases(pairs, yes=yes)
+    acts = [("publishing", "published", new) for new in made]
+    acts += [
+        ("changing", "changed", after)
+        for _, after in pairs
+        if changed[after.name]
+    ]
+    with contextlib.ExitStack() as stack, locked(one.folder), finishing():
+        for doing, done, service in acts:
+            what = service.about
+            stack.enter_context(
+                audit(
+                    f"{doing} {what}",
+                    done=f"{done} {what}",
+                    QREXEC_NAME=service.name,
+                )
+            )
+        do_all(steps)
+    for _, done, service in acts:
+        click.echo(
+            f"{RPC}+{service.name} starts {service.command}"
+            + " from now on" * (done == "changed")
+        )
+        files = changed.get(service.name) or dict.fromkeys(
+            service.files(), ("", "made")
+        )
+        for file, (old, new) in files.items():
+            act = "Changed" if old and new else "File" if new else "Removed"
+            click.echo(f"{act}: {short_path(str(file))}")
+    if made:
+        _report_policy([service.name for service in made])
+
+
+def _there(services: list[Service]) -> dict[str, Service]:
+    """Those that are published already, as they are; raises UsageProblem where
+    something else has the name."""
+    units = {new.name: new.socket_unit for new in services}
     with managers() as found:
-        taken = {
-            there.name for manager in found for there in published(manager)
-        } & {new.name for new in services}
+        taken = [
+            there.name
+            for manager in found
+            for there in published(manager)
+            if units.get(there.name, there.unit) != there.unit
+        ]
+    found_there = {}
+    for new in services:
+        if before := Service.read(new.name, for_system=new.for_system):
+            found_there[new.name] = before
+        elif other := Service.read(new.name, for_system=not new.for_system):
+            check_change(other, new)
     if taken:
         raise UsageProblem(
             f"{min(taken)} is published already: qrexec-activate unpublish it"
             f" first"
         )
-    warn_of_loss(one.folder, *([Path("/etc/passwd")] if one.for_system else []))
-    if dry_run:
-        show(step.text for step in steps)
-        return
-    with contextlib.ExitStack() as acts, locked(one.folder), finishing():
-        for service in services:
-            what = service.about
-            acts.enter_context(
-                audit(
-                    f"publishing {what}",
-                    done=f"published {what}",
-                    QREXEC_NAME=service.name,
-                )
-            )
-        do_all(steps)
-    for service in services:
-        click.echo(f"{RPC}+{service.name} starts {service.command}")
-        for file in service.files():
-            click.echo(f"File: {short_path(str(file))}")
-    _report_policy([service.name for service in services])
+    return found_there
+
+
+def _ask_for_databases(
+    pairs: list[tuple[Service, Service]], *, yes: bool
+) -> None:
+    ended = [
+        before.user
+        for before, after in pairs
+        if before.database and not after.database
+    ]
+    if ended and not yes:
+        click.confirm(
+            f"This deletes the database {', '.join(ended)}. Go on?",
+            abort=True,
+            err=True,
+        )
 
 
 def _unit_steps(name: str, unit: str) -> tuple[list[Step], list[str]]:

@@ -21,12 +21,12 @@ from ..control.publications import (
     published,
     where_installed,
 )
-from ..control.sockdiag import connected_unix
 from ..control.table import BAD, GOOD, print_json, print_rows, short_path
 from ..errors import ActivateError
 from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from .caddy import NotAllowed, known_routes
+from .change import end_unused
 from .services import (
     Service,
     is_service,
@@ -232,7 +232,7 @@ def _try(one: Publication) -> str:
         with client:
             problem = _walk_on(one, manager)
         if slept:
-            _end(one, manager)
+            _end(one)
     return problem
 
 
@@ -254,23 +254,16 @@ def _state(manager: Manager, unit: str) -> str:
     return next(state_and_memory(manager, [unit]))[0]
 
 
-def _end(one: Publication, manager: Manager) -> None:
-    """End a program that slept before, unless somebody uses it by now. Who
-    waits for it waits in systemd's socket, and starts it again."""
+def _end(one: Publication) -> None:
+    """End a program that slept before, unless somebody uses it by now."""
+    if one.for_system and os.geteuid() != 0:
+        return
+    service = Service.read(one.name, for_system=one.for_system)
     deadline = time.monotonic() + END_TIMEOUT
-    path = os.fsencode(one.socket)
-    while True:
-        connected = connected_unix()
-        if connected is not None and not any(
-            name.partition(b"\0")[0] == path for name, _ in connected
-        ):
-            break
+    while service and not end_unused(service, units_of(one.unit)[:1]):
         if time.monotonic() > deadline:
             return
         time.sleep(0.05)
-    systemctl = Systemctl(user=manager.user)
-    if manager.user or os.geteuid() == 0:
-        systemctl.run("stop", *units_of(one.unit)[:1], check=False)
 
 
 def _walk_on(one: Publication, manager: Manager) -> str:

@@ -63,12 +63,15 @@ from .steps import Step, file_step
 
 __all__ = [
     "Service",
+    "check",
     "creation",
     "domain_step",
     "is_service",
+    "load_step",
     "pause_problem",
     "quoted",
     "removal",
+    "running_of",
     "state_and_memory",
     "units_of",
 ]
@@ -165,6 +168,11 @@ class Service:
     def address(self) -> Path:
         """The path of the socket that others reach."""
         return folder(user=not self.for_system) / self.name
+
+    @property
+    def group(self) -> str:
+        """Which group can connect to it, too; empty where none can."""
+        return _group() if self.for_system and self.domain else ""
 
     @classmethod
     def read(cls, name: str, *, for_system: bool) -> Service | None:
@@ -356,7 +364,7 @@ class Service:
         return f"\n[{NOTES}]\n{noted}" if noted else ""
 
     def _socket(self) -> str:
-        group = _group() if self.for_system and self.domain else ""
+        group = self.group
         again = units_of(self.socket_unit)[3]
         return (
             f"[Unit]\nDescription={self.name} for other qubes, by {RPC}\n"
@@ -508,9 +516,9 @@ def quoted(word: str) -> str:
     return f'"{word}"'
 
 
-def check(service: Service) -> None:
+def check(service: Service, before: Service | None = None) -> None:
     """Raise UsageProblem for what systemd would not take, or take for something
-    else."""
+    else; `before` is what is there under its name."""
     check_argument(RPC, service.name)
     for unit in units_of(service.socket_unit):
         parse_unit_name(unit)
@@ -552,7 +560,8 @@ def check(service: Service) -> None:
         caddy.check_domain(service.domain)
         _check_domain(service)
     if service.user:
-        check_user(service.user)
+        if before is None:
+            check_user(service.user)
         caller()
         _check_visible(service.command)
         if service.path and not Path(service.path).is_relative_to(
@@ -562,14 +571,9 @@ def check(service: Service) -> None:
                 f"--unix {service.path}: with --user, the program can write"
                 f" only into {home(service.user)}"
             )
-    if service.database:
+    if service.database and not (before and before.database):
         check_database()
-    if there := service.files():
-        raise UsageProblem(
-            f"{service.name} is published already, by {there[0]}:"
-            f" qrexec-activate unpublish it first"
-        )
-    if there := service.drop_ins():
+    if before is None and (there := service.drop_ins()):
         raise UsageProblem(
             f"{there[0]} would change what {service.name} does: it is of one"
             f" that was published before; remove it first"
@@ -682,17 +686,6 @@ def _steps(
         systemctl.daemon_reload()
         systemctl.run("reset-failed", *everything, check=False)
 
-    def load() -> None:
-        systemctl.daemon_reload()
-        with open_manager(user=systemctl.user) as manager:
-            rows = manager.unit_properties(list(files), "Unit", ["LoadState"])
-        for unit, row in zip(files, rows, strict=True):
-            if row["LoadState"] != "loaded":
-                raise ActivateError(
-                    f"systemd does not take {unit}: see"
-                    f" {systemctl.written('status', unit)}"
-                )
-
     there = [one for one in (*sockets, *domains) if one in files]
 
     def stop() -> None:
@@ -700,20 +693,19 @@ def _steps(
             systemctl.run("disable", *there)
         if files:
             systemctl.run("stop", *files, check=False)
-        with open_manager(user=systemctl.user) as manager:
-            # What a socket started just then, or has no file any more: none of
-            # those that are not there, as systemd 262 then stops none.
-            if running := _running(manager, everything):
-                systemctl.run("stop", *running)
+        # What a socket started just then, or has no file any more: none of
+        # those that are not there, as systemd 262 then stops none.
+        if running := running_of(systemctl, everything):
+            systemctl.run("stop", *running)
 
-    reload = f"$ {systemctl.written('daemon-reload')}"
+    load = load_step(systemctl, list(files))
     reset = systemctl.written("reset-failed", *everything)
-    steps = [Step("", undo=forget, undone=f"{reload}\n$ {reset}")]
+    steps = [Step("", undo=forget, undone=f"{load.text}\n$ {reset}")]
     steps += [file_step(place / unit, text) for unit, text in files.items()]
     for service in services:
         steps += user_steps(service.user) if service.user else []
         steps += database_steps(service.user) if service.database else []
-    steps.append(Step(reload, load))
+    steps.append(load)
     # What was started of them is stopped also if not all could be.
     ends = [("disable", *there)] if there else []
     ends.append(("stop", *files))
@@ -735,8 +727,27 @@ def _steps(
     return steps
 
 
-def _running(manager: Manager, units: Sequence[str]) -> list[str]:
-    rows = manager.unit_properties(units, "Unit", ["ActiveState"])
+def load_step(systemctl: Systemctl, units: Sequence[str]) -> Step:
+    """Let systemd read its files; fails where it does not take these."""
+
+    def load() -> None:
+        systemctl.daemon_reload()
+        with open_manager(user=systemctl.user) as manager:
+            rows = manager.unit_properties(units, "Unit", ["LoadState"])
+        for unit, row in zip(units, rows, strict=True):
+            if row["LoadState"] != "loaded":
+                raise ActivateError(
+                    f"systemd does not take {unit}: see"
+                    f" {systemctl.written('status', unit)}"
+                )
+
+    return Step(f"$ {systemctl.written('daemon-reload')}", load)
+
+
+def running_of(systemctl: Systemctl, units: Sequence[str]) -> list[str]:
+    """Those units that are active, or about to be or not to be."""
+    with open_manager(user=systemctl.user) as manager:
+        rows = manager.unit_properties(units, "Unit", ["ActiveState"])
     return [
         unit
         for unit, row in zip(units, rows, strict=True)

@@ -73,13 +73,7 @@ def command(names: tuple[str, ...], yes: bool, dry_run: bool) -> None:
         or Service.read(name, for_system=True)
         for name in names
     }
-    unknown = _unknown([name for name in names if services[name] is None])
-    if unknown:
-        raise UsageProblem(
-            f"{', '.join(map(repr, unknown))}"
-            f" {'are' if unknown[1:] else 'is'} not published;"
-            f" qrexec-activate published shows what is"
-        )
+    links = _links([name for name in names if services[name] is None])
     for for_system in (False, True):
         if same := [
             one
@@ -87,21 +81,37 @@ def command(names: tuple[str, ...], yes: bool, dry_run: bool) -> None:
             if one and one.for_system == for_system
         ]:
             _end(same, yes=yes, dry_run=dry_run)
-    for name, service in services.items():
-        if service is None:
-            _take_back(name, dry_run=dry_run)
-        if dry_run:
-            continue
-        click.echo(f"{name} is not published any more")
+    for name in names:
+        if name in links:
+            _take_back(links[name], dry_run=dry_run)
+        if not dry_run:
+            click.echo(f"{name} is not published any more")
 
 
-def _unknown(names: list[str]) -> list[str]:
-    """Those that nothing makes."""
+def _links(names: list[str]) -> dict[str, Publication]:
+    """What makes these names, which are no services; raises UsageProblem where
+    nothing does."""
     if not names:
-        return []
+        return {}
     with managers() as found:
-        there = {one.name for manager in found for one in published(manager)}
-    return [name for name in names if name not in there]
+        there = {
+            one.name: one
+            for manager in reversed(found)
+            for one in published(manager)
+        }
+    if unknown := [name for name in names if name not in there]:
+        raise UsageProblem(
+            f"{', '.join(map(repr, unknown))}"
+            f" {'are' if unknown[1:] else 'is'} not published;"
+            f" qrexec-activate published shows what is"
+        )
+    for one in (there[name] for name in names):
+        if one.for_system:
+            raise UsageProblem(
+                f"{one.link} is the system's, and not made by publish:"
+                f" take it out of {one.unit or 'what makes it'} by hand"
+            )
+    return {name: there[name] for name in names}
 
 
 def _end(services: list[Service], *, yes: bool, dry_run: bool) -> None:
@@ -143,17 +153,10 @@ def _end(services: list[Service], *, yes: bool, dry_run: bool) -> None:
         click.echo(f"Removed: {short_path(str(file))}")
 
 
-def _take_back(name: str, *, dry_run: bool) -> None:
+def _take_back(one: Publication, *, dry_run: bool) -> None:
     with open_manager(user=True) as manager:
         specifiers = manager.specifiers()
-        one = next(
-            (one for one in published(manager) if one.name == name), None
-        )
-    if one is None:
-        raise UsageProblem(
-            f"{name!r} is not published; qrexec-activate published shows what"
-            f" is"
-        )
+    name = one.name
     link = Path(one.link)
     if os.path.lexists(link) and not link.is_symlink():
         raise UsageProblem(

@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import pwd
+import secrets
 import shlex
 import shutil
 import socket
@@ -23,6 +24,8 @@ import pytest
 from desk import PATIENCE, Desk, free_port
 
 from qrexec_activate.loopback.machine import Machine, start_journald
+from qrexec_activate.publish import change
+from qrexec_activate.publish.services import Service
 
 #: A program that takes its socket from systemd, and answers each line with its
 #: own name and that line.
@@ -398,8 +401,8 @@ def test_what_makes_no_sense_is_refused(desk: Desk) -> None:
         "publish", "x", "--exec", "/bin/cat", "--unix", "/x", "--count", "2"
     )
     desk.run("publish", "x", "--exec", "/bin/cat")
-    assert "published already" in desk.fails(
-        "publish", "x", "--exec", "/bin/cat"
+    assert "keeps its user" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat", "--user", "qa-x", "--dry-run"
     )
 
 
@@ -418,11 +421,28 @@ def test_check_goes_the_whole_way(desk: Desk) -> None:
     assert ask(desk, "good") == "good heard me"
 
 
+def few_starts(desk: Desk) -> None:
+    """A busy machine may never start a program 200 times within 10 s."""
+    for unit in ("publish-bad", "program-bad"):
+        desk.drop_in(
+            f"qrexec-{unit}.service",
+            "few.conf",
+            *("[Unit]", "StartLimitBurst=5", "StartLimitIntervalSec=10min"),
+        )
+    desk.drop_in(
+        "qrexec-publish-bad.socket",
+        "few.conf",
+        *("[Socket]", "TriggerLimitBurst=5", "TriggerLimitIntervalSec=10min"),
+    )
+    desk.machine.systemctl("daemon-reload")
+
+
 @pytest.mark.parametrize("words", [(), ("--port", "9")])
 def test_a_program_that_ends_at_once_ends_the_connection_too(
     desk: Desk, words: tuple[str, ...]
 ) -> None:
     desk.run("publish", "bad", "--exec", "/bin/false", "--idle", "1min", *words)
+    few_starts(desk)
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(PATIENCE)
         client.connect(address(desk, "bad"))
@@ -437,7 +457,7 @@ def test_a_program_that_ends_at_once_ends_the_connection_too(
 
 
 def test_each_act_is_in_the_journal(desk: Desk) -> None:
-    name = f"audited-{os.getpid()}"
+    name = f"audited-{secrets.token_hex(4)}"
 
     def acts() -> list[str]:
         journalctl = [
@@ -556,6 +576,9 @@ def test_no_number_of_requests_ends_a_service_for_good(
 
 def test_a_program_that_only_ends_gets_a_pause(desk: Desk) -> None:
     desk.run("publish", "bad", "--exec", "/bin/false")
+    unit = "qrexec-publish-bad.service"
+    assert desk.machine.property(unit, "StartLimitBurst") == "200"
+    few_starts(desk)
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(PATIENCE)
         client.connect(address(desk, "bad"))
@@ -819,3 +842,173 @@ def test_what_a_program_cannot_be_given_is_refused(
     assert result.returncode == 2
     assert words[0] in result.stderr
     assert desk.json("published") == []
+
+
+def said_again(desk: Desk, *words: str) -> str:
+    return desk.run("publish", "wiki", "--exec", *words)
+
+
+def test_the_same_again_changes_nothing(desk: Desk) -> None:
+    words = (program(desk, ACTIVATED, "wiki"), "--idle", "1min")
+    said_again(desk, *words)
+    assert ask(desk, "wiki") == "wiki heard me"
+    before = desk.files()
+    pid = desk.machine.property("qrexec-program-wiki.service", "MainPID")
+    assert said_again(desk, *words) == (
+        "wiki is published so already: nothing changed\n"
+    )
+    assert desk.files() == before
+    assert (
+        desk.machine.property("qrexec-program-wiki.service", "MainPID") == pid
+    )
+
+
+#: What keeps the socket open, and what does not.
+SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "socket": (ACTIVATED, ()),
+    "idle": (ACTIVATED, ("--idle", "1min")),
+    "port": (BY_ITSELF, ("--port",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("socket", "idle"), ("idle", "port"), ("port", "socket")],
+)
+def test_other_words_change_what_is_there(
+    desk: Desk, before: str, after: str
+) -> None:
+    def words(shape: str, answer: str) -> list[str]:
+        text, options = SHAPES[shape]
+        port = str(free_port()) if options == ("--port",) else ""
+        return [
+            program(desk, text, answer, port),
+            *options,
+            *[port][: len(port)],
+        ]
+
+    said_again(desk, *words(before, "old"))
+    assert ask(desk, "wiki") == "old heard me"
+    unit = "qrexec-publish-wiki.socket"
+    inode = os.stat(address(desk, "wiki")).st_ino
+    said = said_again(desk, *words(after, "new"), "--memory", "300M")
+    assert "Changed: " in said
+    assert os.stat(address(desk, "wiki")).st_ino == inode
+    assert desk.scene.state(unit) == "active"
+    assert ask(desk, "wiki") == "new heard me"
+    assert only(desk)["problem"] is None
+    desk.run("unpublish", "wiki")
+    assert not units(desk)
+    assert desk.failed() == ""
+
+
+def test_whoever_is_connected_keeps_the_old_program(desk: Desk) -> None:
+    said_again(desk, program(desk, ACTIVATED, "old"))
+    done = threading.Event()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(address(desk, "wiki"))
+        with client.makefile("rwb") as file:
+
+            def heard() -> bytes:
+                file.write(b"me\n")
+                file.flush()
+                return file.readline()
+
+            assert heard() == b"old heard me\n"
+
+            def say_again() -> None:
+                said_again(desk, program(desk, ACTIVATED, "new"))
+                done.set()
+
+            thread = threading.Thread(target=say_again)
+            thread.start()
+            text = desk.machine.unit_dir / "qrexec-publish-wiki.service"
+            until("it is written", lambda: " new" in text.read_text())
+            for _ in range(10):
+                assert heard() == b"old heard me\n"
+    assert done.wait(PATIENCE)
+    thread.join()
+    assert ask(desk, "wiki") == "new heard me"
+
+
+def test_who_connects_as_a_program_ends_waits_for_the_next(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said_again(desk, program(desk, ACTIVATED, "wiki"))
+    assert ask(desk, "wiki") == "wiki heard me"
+    pid = desk.machine.property("qrexec-publish-wiki.service", "MainPID")
+    for name, value in desk.machine.environment.items():
+        monkeypatch.setenv(name, value)
+    looks: list[str] = []
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(PATIENCE)
+    really_used = change._is_used
+
+    def is_used(service: Service) -> bool:
+        stat = Path("/proc", pid, "stat").read_text()
+        looks.append(stat.rpartition(")")[2].split()[0])
+        if len(looks) == 2:
+            client.connect(address(desk, "wiki"))
+            client.sendall(b"me\n")
+        return really_used(service)
+
+    monkeypatch.setattr(change, "_is_used", is_used)
+    unit = "qrexec-publish-wiki.service"
+    until(
+        "nobody is connected any more",
+        lambda: change.end_unused(Service("wiki"), [unit]) or len(looks) > 1,
+    )
+    # It stands still, so that it takes nothing after that look.
+    assert looks[1] == "T"
+    with client, client.makefile("rb") as file:
+        assert file.readline() == b"wiki heard me\n"
+    assert desk.machine.property(unit, "MainPID") != pid
+
+
+def test_a_dry_run_shows_what_differs(desk: Desk) -> None:
+    said_again(desk, "/bin/cat")
+    file = desk.machine.unit_dir / "qrexec-publish-wiki.service"
+    before = file.read_text()
+    said = said_again(desk, "/bin/cat", "--memory", "300M", "--dry-run")
+    changed = [
+        line
+        for line in said.splitlines()
+        if line.startswith(("+", "-")) and not line.startswith(("+++", "---"))
+    ]
+    assert changed == ["-MemoryMax=50%", "+MemoryMax=300M"]
+    assert f"--- {file}" in said
+    assert "$ systemctl --user daemon-reload" in said
+    assert file.read_text() == before
+
+
+def contents(desk: Desk) -> dict[str, str]:
+    return {
+        name: (desk.machine.unit_dir / name).read_text() for name in units(desk)
+    }
+
+
+def test_a_change_that_fails_changes_nothing(desk: Desk) -> None:
+    words = (program(desk, ACTIVATED, "old"),)
+    said_again(desk, *words)
+    before = contents(desk)
+    said = desk.fails(
+        *("publish", "wiki", "--exec", program(desk, ACTIVATED, "new")),
+        *("--idle", "1min", "--domain", "wiki.localhost"),
+        environment=NO_CADDY,
+    )
+    assert "Caddy's admin API" in said
+    assert contents(desk) == before
+    assert ask(desk, "wiki") == "old heard me"
+    said_again(desk, *words)
+
+
+def test_more_of_many_are_added_to_those_that_are_there(desk: Desk) -> None:
+    words = ("publish", "trial", "--exec", program(desk, ACTIVATED, "{name}"))
+    desk.run(*words, "--count", "2")
+    said = desk.run(*words, "--count", "3")
+    assert said.count("nothing changed") == 2
+    assert [one["name"] for one in desk.json("published")] == [
+        f"trial-{number}" for number in range(1, 4)
+    ]
+    assert ask(desk, "trial-3") == "trial-3 heard me"
