@@ -46,7 +46,7 @@ from .process import (
     leave_caretaker,
     raise_descriptor_limit,
 )
-from .settings import Settings
+from .settings import STOP_SIGNALS, Settings
 from .setups import LOOK_INTERVAL, Setups
 from .watch import Watch, readable
 
@@ -223,15 +223,13 @@ class Daemon:
     # --------------------------------------------------------------------- run
 
     async def run(self) -> None:
-        """Serve until SIGTERM, SIGINT or idleness; connections that were handed
-        over outlive this."""
+        """Serve until told to stop, or idle for long enough; connections that
+        were handed over outlive this."""
         self._idle_since = trio.current_time()
         raise_descriptor_limit()
-        with trio.open_signal_receiver(
-            signal.SIGTERM, signal.SIGINT
-        ) as signals:
-            # It was blocked until there was somebody to receive it.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        with trio.open_signal_receiver(signal.SIGINT, *STOP_SIGNALS) as signals:
+            # They were blocked until there was somebody to receive them.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 with trio.CancelScope() as accepting:
@@ -257,10 +255,8 @@ class Daemon:
         prompt, or make a call again that was lost?
         """
         raise_descriptor_limit()
-        with trio.open_signal_receiver(
-            signal.SIGTERM, signal.SIGINT
-        ) as signals:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        with trio.open_signal_receiver(signal.SIGINT, *STOP_SIGNALS) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 with trio.CancelScope() as looking:

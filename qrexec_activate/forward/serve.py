@@ -20,7 +20,7 @@ from ..printable import printable
 from ..routing.claim import Claim, PassedSocket
 from ..systemd.passed import passed_sockets
 from .background import Background
-from .settings import CARETAKER
+from .settings import CARETAKER, STOP_SIGNALS
 
 if TYPE_CHECKING:
     from .serve_options import Request
@@ -74,7 +74,7 @@ def _decide(
     from .serve_options import parse
 
     request = parse(sys.argv[2:])
-    service, unit, argument, settings = request
+    service, unit, argument, settings, _ = request
     if not sockets:
         raise UsageProblem(
             HOW_TO_START.format(
@@ -102,6 +102,7 @@ def _decide(
             request = request._replace(
                 settings=dataclasses.replace(settings, stop_timeout=timeout)
             )
+        request = request._replace(stopping=systemd.is_stopping(unit))
         # The system's manager takes orders of root alone: of its daemons a line
         # of the unit resets the count.
         with contextlib.suppress(ManagerError):
@@ -126,6 +127,8 @@ def _serve() -> None:
         from .daemon import Daemon
     finally:
         request, claims = decision.result()
+    if request.stopping:
+        signal.raise_signal(signal.SIGTERM)
 
     async def run() -> None:
         daemon = Daemon(request.service, request.settings, Log())
@@ -157,11 +160,11 @@ def main() -> None:
     mend is one line."""
     # Whoever waits for this start is served before an order to stop is heard:
     # else changes of units that come faster than Python starts would keep
-    # everybody waiting. The daemon unblocks it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # everybody waiting. The daemon unblocks them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         if CARETAKER in os.environ:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             _look_after()
         else:
             _serve()

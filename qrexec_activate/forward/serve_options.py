@@ -27,6 +27,8 @@ class Request(NamedTuple):
     unit: str | None
     argument: str | None
     settings: Settings
+    #: Whether systemd has told this unit to stop already.
+    stopping: bool = False
 
 
 #: The user id that the kernel shows for all that have none in this user

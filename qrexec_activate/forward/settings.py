@@ -3,10 +3,15 @@ read before anything else is loaded."""
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["CARETAKER", "Relay", "Settings"]
+__all__ = ["CARETAKER", "STOP_SIGNALS", "Relay", "Settings"]
+
+#: Orders to stop. The second is that of the units (KillSignal=): one that comes
+#: before there is somebody to receive it does no harm, and serve asks for it.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGURG)
 
 #: In the environment of a process that has no listeners, and looks after the
 #: connections of an earlier daemon until the next one comes.
@@ -39,5 +44,5 @@ class Settings:
     #: The users whose connections are let in; empty: everybody's who can reach
     #: a listener.
     allow_uids: tuple[int, ...] = ()
-    #: How long systemd waits between SIGTERM and SIGKILL.
+    #: How long systemd waits between an order to stop and SIGKILL.
     stop_timeout: float = 5.0

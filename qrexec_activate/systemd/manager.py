@@ -495,6 +495,13 @@ class Manager:
         )
         return None if value is None else min(value / 1e6, 86400.0)
 
+    def is_stopping(self, service: str) -> bool:
+        """Whether it has been told to stop, and has yet to do so."""
+        (state,) = self.properties(
+            [(_unit_path(service), _UNIT, "ActiveState")]
+        )
+        return bool(state == "deactivating")
+
     def reset_start_limit(self, service: str) -> None:
         """Start counting anew how often a service was started.
 

@@ -239,6 +239,8 @@ async def test_starts_that_come_to_something_are_never_too_many(
 ) -> None:
     """Also where a change ends the daemon before it is up."""
     limit = ("[Unit]", "StartLimitIntervalSec=1h", "StartLimitBurst=3")
+    # A daemon that did not hear of it would be killed in the end.
+    limit = (*limit, "[Service]", "TimeoutStopSec=50s")
     scene.write("limit", *limit, unit=SERVICE)
     first = await scene.route()
     for number in range(10):
@@ -246,6 +248,7 @@ async def test_starts_that_come_to_something_are_never_too_many(
             if number % 2:
                 await until("it starts", lambda: scene.state() != "inactive")
                 await scene.systemctl("stop", SERVICE)
+                assert scene.machine.property(SERVICE, "Result") == "success"
             await stream.send_eof()
             with trio.fail_after(60):
                 assert await stream.receive_some() == b"work"

@@ -19,6 +19,7 @@ class SystemManager:
     """Answers anybody, and takes orders of root alone."""
 
     asked = 0
+    stopping = False
 
     def trigger_units(self, service: str) -> list[str]:
         return []
@@ -31,6 +32,9 @@ class SystemManager:
 
     def stop_timeout(self, service: str) -> None:
         return None
+
+    def is_stopping(self, service: str) -> bool:
+        return self.stopping
 
     def reset_start_limit(self, service: str) -> None:
         self.asked += 1
@@ -55,7 +59,8 @@ def test_a_daemon_starts_though_systemd_takes_no_order_of_its_user(
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         passed = PassedSocket(listener.fileno(), "x", "tcp", "127.0.0.1:1")
-        _, claims = serve._decide([passed], by_manager=True)
+        request, claims = serve._decide([passed], by_manager=True)
     assert systemd.asked == 1
+    assert not request.stopping
     # It goes on, and refuses what is not known.
     assert len(claims) == 1

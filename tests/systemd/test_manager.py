@@ -108,12 +108,14 @@ GOOD: dict[str, tuple[str, object]] = {
     "FileDescriptorName": ("s", "work"),
     "TriggeredBy": ("as", ["b.socket", "a.timer", "a.socket"]),
     "TimeoutStopUSec": ("t", 5_000_000),
+    "ActiveState": ("s", "deactivating"),
 }
 CALLS: list[Callable[[Manager], object]] = [
     lambda manager: manager.hello(),
     lambda manager: manager.trigger_units(DAEMON),
     lambda manager: manager.socket_units([UNIT]),
     lambda manager: manager.stop_timeout(DAEMON),
+    lambda manager: manager.is_stopping(DAEMON),
     lambda manager: manager.list_units("*.socket"),
     lambda manager: manager.properties([("/x", "x.y", "Listen")]),
 ]
@@ -146,6 +148,9 @@ def test_answers_that_make_sense_are_taken() -> None:
             LoadedUnit(UNIT, "loaded", "active", "listening")
         ]
         assert manager.stop_timeout(DAEMON) == 5
+        assert manager.is_stopping(DAEMON)
+    with bus(by_name(GOOD | {"ActiveState": ("s", "activating")})) as manager:
+        assert not manager.is_stopping(DAEMON)
     with bus(value("t", 2**64 - 1)) as manager:
         assert manager.stop_timeout(DAEMON) == 86400
 
@@ -781,6 +786,7 @@ def test_a_daemon_that_systemd_does_not_know_has_no_units(
     with pytest.raises(ManagerError, match="does not know"):
         systemd.trigger_units("no unit name")
     assert systemd.stop_timeout(DAEMON) == 5
+    assert not systemd.is_stopping(DAEMON)
     systemd.reset_start_limit(DAEMON)
     systemd.reset_start_limit("nothing-here.service")
 
