@@ -129,7 +129,17 @@ _INSTEAD = "with --network the program has this qube's"
 
 
 def _is_private(way: str, *, user: bool) -> bool:
-    ours = os.readlink("/proc/self/ns/net")
+    ours = {
+        kind: os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "user")
+    }
+    # systemd makes one dollar of two.
+    script = f'test "$$(readlink /proc/self/ns/net)" != "{ours["net"]}"'
+    if way == BY_ITSELF:
+        # From 257 on, a user's own makes a user namespace also unasked, which
+        # the proxy of a port cannot join so.
+        script += (
+            f' && test "$$(readlink /proc/self/ns/user)" = "{ours["user"]}"'
+        )
     try:
         run(
             "systemd-run",
@@ -140,8 +150,7 @@ def _is_private(way: str, *, user: bool) -> bool:
             *(f"--property={line}" for line in way.splitlines()),
             "/bin/sh",
             "-c",
-            # systemd makes one dollar of two.
-            f'test "$$(readlink /proc/self/ns/net)" != "{ours}"',
+            script,
         )
     except ActivateError:
         return False

@@ -95,6 +95,36 @@ def test_what_listens_on_a_port_has_it_to_itself(
     )
 
 
+#: A manager that makes a user namespace unasked, as systemd 257 does as a
+#: user's own.
+UNASKED = """\
+#!/bin/sh
+while [ "$1" != /bin/sh ]; do shift; done
+exec unshare --user --net /bin/sh -c "$(printf %s "$3" | sed 's/\\$\\$/$/g')"
+"""
+
+
+def test_a_port_is_found_in_a_user_namespace_that_nobody_asked_for(
+    desk: Desk,
+) -> None:
+    pretend = desk.machine.home / "pretend"
+    pretend.mkdir()
+    systemd_run = pretend / "systemd-run"
+    systemd_run.write_text(UNASKED)
+    systemd_run.chmod(0o755)
+    try:
+        said = desk.run(
+            *("publish", "x", "--exec", "/bin/cat", "--port", "9000"),
+            "--dry-run",
+            environment={"PATH": f"{pretend}:{os.environ['PATH']}"},
+        )
+    finally:
+        shutil.rmtree(pretend)
+    assert "PrivateUsers=yes" in said
+    assert "nsenter" in said
+    assert "JoinsNamespaceOf" not in said
+
+
 def test_where_there_is_no_private_network_it_is_said(desk: Desk) -> None:
     """A systemd that cannot make one starts the program all the same; here it
     has tried, and could not."""

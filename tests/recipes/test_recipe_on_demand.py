@@ -17,7 +17,7 @@ INSTALL = f"""{SERVICE_QUBE}
 cp -r {ROOT}/qrexec_activate {{top}}/root/usr/lib/python3/dist-packages/
 printf '#!/bin/sh\\nexec python3 -m qrexec_activate "$@"\\n' >{{top}}/root/usr/bin/qrexec-activate
 chmod 755 {{top}}/root/usr/bin/qrexec-activate
-cp {ROOT}/tests/publish/hostile.py {{top}}/root/etc/
+cp {ROOT}/tests/publish/hostile.py {ROOT}/tests/publish/look.py {{top}}/root/etc/
 """
 APP = "guestbook"
 
@@ -478,6 +478,91 @@ def test_a_hostile_program_stays_in_its_room(
     }
     apps.run("qrexec-activate unpublish --yes netter " + " ".join(names))
     apps.run("systemctl stop pretend-agent pretend-route pretend-bus")
+
+
+def test_each_part_of_a_room_is_there(apps: Container, recipe: Recipe) -> None:
+    apps.run(
+        "mkdir -p /usr/lib/modules/1 && touch /tmp/marker /var/tmp/marker &&"
+        " qrexec-activate publish looker --user looker --exec"
+        " 'python3 /etc/look.py'"
+    )
+    path = "/run/qubes.ConnectUnix/looker"
+    seen = json.loads(as_user(apps, f"socat -u UNIX-CONNECT:{path} -"))
+    free = json.loads(
+        apps.run(
+            "runuser -u looker -- python3 /etc/look.py"
+            " /var/lib/qrexec-publish/looker"
+        )
+    )
+    assert seen.pop("umask") == "077"
+    assert seen.pop("host name") != free.pop("host name")
+    free.pop("umask")
+    assert [name for name, is_so in seen.items() if is_so] == []
+    # That any of these can be told apart from a program that has no room: what
+    # the file system alone denies is no part of it.
+    assert {
+        *("writes /dev", "the kernel's /proc", "other processes", "homes"),
+        *("modules", "namespaces", "netlink", "set-uid", "personality"),
+        *("ptrace", "others' /tmp"),
+    } <= {name for name, is_so in free.items() if is_so}
+    # What shows nowhere by itself, as another of them denies the same.
+    unit = "qrexec-publish-looker.service"
+    shown = apps.run(f"systemctl show {unit}").splitlines()
+    assert {
+        *("NoNewPrivileges=yes", "RestrictRealtime=yes", "PrivateDevices=yes"),
+        *("ProtectClock=yes", "ProtectKernelLogs=yes", "PrivateNetwork=yes"),
+        *("ProtectKernelTunables=yes", "ProtectKernelModules=yes"),
+        *("SystemCallArchitectures=native", "ProtectControlGroups=yes"),
+    } <= set(shown)
+    apps.run("qrexec-activate unpublish looker --yes && rm /tmp/marker")
+
+
+def test_a_name_and_a_database_come_later_and_go(
+    apps: Container, recipe: Recipe
+) -> None:
+    publish = "qrexec-activate publish later --user later --exec"
+    path = "/run/qubes.ConnectUnix/later"
+    home = "/var/lib/qrexec-publish/later"
+    apps.run(f"{publish} 'python3 /etc/hostile.py'")
+    assert open_to(apps, [], path, user="user") == []
+    apps.run(f"touch {home}/kept")
+    whole = (
+        f"{publish} 'python3 /etc/guestbook.py' --idle 1min --database"
+        " --domain later.localhost"
+    )
+    socket = apps.run(f"stat --format=%i {path}")
+    dry = apps.run(f"{whole} --dry-run")
+    assert "useradd" not in dry
+    assert "createdb" in dry
+    assert published(apps)["later"]["database"] is None
+    apps.run(whole)
+    assert (
+        apps.run("curl --silent http://later.localhost/")
+        == "1 visits, noted by later\n"
+    )
+    assert apps.run(f"ls {home}") == "kept\n"
+    assert apps.run(f"stat --format=%i {path}") == socket
+    assert apps.run(f"stat --format='%U %G %a' {path}").split() == [
+        *("user", "caddy", "660"),
+    ]
+    assert "nothing changed" in apps.run(whole)
+    less = f"{publish} 'python3 /etc/hostile.py'"
+    assert "Go on?" in apps.run(f"{less} 2>&1 </dev/null", check=False)
+    assert published(apps)["later"]["database"] == "later"
+    apps.run(f"{less} --yes")
+    assert open_to(apps, [], path, user="user") == []
+    left = traces(apps, "later").splitlines()
+    assert "later.localhost" not in left
+    assert left.count("later") == 0
+    assert apps.run(f"stat --format='%U %G %a' {path}").split() == [
+        *("user", "root", "600"),
+    ]
+    assert apps.run(f"ls {home}") == "kept\n"
+    assert "keeps its user" in apps.run(
+        "qrexec-activate publish later --exec /bin/cat 2>&1", check=False
+    )
+    apps.run("qrexec-activate unpublish later --yes")
+    assert traces(apps, "later") == ""
 
 
 def test_a_users_own_program_has_no_network_either(
