@@ -298,6 +298,12 @@ def test_no_number_of_changes_makes_a_system_socket_fail(
     for _ in range(20):
         debian.run("systemctl", "restart", "qrexec-connect-tcp@80.socket")
         assert debian.ask("127.0.0.1", "80").startswith("web to ")
+    # Also where each is stopped before it is up.
+    for _ in range(8):
+        service = "qrexec-connect-tcp.service"
+        debian.run("systemctl", "--no-block", "start", service)
+        debian.run("systemctl", "stop", service)
+    assert debian.ask("127.0.0.1", "80").startswith("web to ")
     assert (
         debian.run(
             "systemctl", "is-failed", "qrexec-connect-tcp.service", check=False
