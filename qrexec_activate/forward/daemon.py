@@ -154,9 +154,8 @@ class Daemon:
         self._nap = trio.CancelScope()
         self._idle_since = 0.0
         self._unusable = 0
-        self._numbers = (
-            f"{os.getpid():x}-{number}" for number in itertools.count(1)
-        )
+        pid = os.getpid()
+        self._numbers = (f"{pid:x}-{number}" for number in itertools.count(1))
         self._watchdog = watchdog_interval()
 
     # --------------------------------------------------------------- listeners
