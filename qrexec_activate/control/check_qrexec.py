@@ -102,7 +102,7 @@ def client_steps(path: str, listening: Listening | None) -> Iterator[Step]:
         return
     how = (
         "takes sockets (--use-stdin-socket)"
-        if "use-stdin-socket" in output([path, "--help"])
+        if "use-stdin-socket" in (output([path, "--help"]) or "")
         else "takes no sockets, so bytes go through pipes"
     )
     version = _package_version(path)
@@ -176,20 +176,11 @@ def _package_version(path: str) -> str:
     """The package that a file is of, with its version; empty where no package
     manager knows it."""
     if shutil.which("dpkg-query"):
-        package = output(
-            ["dpkg-query", "--search", path], must_succeed=True
-        ).partition(":")[0]
-        return output(
-            [
-                "dpkg-query",
-                "--show",
-                "--showformat=${Package} ${Version}",
-                package,
-            ],
-            must_succeed=True,
-        )
-    if shutil.which("rpm"):
-        return output(
-            ["rpm", "--query", "--file", path], must_succeed=True
-        ).strip()
-    return ""
+        found = output(["dpkg-query", "--search", path], must_succeed=True)
+        words = ["dpkg-query", "--show", "--showformat=${Package} ${Version}"]
+        words.append((found or "").partition(":")[0])
+    elif shutil.which("rpm"):
+        words = ["rpm", "--query", "--file", path]
+    else:
+        return ""
+    return (output(words, must_succeed=True) or "").strip()

@@ -46,10 +46,9 @@ def routes(context: Context) -> Iterator[Step]:
     login?"""
     for entry in context.now.entries:
         yield _route(context, entry)
+    with_routes = {entry.unit for entry in context.now.entries}
     for unit in context.now.units.values():
-        if unit.enabled.startswith("enabled") and not any(
-            entry.unit == unit.name for entry in context.now.entries
-        ):
+        if unit.enabled.startswith("enabled") and unit.name not in with_routes:
             yield Step(
                 "routes",
                 Level.WARNING,

@@ -12,10 +12,18 @@ from ..routing.unitfile import assignments
 from .daemons import Daemon, read_file
 from .kinds import KINDS
 from .steps import Context, Level, Step, joined, output, set_aside, sudo
+from .survey import Survey
 
 __all__ = ["daemons", "reloads", "syntax", "units"]
 
 _COMPLAINT = re.compile(r"(/[^:]+):(\d+): (.+)")
+#: A drop-in of addresses and a name alone. Where systemd has the routes that it
+#: means, it has understood each line.
+_PLAIN = re.compile(
+    r"(?:[#;][^\\\n]*\n|\n)*\[Socket\]\n"
+    r"(?:[#;][^\\\n]*\n|\n|ListenStream=[^\s\\]+\n"
+    r"|FileDescriptorName=[^\s\\%]+\n)*"
+)
 
 
 def units(context: Context) -> Iterator[Step]:
@@ -237,11 +245,14 @@ def syntax(context: Context) -> Iterator[Step]:
         *(["--user"] if context.now.user else []),
         "verify",
         "--man=no",
-        *context.now.units,
+        *_to_verify(context.now),
     ]
+    said = output(words)
+    if said is None:
+        return
     complaints = {
         match[0]: match[1]
-        for line in output(words).splitlines()
+        for line in said.splitlines()
         if (match := _COMPLAINT.match(line)) and match[1] in files
     }
     for complaint, path in sorted(complaints.items()):
@@ -257,3 +268,22 @@ def syntax(context: Context) -> Iterator[Step]:
             Level.OK,
             f"systemd understands every line of {len(files)} files",
         )
+
+
+def _to_verify(now: Survey) -> list[str]:
+    """Units that have every file between them of which systemd may have more to
+    say: it takes 2 ms for each."""
+    served = {entry.unit for entry in now.entries}
+    served -= {entry.unit for entry in now.entries if entry.refused}
+    chosen: list[str] = []
+    seen: set[str] = set()
+    for unit in now.units.values():
+        paths = {
+            file.path
+            for file in unit.socket.files
+            if unit.name not in served or not _PLAIN.fullmatch(file.text or "")
+        }.union(unit.unread)
+        if paths - seen:
+            chosen.append(unit.name)
+            seen |= paths
+    return chosen

@@ -121,8 +121,8 @@ def sudo(command: str, path: str = "") -> str:
     return f"sudo {command}"
 
 
-def output(words: list[str], *, must_succeed: bool = False) -> str:
-    """What a program prints, on both; empty where it does not run or, if it
+def output(words: list[str], *, must_succeed: bool = False) -> str | None:
+    """What a program prints, on both; None where it does not run or, if it
     must, does not succeed."""
     try:
         result = subprocess.run(
@@ -135,9 +135,9 @@ def output(words: list[str], *, must_succeed: bool = False) -> str:
             check=False,
         )
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return None
     return (
-        ""
+        None
         if must_succeed and result.returncode
         else result.stdout + result.stderr
     )

@@ -4,6 +4,7 @@ routes at once. The bench takes times."""
 from __future__ import annotations
 
 import cProfile
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 from desk import Desk
 
+from qrexec_activate.control import check_units
+from qrexec_activate.control.checks import walk
+from qrexec_activate.control.steps import output
 from qrexec_activate.control.survey import survey
 from qrexec_activate.loopback.machine import Machine
 from qrexec_activate.systemd.manager import Manager
@@ -174,3 +178,56 @@ def test_a_route_more_costs_few_calls(
 
     few = calls(range(10))
     assert (calls(range(10, 110)) - few) / 100 < 1_700
+
+
+def test_check_has_systemd_read_again_only_what_is_not_known(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in desk.machine.environment.items():
+        monkeypatch.setenv(key, value)
+    asked: list[str] = []
+
+    def kept(words: list[str]) -> str | None:
+        asked.extend(word for word in words if word.endswith(".socket"))
+        return output(words)
+
+    monkeypatch.setattr(check_units, "output", kept)
+
+    def route(name: str, *lines: str, target: str = "work") -> str:
+        unit = f"qrexec-connect-unix@{name}.socket"
+        listen = f"ListenStream=%t/qrexec/{name}"
+        named = f"FileDescriptorName={target}"
+        desk.drop_in(unit, "work", "[Socket]", listen, named, *lines)
+        return unit
+
+    plain = [route(f"r{number:02}", "# mine") for number in range(30)]
+    others = [
+        route("mode", "SocketMode=0600"),
+        route("no-listener", "ListenStream="),
+        route("no-name", target="a:b"),
+        route("no-port", "ListenStream=127.0.0.1:99999"),
+        route("typo", "FileDescriptorNam=gitweb"),
+    ]
+    desk.machine.systemctl("daemon-reload")
+    desk.machine.systemctl("start", *plain, *others, check=False)
+    steps, _ = walk("user")
+
+    assert set(asked) == {*others}
+    said = " ".join(step.text for step in steps if step.area == "units")
+    assert "no-port.socket.d/work.conf:4" in said
+    assert "typo.socket.d/work.conf:4" in said
+
+    asked.clear()
+    for unit in others:
+        desk.machine.systemctl("stop", unit, check=False)
+        shutil.rmtree(desk.machine.unit_dir / f"{unit}.d")
+    desk.machine.systemctl("daemon-reload")
+    desk.machine.systemctl("reset-failed")
+    steps, _ = walk("user")
+    assert asked == [plain[0]]
+    said = " ".join(step.text for step in steps if step.area == "units")
+    assert "systemd understands every line of 31 files" in said
+
+    monkeypatch.setattr(check_units, "output", lambda words: None)
+    steps, _ = walk("user")
+    assert not any("understands" in step.text for step in steps)
