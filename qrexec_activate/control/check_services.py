@@ -18,7 +18,8 @@ def services(context: Context) -> Iterator[Step]:
     """What this qube offers to others by qubes.ConnectUnix."""
     if not context.now.user:
         return
-    found = published(context.manager)
+    known = [unit.socket for unit in context.now.units.values()]
+    found = published(context.manager, known)
     path = where_installed(CONNECT_UNIX)
     if not path and not found:
         yield Step(

@@ -191,12 +191,15 @@ def reloads(context: Context) -> Iterator[Step]:
                     f"{file.path} {file.problem}",
                     joined(command, context.reload(unit.name)),
                 )
-    names = sorted({*context.now.units, *context.now.daemons})
+    names = sorted(context.now.daemons)
     rows = context.manager.unit_properties(names, "Unit", ["NeedDaemonReload"])
     stale = {
         name
         for name, row in zip(names, rows, strict=True)
         if row["NeedDaemonReload"]
+    }
+    stale |= {
+        unit.name for unit in context.now.units.values() if unit.socket.stale
     }
     # systemd reads a unit that it could not load each time that it is asked
     # for, and has nothing to compare with.

@@ -12,14 +12,14 @@ import contextlib
 import glob
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ActivateError, BadName, ManagerError
 from ..routing.names import check_argument
-from ..routing.routes import unit_specifiers
+from ..routing.routes import SocketUnit, unit_specifiers
 from ..routing.unitfile import address_key, assignments, expand_specifiers
 from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
@@ -124,10 +124,13 @@ def managers() -> Iterator[list[Manager]]:
         yield found
 
 
-def published(manager: Manager) -> list[Publication]:
-    """Return what is there, and what units promise to make, by name."""
+def published(
+    manager: Manager, known: Iterable[SocketUnit] = ()
+) -> list[Publication]:
+    """Return what is there, and what units promise to make, by name; systemd
+    is not asked again of units that are known, and make none."""
     place = folder(user=manager.user)
-    promised = _promised(manager, place)
+    promised = _promised(manager, place, known)
     now = listening()
 
     def restart(unit: str) -> str:
@@ -190,17 +193,19 @@ def _destination(link: Path) -> tuple[str, str]:
         return real, f"{real}: {error.strerror}"
 
 
-def _promised(manager: Manager, place: Path) -> dict[str, tuple[str, str]]:
+def _promised(
+    manager: Manager, place: Path, known: Iterable[SocketUnit]
+) -> dict[str, tuple[str, str]]:
     """Find the socket units that make names there, or will once they start:
     name → unit, and the file with the line, where it is known."""
     (search_path,) = manager.manager_properties("UnitPath")
-    units = sorted(
-        {unit.name for unit in manager.list_units("*.socket")}
-        | scan(search_path or (), suffixes=("socket",)).units("socket")
-    )
-    rows = manager.unit_properties(units, "Socket", ["Symlinks", "Listen"])
+    units = {unit.name for unit in manager.list_units("*.socket")}
+    units |= scan(search_path or (), suffixes=("socket",)).units("socket")
+    units -= {unit.name for unit in known if _makes_none(unit, place)}
+    names = sorted(units)
+    rows = manager.unit_properties(names, "Socket", ["Symlinks", "Listen"])
     promised: dict[str, tuple[str, str]] = {}
-    for unit, row in zip(units, rows, strict=True):
+    for unit, row in zip(names, rows, strict=True):
         paths = [
             *(row["Symlinks"] or ()),
             *(
@@ -216,6 +221,17 @@ def _promised(manager: Manager, place: Path) -> dict[str, tuple[str, str]]:
                     _file_with(manager, unit, path),
                 )
     return promised
+
+
+def _makes_none(unit: SocketUnit, place: Path) -> bool:
+    """Whether the files of a unit show that it makes no name there."""
+    return (
+        bool(unit.files)
+        and all(
+            "Symlinks" not in (one.text or "Symlinks") for one in unit.files
+        )
+        and all(os.path.dirname(path) != str(place) for _, path in unit.listen)
+    )
 
 
 def _file_with(manager: Manager, unit: str, link: str) -> str:

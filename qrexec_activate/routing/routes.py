@@ -51,7 +51,7 @@ class SocketUnit:
     Listen: (kind, address) in order.
 
     The first of its `files` is the fragment. `problem` says why the unit as a
-    whole cannot be trusted, if so.
+    whole cannot be trusted, if so. `stale` is NeedDaemonReload.
     """
 
     name: str
@@ -59,6 +59,7 @@ class SocketUnit:
     listen: tuple[tuple[str, str], ...]
     fd_name: str
     problem: str = ""
+    stale: bool = False
 
 
 def no_stream(kind: str) -> str:

@@ -476,8 +476,9 @@ class Manager:
                 for path in (fragment, *drop_ins)
                 if path
             )
+            listening = tuple(listen)
             units.append(
-                SocketUnit(unit.name, files, tuple(listen), fd_name, problem)
+                SocketUnit(unit.name, files, listening, fd_name, problem, stale)
             )
         return units
 
