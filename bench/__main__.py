@@ -104,7 +104,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one round of everything, small, in a minute",
+        help="one round of everything, small, in two minutes",
     )
     parser.add_argument(
         "--only",

@@ -34,7 +34,16 @@ from .rivals import (
     Routes,
 )
 
-__all__ = ["AT_ONCE", "FULL", "MEASURES", "QUICK", "STREAMS", "Bench", "Sizes"]
+__all__ = [
+    "AT_ONCE",
+    "BUSY",
+    "FULL",
+    "MEASURES",
+    "QUICK",
+    "STREAMS",
+    "Bench",
+    "Sizes",
+]
 
 AT_ONCE = (1, 16, 64)
 #: name: (what it is called, the service, the load's word for it, how many
@@ -45,9 +54,12 @@ STREAMS = {
     "both": ("both ways", ECHO, "both", 1),
     "eight": ("8 streams from the qube", CHARGEN, "from", 8),
 }
+#: What is measured once more beside a busy core has this at its end.
+BUSY = "-busy"
 MEASURES = (
     "first-byte",
     "connections",
+    "busy",
     "throughput",
     "cold",
     "memory",
@@ -88,7 +100,7 @@ FULL = Sizes(
     slices=4,
     colds=15,
     held=(100, 1000),
-    listeners=(1, 100, 1000),
+    listeners=(1, 100, 2000),
     routes=(100, 2000),
     limit=600,
 )
@@ -136,6 +148,7 @@ class Bench:
         repeated = {
             "first-byte": self._first_byte,
             "connections": self._connections,
+            "busy": self._beside_load,
             "throughput": self._throughput,
         }
         longest = 0.0
@@ -180,7 +193,19 @@ class Bench:
 
     # ---------------------------------------------------------------- in rounds
 
-    def _first_byte(self, number: int, order: Sequence[Rival]) -> None:
+    def _beside_load(self, number: int, order: Sequence[Rival]) -> None:
+        """The same beside another program that takes a core: a process that
+        sleeps often loses its turn then."""
+        with subprocess.Popen([self._programs.busy]) as busy:
+            try:
+                self._first_byte(number, order, BUSY)
+                self._connections(number, order, BUSY)
+            finally:
+                busy.kill()
+
+    def _first_byte(
+        self, number: int, order: Sequence[Rival], beside: str = ""
+    ) -> None:
         """In slices, too; each figure is the median of those of the slices."""
         slices: dict[str, list[dict[str, Any]]] = {
             rival.name: [] for rival in order if not rival.only_relays
@@ -199,16 +224,22 @@ class Bench:
                     )
         for name, taken in slices.items():
             self.results.append(
-                {"measure": "first-byte", "rival": name, "round": number}
+                {
+                    "measure": f"first-byte{beside}",
+                    "rival": name,
+                    "round": number,
+                }
                 | _middle(taken)
             )
 
-    def _connections(self, number: int, order: Sequence[Rival]) -> None:
+    def _connections(
+        self, number: int, order: Sequence[Rival], beside: str = ""
+    ) -> None:
         for at_once in AT_ONCE:
             for rival in order:
                 if not rival.only_relays:
                     with self._taken(
-                        f"connections-{at_once}", rival, round=number
+                        f"connections-{at_once}{beside}", rival, round=number
                     ) as result:
                         result |= self._load(
                             "rate",
@@ -318,7 +349,10 @@ class Bench:
                     "listeners": count,
                 }
                 host = many.listen(count)
-                self._load("first", host, LISTEN[ECHO], 1)
+                # The daemon's start is in it.
+                result["start"] = self._load("first", host, LISTEN[ECHO], 1)[
+                    "p50"
+                ]
                 time.sleep(0.3)
                 self.results.append(result | _memory(many.pids()))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .measures import AT_ONCE, STREAMS
+from .measures import AT_ONCE, BUSY, STREAMS
 from .rivals import RIVALS
 
 __all__ = ["Figures", "Target", "markdown", "targets"]
@@ -50,6 +50,13 @@ class Figures:
     def median(self, measure: str, rival: str, key: str) -> float | None:
         values = self.series(measure, rival, key).values()
         return statistics.median(values) if values else None
+
+    def spread(self, measure: str, rival: str, key: str) -> float | None:
+        """How far the rounds lie apart: from the least to the most, as a part
+        of the median."""
+        values = self.series(measure, rival, key).values()
+        middle = statistics.median(values) if len(values) > 1 else 0
+        return (max(values) - min(values)) / middle if middle else None
 
     def most(self, measure: str, rival: str, key: str) -> float | None:
         return max(self.series(measure, rival, key).values(), default=None)
@@ -162,6 +169,28 @@ def targets(figures: Figures) -> list[Target]:
                 times,
             )
         )
+    beside = "beside a busy core: "
+    found.append(
+        Target(
+            f"{beside}first byte, hand-over / limit",
+            figures.ratio(f"first-byte{BUSY}", ours, "p50", limit),
+            "≤",
+            1.15,
+            times,
+        )
+    )
+    found += [
+        Target(
+            f"{beside}connections/s, {at_once} at once, hand-over / socat",
+            figures.ratio(
+                f"connections-{at_once}{BUSY}", ours, "per_second", "socat"
+            ),
+            "≥",
+            1.0,
+            times,
+        )
+        for at_once in AT_ONCE
+    ]
     for rival, against, bound in (
         (ours, limit, 0.97),
         (splice, "socat", 2.5),
@@ -258,7 +287,8 @@ def markdown(figures: Figures, machine: dict[str, str]) -> str:
         "## Targets",
         _targets_table(figures),
         "## Time and throughput",
-        "In brackets: the ratio to the limit.",
+        "In brackets: the ratio to the limit. Behind ±: half of what lies"
+        " between the least and the most of all rounds.",
         _main_table(figures),
     ]
     if figures.has("memory"):
@@ -341,6 +371,21 @@ def _main_table(figures: Figures) -> str:
             )
             for n in AT_ONCE[1:]
         ),
+        _Row(
+            "beside a busy core: first byte, p50",
+            f"first-byte{BUSY}",
+            "p50",
+            milliseconds,
+        ),
+        *(
+            _Row(
+                f"beside a busy core: connections/s, {n} at once",
+                f"connections-{n}{BUSY}",
+                "per_second",
+                whole,
+            )
+            for n in AT_ONCE
+        ),
         *(
             _Row(
                 f"MiB/s {title}", f"throughput-{name}", "mib_per_second", whole
@@ -381,6 +426,8 @@ def _cell(figures: Figures, row: _Row, name: str) -> str:
     )
     if ratio is not None:
         text += f" ({_short(ratio)})"
+    if spread := figures.spread(row.measure, name, row.key):
+        text += f" ±{spread / 2:.0%}"
     if failed := figures.failed(row.measure, name):
         text += f", {failed} failed"
     return text
@@ -473,13 +520,21 @@ def _memory_table(figures: Figures) -> str:
 
 def _listeners_table(figures: Figures) -> str:
     rss, uss = figures.listeners("rss"), figures.listeners("uss")
+    start = figures.listeners("start")
     rows = [
-        [f"{count:,}", _size(rss[count]), _size(uss[count])]
+        [
+            f"{count:,}",
+            _size(rss[count]),
+            _size(uss[count]),
+            _whole_ms(start[count]) if count in start else NONE,
+        ]
         for count in sorted(rss)
     ]
     if (each := growth(uss)) is not None:
-        rows.append(["per listener", "", f"{each:.1f} KiB"])
-    return _table(["listeners", "resident", "its own"], rows)
+        rows.append(["per listener", "", f"{each:.1f} KiB", ""])
+    return _table(
+        ["listeners", "resident", "its own", "start to first byte"], rows
+    )
 
 
 def _size(kib: float) -> str:

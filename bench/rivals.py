@@ -131,6 +131,7 @@ class Programs:
     client: Path
     limit: Path
     load: Path
+    busy: Path
 
 
 @dataclass
@@ -156,7 +157,7 @@ def build(folder: Path, client: Path | None) -> Programs:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise SystemExit("bench: no C compiler: install the package gcc")
-    for name in ("client", "limit", "load"):
+    for name in ("client", "limit", "load", "busy"):
         source = Path(__file__).with_name(f"{name}.c")
         flags = [
             "-O2",
@@ -169,7 +170,8 @@ def build(folder: Path, client: Path | None) -> Programs:
             [compiler, *flags, "-o", folder / name, source], check=True
         )
     return Programs(
-        client or folder / "client", folder / "limit", folder / "load"
+        client or folder / "client",
+        *(folder / name for name in ("limit", "load", "busy")),
     )
 
 

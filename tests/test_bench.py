@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from bench import plot
-from bench.measures import AT_ONCE, STREAMS
+from bench.measures import AT_ONCE, BUSY, STREAMS
 from bench.report import Figures, markdown, targets
 from bench.rivals import RIVALS
 
@@ -50,23 +50,24 @@ def made_up_results() -> list[dict[str, object]]:
         for n, rival in enumerate(RIVALS, 1):
             where = {"rival": rival, "round": turn}
             slow = n * (1 + turn)
-            results.append(
-                {
-                    "measure": "first-byte",
-                    "p50": slow * 1e6,
-                    "p99": slow * 2e6,
-                    **where,
-                }
-            )
-            for at_once in AT_ONCE:
+            for beside in ("", BUSY):
                 results.append(
                     {
-                        "measure": f"connections-{at_once}",
-                        "per_second": 1000 / slow,
-                        "p99": 1e6,
+                        "measure": f"first-byte{beside}",
+                        "p50": slow * 1e6,
+                        "p99": slow * 2e6,
                         **where,
                     }
                 )
+                for at_once in AT_ONCE:
+                    results.append(
+                        {
+                            "measure": f"connections-{at_once}{beside}",
+                            "per_second": 1000 / slow,
+                            "p99": 1e6,
+                            **where,
+                        }
+                    )
             for name in STREAMS:
                 more = {"mib_per_second": 1000 / slow, "cpu_per_gib": 0.0}
                 results.append(
@@ -106,6 +107,7 @@ def made_up_results() -> list[dict[str, object]]:
             "listeners": count,
             "rss": 20480,
             "uss": 2 * count,
+            "start": 1e8 + 1e6 * count,
         }
         results.append(result)
     return results
@@ -124,6 +126,14 @@ def test_targets_are_judged_by_the_ratios_of_each_round() -> None:
         0.5,
         False,
     )
+    assert judged["beside a busy core: first byte, hand-over / limit"] == (
+        2.0,
+        False,
+    )
+    # The second rival against the fourth.
+    assert judged[
+        "beside a busy core: connections/s, 64 at once, hand-over / socat"
+    ] == (2.0, True)
     assert judged["throughput both ways, splice / socat"] == (1.333, False)
     assert judged["CPU per GiB in the daemon, hand-over: none"] == (0.0, True)
     assert judged["memory per open connection"] == (9.0, False)
@@ -147,13 +157,20 @@ def test_tables_hold_every_measure_of_every_rival() -> None:
         "first byte, p50",
         "first byte, p99",
         *(f"connections/s, {n} at once" for n in AT_ONCE),
+        "beside a busy core: first byte, p50",
+        *(f"beside a busy core: connections/s, {n} at once" for n in AT_ONCE),
     ):
         assert len(rows[title]) == len(RIVALS)
     for title, *_ in STREAMS.values():
-        assert rows[f"MiB/s {title}"][1:3] == ["375 (0.50)", "250 (0.33)"]
+        assert rows[f"MiB/s {title}"][1:3] == [
+            "375 (0.50) ±33%",
+            "250 (0.33) ±33%",
+        ]
         assert len(rows[f"CPU s per GiB {title}"]) == len(RIVALS)
     assert len(rows["1,000 connections"]) == len(RIVALS)
-    assert rows["per listener"] == ["", "2.0 KiB"]
+    assert rows["1"][-1] == "101 ms"
+    assert rows["1,001"][-1] == "1101 ms"
+    assert rows["per listener"][:2] == ["", "2.0 KiB"]
     for target in targets(figures):
         assert rows[target.what][-1] == (
             "reached" if target.reached else "**not reached**"
@@ -194,6 +211,7 @@ def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
         "hand-over",
         "first-byte",
         "connections",
+        "busy",
         "throughput",
         "memory",
         "commands",
@@ -216,7 +234,7 @@ def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -231,6 +249,8 @@ def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert measured == {
         "first-byte",
         *(f"connections-{at_once}" for at_once in AT_ONCE),
+        f"first-byte{BUSY}",
+        *(f"connections-{at_once}{BUSY}" for at_once in AT_ONCE),
         *(f"throughput-{name}" for name in STREAMS),
         "memory",
         *("import-click", "help", "list-10", "list-100"),
