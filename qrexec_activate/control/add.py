@@ -38,7 +38,7 @@ from .address import (
     parse_address,
 )
 from .dropins import finishing, locked
-from .kinds import daemon_of, unit_of
+from .kinds import daemon_of, unit_of, will_refuse
 from .options import (
     complete_files,
     complete_kinds,
@@ -356,6 +356,9 @@ def _plan_one(wish: Wish, there: _Situation) -> Plan:
             f"Warning: other machines may reach {address.expanded}, and so"
             f" make calls as this qube",
         )
+    argument = _argument(daemon, wish.argument)
+    if refuses := will_refuse(daemon.service, argument):
+        notes += (refuses,)
     text = drop_in_text(address.written, wish.target)
     path = _new_path(there.folder / f"{unit}.d", wish.target)
     _check_effect(
@@ -371,7 +374,7 @@ def _plan_one(wish: Wish, there: _Situation) -> Plan:
         address.expanded,
         wish.target,
         daemon.service,
-        _argument(daemon, wish.argument),
+        argument,
         unit,
         daemon.unit,
         str(path),

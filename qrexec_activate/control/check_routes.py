@@ -27,6 +27,7 @@ from .address import (
     obstacle,
     parse_address,
 )
+from .kinds import will_refuse
 from .netproc import overlaps
 from .steps import Context, Level, Step, joined, sudo
 from .survey import Entry, masked_name
@@ -111,6 +112,13 @@ def _route(context: Context, entry: Entry) -> Step:
             f"{route} listens, but not after the next"
             f" {'login' if context.now.user else 'boot'}",
             written("enable", entry.unit),
+        )
+    if refuses := will_refuse(entry.service, entry.argument):
+        return Step(
+            "routes",
+            Level.WARNING,
+            f"{route}: {refuses}",
+            advice=f"use a unit of another name than {entry.unit}",
         )
     return Step("routes", Level.OK, route)
 

@@ -3,6 +3,9 @@ the daemon that serves it."""
 
 from __future__ import annotations
 
+import ipaddress
+import socket
+
 from ..errors import ActivateError, BadName, UsageProblem
 from ..routing.names import escape_instance, parse_unit_name
 from ..systemd.manager import Manager, open_manager
@@ -10,7 +13,7 @@ from ..systemd.unitdirs import scan
 from .options import did_you_mean
 from .survey import Daemon, find_daemon
 
-__all__ = ["KINDS", "daemon_of", "own_kinds", "unit_of"]
+__all__ = ["KINDS", "daemon_of", "own_kinds", "unit_of", "will_refuse"]
 
 #: The prefixes that ship. Which RPC each of them calls is read from its
 #: service.
@@ -44,6 +47,29 @@ def own_kinds(*, user: bool) -> list[str]:
             if prefix not in KINDS.values()
             and find_daemon(f"{prefix}.service", row["ExecStart"] or ())
         )
+
+
+def will_refuse(service: str, argument: str) -> str:
+    """Why the service in the other qube refuses an argument that is well formed
+    otherwise; empty where it does not.
+
+    As rpc/qubes.ConnectTCPBind has it, an address is that of a single host, and
+    IPv6 has one spelling, as policy compares letters. Those of 0.1.0 took any.
+    """
+    if service != "qubes.ConnectTCPBind":
+        return ""
+    address = argument.partition("-")[2]
+    parsed = ipaddress.ip_address(address.replace("+", ":"))
+    if isinstance(parsed, ipaddress.IPv4Address):
+        one = 0 < parsed.packed[0] < 224 and parsed.packed[3] not in (0, 255)
+    else:
+        one = not (parsed.is_multicast or parsed.is_unspecified)
+        spelled = socket.inet_ntop(socket.AF_INET6, parsed.packed)
+        if "." in spelled:
+            return f"{service} refuses {address}, which stands for IPv4"
+        if one and (right := spelled.replace(":", "+")) != address:
+            return f"{service} refuses {address}: write it {right}"
+    return "" if one else f"{service} refuses {address}: it is no single host's"
 
 
 def unit_of(kind: str, argument: str, label: str = "") -> str:

@@ -3,6 +3,7 @@ values out."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from qrexec_activate.control.dropins import (
     without_lines,
     write_files,
 )
-from qrexec_activate.control.kinds import unit_of
+from qrexec_activate.control.kinds import unit_of, will_refuse
 from qrexec_activate.control.netproc import Listening, overlaps
 from qrexec_activate.control.policy import (
     THIS_QUBE,
@@ -602,3 +603,39 @@ def test_help_imports_nothing_that_it_does_not_need() -> None:
     ).stdout
     for heavy in ("trio", "jeepney", "psutil", "systemd"):
         assert f"'{heavy}'" not in loaded
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("127.0.1.1", ""),
+        ("10.255.0.7", ""),
+        ("224.0.0.1", "single host"),
+        ("127.255.255.255", "single host"),
+        ("127.0.0.0", "single host"),
+        ("0.0.0.1", "single host"),
+        ("fd00++7", ""),
+        ("++1", ""),
+        ("1+2+3+4+5+6+7+8", ""),
+        ("0+0+0+0+0+0+0+1", "write it ++1"),
+        ("0++1", "write it ++1"),
+        ("FD00++7", "write it fd00++7"),
+        ("1+0+0+2++3", ""),
+        ("1+0+0+0+2++3", "write it 1++2+0+0+3"),
+        ("++", "single host"),
+        ("ff02++1", "single host"),
+        ("++ffff+7f00+1", "IPv4"),
+        ("++7f00+1", "IPv4"),
+    ],
+)
+def test_what_the_service_will_refuse_is_known(address: str, why: str) -> None:
+    argument = f"1-{address}"
+    script = Path(__file__).parents[2] / "rpc/qubes.ConnectTCPBind"
+    # Whatever it does not refuse, it cannot connect.
+    code = subprocess.run(
+        ["sh", script, argument], capture_output=True, check=False
+    ).returncode
+    said = will_refuse("qubes.ConnectTCPBind", argument)
+    assert (code == 2, bool(said)) == (bool(why), bool(why)), said
+    assert why in said
+    assert not will_refuse("my.Bind", argument)

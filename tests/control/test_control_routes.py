@@ -96,6 +96,13 @@ def test_a_unix_socket_and_a_source_address_are_added(desk: Desk) -> None:
     assert mode & 0o777 == 0o600
 
 
+def test_an_address_that_the_service_refuses_is_told(desk: Desk) -> None:
+    argument = f"{desk.port}-0++1"
+    said = desk.try_("add", "tcp-bind", argument, "nfs").stderr
+    assert "qubes.ConnectTCPBind refuses 0++1: write it ++1\n" in said
+    assert "refuses 0++1: write it ++1" in desk.try_("check").stdout
+
+
 def test_adding_twice_is_adding_once(desk: Desk) -> None:
     desk.run("add", "tcp", str(desk.port), "gitweb")
     before = desk.files()
