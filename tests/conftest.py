@@ -3,7 +3,10 @@ and a loopback qrexec."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import AsyncIterator, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,3 +69,119 @@ def relay(request: pytest.FixtureRequest, scene: Scene) -> str:
         scene.stack.needs_hand_over()
     scene.options(RELAY=request.param)
     return str(request.param)
+
+
+# ------------------------------------------------ many tests, side by side
+
+HERE = Path(__file__).parent
+#: These are slow as a whole, and begin first: they take the longest.
+LONGEST = ("installed", "recipes")
+#: How many tests of this process, or of others, were chosen away.
+left_out = 0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--in-words",
+        metavar="LIBRARIES",
+        help="say in the end what was tested with these, what was not, and how"
+        " to have it tested",
+    )
+
+
+def folder(item: pytest.Item) -> str:
+    return item.path.relative_to(HERE).parts[0]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    for item in items:
+        if folder(item) in LONGEST:
+            item.add_marker(pytest.mark.slow)
+    if not hasattr(config, "workerinput"):
+        return
+    # One process after the other takes the next file. The files with the most
+    # tests come first, so that none is left to one process in the end.
+    sizes = Counter(item.path for item in items)
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(folder(item)) if folder(item) in LONGEST else 2,
+            -sizes[item.path],
+            item.path,
+        )
+    )
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    global left_out
+    left_out += len(items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        session.config.workeroutput["left_out"] = left_out
+
+
+class SideBySide:
+    """What only a process that divides the tests among others hears."""
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(
+        self, config: pytest.Config, log: Any
+    ) -> Any:
+        from xdist.scheduler import LoadScopeScheduling
+
+        class ByFile(LoadScopeScheduling):
+            """Tests of a file have fixtures in common, and those of a folder
+            that is slow as a whole also folders and containers."""
+
+            def _split_scope(self, nodeid: str) -> str:
+                top, _, rest = nodeid.partition("/")
+                name, _, _ = rest.partition("/")
+                if name in LONGEST:
+                    return f"{top}/{name}"
+                return nodeid.partition("::")[0]
+
+        return ByFile(config, log)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        global left_out
+        # Each of them has chosen for itself, and the same.
+        left_out = getattr(node, "workeroutput", {}).get("left_out", left_out)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(SideBySide())
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """In words, before the closing line."""
+    libraries = config.getoption("--in-words")
+    if not libraries:
+        return
+    ended = terminalreporter.stats
+    say = terminalreporter.write_line
+    say("")
+    say(
+        f"{len(ended.get('passed', ()))} tests passed with {libraries},"
+        f" {len(ended.get('failed', ())) + len(ended.get('error', ()))} did not."
+    )
+    if left_out:
+        say(
+            f"{left_out} that are slow or that only show more of the same,"
+            " recipes and packages were left out: make check-all runs them,"
+            " too."
+        )
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in ended.get("skipped", ())
+    )
+    for reason, count in sorted(reasons.items()):
+        say(f"{count} skipped here: {reason}")
+    for step in os.environ.get("CHECK_FAILED", "").splitlines():
+        say(f"Before these, there failed: {step}")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import re
 import shutil
 import socket
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from scenario import Scene
+from scenario import Scene, free_port
 from schema import problems
 
 from qrexec_activate.loopback.machine import Machine
@@ -182,20 +181,6 @@ class Desk:
         """Take away what the next one's clean-up does not know of."""
         for name in ("qrexec", "qubes.ConnectUnix"):
             shutil.rmtree(self.machine.runtime / name, ignore_errors=True)
-
-
-def free_port() -> int:
-    """A port from 10000 on that is free on all the addresses that `add` may
-    choose."""
-    while True:
-        port = random.randint(10_000, 32_000)
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            try:
-                probe.bind(("::", port))
-            except OSError:
-                continue
-            return port
 
 
 def listens(address: tuple[str, int] | str) -> bool:

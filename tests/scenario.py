@@ -35,11 +35,18 @@ SERVICE = "qrexec-connect-tcp.service"
 Address = tuple[str, int] | str
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
+#: Tests that run side by side, in processes of pytest-xdist, have ports and
+#: addresses of their own.
+SIDES = 16
+_side = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % SIDES
+
 _hosts = (
-    f"127.{random.randint(128, 250)}.{high}.{low}"
+    f"127.{random.randrange(128 + _side, 250, SIDES)}.{high}.{low}"
     for high in itertools.count(1)
     for low in range(1, 255)
 )
+_ports = random.sample(range(10_000 + _side, 30_000, SIDES), 20_000 // SIDES)
+_next_ports = itertools.cycle(_ports)
 
 
 def measured() -> dict[str, str]:
@@ -53,9 +60,8 @@ def measured() -> dict[str, str]:
 
 def free_port() -> int:
     """A port that is free on every local address, outside the range from which
-    clients get theirs."""
-    for _ in range(1000):
-        port = random.randint(10_000, 30_000)
+    clients get theirs, and another one each time."""
+    for port in itertools.islice(_next_ports, len(_ports)):
         with socket.socket(socket.AF_INET6) as probe:
             probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             with contextlib.suppress(OSError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import re
 import signal
 import socket
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from scenario import free_port
 
 from qrexec_activate.loopback.machine import (
     Machine,
@@ -80,21 +80,6 @@ def ask(port: int) -> str:
         sock.makefile() as file,
     ):
         return file.read().strip()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are free and stay so: not of those that the kernel gives to
-    outgoing connections."""
-    ports: list[int] = []
-    while len(ports) < count:
-        port = random.randint(10000, 30000)
-        try:
-            socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        if port not in ports:
-            ports.append(port)
-    return ports
 
 
 def said_by(m: Machine) -> str:
@@ -205,7 +190,7 @@ def test_a_command_that_fails_says_what_systemd_said() -> None:
 
 
 def test_two_machines_side_by_side() -> None:
-    ports = free_ports(2)
+    ports = free_port(), free_port()
     with machine() as one, machine() as two:
         for m, qube, port in (
             (one, "gitweb", ports[0]),
@@ -241,7 +226,7 @@ def test_a_service_runs_as_the_command_says(tmp_path: Path) -> None:
 
 HOLDER = """
 import socket, sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_machine import add_instance, machine
 with machine() as m:
     unit = add_instance(m, "work", {port})
@@ -270,7 +255,9 @@ def test_nothing_is_left_behind(
     """Not even the processes of an open connection, which the units leave alone
     when a daemon stops."""
     text = HOLDER.format(
-        tests=str(Path(__file__).parent), port=free_ports(1)[0], then=then
+        tests=[str(folder) for folder in Path(__file__).parents[:2]],
+        port=free_port(),
+        then=then,
     )
     # Whoever runs the tests may ignore them, as nohup does.
     heed = ["env", "--default-signal=HUP,INT,TERM"]
@@ -356,7 +343,7 @@ def test_sixty_changes_in_ten_seconds_leave_nothing_failed() -> None:
     As fast as systemd does it: in 2 s on an idle machine, and on a busy one in
     as long as it takes.
     """
-    ports = free_ports(4)
+    ports = [free_port() for _ in range(4)]
     qubes = [f"qube{number}" for number in range(len(ports))]
     wrong: list[str] = []
     asked = itertools.count()
@@ -421,7 +408,7 @@ def test_sixty_changes_in_ten_seconds_leave_nothing_failed() -> None:
 
 
 def test_a_stopped_instance_closes_its_port_and_no_other() -> None:
-    ports = free_ports(2)
+    ports = free_port(), free_port()
     with machine() as m:
         units = [
             add_instance(m, qube, port)
@@ -436,7 +423,7 @@ def test_a_stopped_instance_closes_its_port_and_no_other() -> None:
 
 
 def test_a_daemon_that_cannot_start_ends_up_failed_after_a_few_starts() -> None:
-    port = free_ports(1)[0]
+    port = free_port()
     with machine(["/bin/false"]) as m:
         unit = add_instance(m, "work", port)
         m.systemctl("start", unit)
