@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -38,8 +39,8 @@ SUITES = os.environ.get("CHECK_SUITES", "bookworm trixie").split()
 #: What is there before the packages; all else they have to bring along.
 BASE = "systemd,systemd-sysv,libpam-systemd,dbus"
 
-BOOT_TIMEOUT = 90.0
-STOP_TIMEOUT = 40.0
+BOOT_TIMEOUT = 300.0
+STOP_TIMEOUT = 120.0
 
 #: Two users, both lingering: the manager of each runs from boot on.
 USERS = {"user": 1000, "other": 1001}
@@ -181,12 +182,16 @@ class Container:
         )
         self._leader = 0
         self._running = contextlib.ExitStack()
+        #: Of its own, so that its systemd takes no other container's, or user
+        #: manager's, for its own.
+        self._cgroup = f"/sys/fs/cgroup/qa-{secrets.token_hex(4)}"
 
     # While it is not booted, as a template is that is being made
 
     def _nspawn(self, *options: str) -> list[str]:
         script = (
-            f"{_cgroup_script()}; {self._mount};"
+            f"{_cgroup_script()}; mkdir -p {self._cgroup};"
+            f" echo $$ >{self._cgroup}/cgroup.procs; {self._mount};"
             f" SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn " + '"$@"'
         )
         common = [
@@ -317,6 +322,15 @@ class Container:
 
     def shut_down(self) -> None:
         self._running.close()
+        script = (
+            f"{_cgroup_script()};"
+            f" [ ! -e {self._cgroup} ] || find {self._cgroup} -depth -type d -delete"
+        )
+        subprocess.run(
+            ["unshare", "-m", "sh", "-ec", script],
+            check=False,
+            capture_output=True,
+        )
 
     @contextlib.contextmanager
     def _booted(self, read_only: bool) -> Iterator[None]:

@@ -208,7 +208,7 @@ class Container:
                 ["kill", "-s", "RTMIN+4", str(self.leader)], check=False
             )
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
+            self.process.wait(PATIENCE)
         self.process.kill()
         self.process.wait()
         subprocess.run(

@@ -91,7 +91,6 @@ WAYS = {
 }
 
 
-@pytest.mark.limit(600)
 @pytest.mark.parametrize("section", WAYS)
 def test_push_clone_and_fetch(
     recipe: Recipe, source: Path, section: str

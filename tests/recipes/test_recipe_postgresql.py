@@ -95,7 +95,6 @@ def copy_both_ways(work: Qube) -> None:
     assert (work.machine.home / "again").read_bytes() == rows.read_bytes()
 
 
-@pytest.mark.limit(240)
 def test_unix_socket(recipe: Recipe) -> None:
     recipe.follow("By its unix socket")
     check_roles(recipe, "By its unix socket")
@@ -108,7 +107,6 @@ def test_unix_socket(recipe: Recipe) -> None:
     refuses_what_belongs_to_another(recipe, "qubes.ConnectUnix+postgres-{}")
 
 
-@pytest.mark.limit(240)
 def test_tcp(recipe: Recipe) -> None:
     for name in ("work", "shop"):
         recipe[name].environment["PGUSER"] = name

@@ -55,7 +55,6 @@ def open_stream(qube: Qube, host: str) -> socket.socket:
     return sock
 
 
-@pytest.mark.limit(180)
 def test_one_circuit_per_qube(tmp_path: Path) -> None:
     require("socks", "tor", "tor-gencert", "curl")
     server = free_host()
