@@ -4,6 +4,7 @@ and a loopback qrexec."""
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
@@ -134,15 +135,16 @@ class SideBySide:
         from xdist.scheduler import LoadScopeScheduling
 
         class ByFile(LoadScopeScheduling):
-            """Tests of a file have fixtures in common, and those of a folder
-            that is slow as a whole also folders and containers."""
+            """Tests of a file have fixtures in common, recipes have folders
+            and containers, and packages in one Debian that Debian."""
 
             def _split_scope(self, nodeid: str) -> str:
-                top, _, rest = nodeid.partition("/")
-                name, _, _ = rest.partition("/")
-                if name in LONGEST:
-                    return f"{top}/{name}"
-                return nodeid.partition("::")[0]
+                file, _, test = nodeid.partition("::")
+                room = "/".join(file.split("/")[:2])
+                if not room.endswith(LONGEST):
+                    return file
+                debian = re.search(r"\[(bookworm|trixie|sid)", test)
+                return room + (debian[0] if debian else "")
 
         return ByFile(config, log)
 

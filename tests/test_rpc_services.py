@@ -592,6 +592,7 @@ def bind_address(
     return None if "." in text else (int(port), address)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
 def test_only_a_whole_port_and_address_ever_reach_socat(
     tracer: Path, tmp_path: Path, shell: str
@@ -633,6 +634,7 @@ def test_only_a_whole_port_and_address_ever_reach_socat(
         assert ipaddress.ip_address(text) == address
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
 def test_only_one_plain_name_ever_reaches_socat(
     tracer: Path, tmp_path: Path, shell: str

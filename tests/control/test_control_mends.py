@@ -478,6 +478,7 @@ BREAKAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "breakage", BREAKAGES, ids=lambda one: f"{one.do.__name__}: {one.said}"
 )
@@ -574,6 +575,7 @@ FAILURES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "said", "advised"), FAILURES)
 def test_a_call_that_failed_is_told_with_what_to_do_elsewhere(
     desk: Desk, how: str, said: str, advised: str

@@ -227,6 +227,7 @@ async def test_a_call_whose_data_channel_fails_five_times_succeeds_at_the_sixth(
     assert len(scene.calls()) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("relay")
 async def test_a_storm_in_which_half_of_all_set_ups_fail_is_weathered_by_all(
     scene: Scene,
@@ -254,6 +255,7 @@ async def test_more_set_ups_than_xen_takes_are_spread_by_retries(
     await scene.logged("ended,", times=60)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("relay")
 async def test_lost_calls_are_made_again_once_others_have_overtaken_them(
     scene: Scene,
@@ -362,6 +364,7 @@ async def test_the_first_call_of_an_old_client_may_be_refused_or_fail(
 # ----------------------------------------- a machine that is short of something
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("relay")
 async def test_a_daemon_short_of_descriptors_serves_all_in_its_own_time(
     scene: Scene,
@@ -418,6 +421,7 @@ def runs(scene: Scene, name: str) -> int:
     return len((scene.machine.loopback / "qubes" / name / "runs").read_text())
 
 
+@pytest.mark.slow
 async def test_short_calls_by_pipes_have_their_answer_and_run_once(
     scene: Scene,
 ) -> None:
@@ -454,6 +458,7 @@ async def test_short_calls_by_pipes_have_their_answer_and_run_once(
         assert len(scene.lines(f"→ {name} ", words)) == TIMES
 
 
+@pytest.mark.slow
 async def test_short_calls_after_a_prompt_run_once(scene: Scene) -> None:
     be_old(scene)
     scene.options(MAX_SETUPS="100")

@@ -324,6 +324,7 @@ async def gather(
                 nursery.start_soon(one)
 
 
+@pytest.mark.slow
 async def test_two_hundred_at_once_are_all_served(scene: Scene) -> None:
     address = await scene.route(says("work"))
     await ask(address)
@@ -332,6 +333,7 @@ async def test_two_hundred_at_once_are_all_served(scene: Scene) -> None:
     await scene.logged("ended,", times=201)
 
 
+@pytest.mark.slow
 async def test_connections_in_a_row_leave_no_descriptor_open(
     scene: Scene, relay: str
 ) -> None:
@@ -344,6 +346,7 @@ async def test_connections_in_a_row_leave_no_descriptor_open(
         await gather(address, count, "work", at_once=2)
 
 
+@pytest.mark.slow
 async def test_a_storm_of_all_kinds_leaves_no_descriptor_open(
     scene: Scene,
 ) -> None:

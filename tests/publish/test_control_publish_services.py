@@ -170,6 +170,7 @@ def test_a_program_is_started_by_the_first_connection(desk: Desk) -> None:
 
 # Six times, since systemd by itself takes five starts in ten seconds for too
 # many.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "times"), [("socket", 6), ("port", 2), ("unix", 2)]
 )
@@ -437,6 +438,7 @@ def few_starts(desk: Desk) -> None:
     desk.machine.systemctl("daemon-reload")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("--port", "9")])
 def test_a_program_that_ends_at_once_ends_the_connection_too(
     desk: Desk, words: tuple[str, ...]
@@ -492,6 +494,7 @@ def test_each_act_is_in_the_journal(desk: Desk) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_name_in_caddy_comes_and_goes(desk: Desk) -> None:
     routes: list[Any] = [{"@id": "other"}]
     handler = type("Routes", (Caddy,), {"routes": routes})
@@ -561,6 +564,7 @@ with socket.socket(fileno=3).accept()[0] as connection:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["me", "crash"])
 def test_no_number_of_requests_ends_a_service_for_good(
     desk: Desk, line: str
@@ -574,6 +578,7 @@ def test_no_number_of_requests_ends_a_service_for_good(
     assert only(desk)["problem"] is None
 
 
+@pytest.mark.slow
 def test_a_program_that_only_ends_gets_a_pause(desk: Desk) -> None:
     desk.run("publish", "bad", "--exec", "/bin/false")
     unit = "qrexec-publish-bad.service"
@@ -703,6 +708,7 @@ def saying(text: str) -> Callable[[socket.socket], None]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
