@@ -81,6 +81,7 @@ def laboratory() -> Iterator[tuple[Path, Path]]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("service", rpc.SERVICES)
 def test_no_argument_reaches_a_command_line_unvalidated(
     laboratory: tuple[Path, Path], service: str

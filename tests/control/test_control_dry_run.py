@@ -201,6 +201,7 @@ ROUTES: list[tuple[Callable[[Desk], None], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prepare", "line"),
     ROUTES,

@@ -172,6 +172,7 @@ def test_a_connection_is_of_the_manager_whose_daemon_began_it(
     assert [one["open"] for one in now["routes"]] == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -645,6 +645,7 @@ def pick_file(rng: random.Random, *, whole: bool) -> bytes:
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_files_at_random_are_read_as_systemd_reads_them(
     systemd: Systemd, seed: int
