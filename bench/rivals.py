@@ -57,7 +57,7 @@ RIVALS = {
 #: One target takes 120 connections at once, so a thousand need several.
 TARGETS = 10
 PROXYD = "/lib/systemd/systemd-socket-proxyd"
-START_TIMEOUT = 10.0
+START_TIMEOUT = 60.0
 NOT_INSTALLED = "not installed"
 PREFIX = "qrexec-connect-tcp"
 

@@ -23,7 +23,7 @@ from qrexec_activate.loopback.machine import Machine
 GOLDEN = Path(__file__).parent / "golden"
 #: Set it, run the tests, and look at what has changed in the golden files.
 WRITE_GOLDEN = "WRITE_GOLDEN" in os.environ
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 class Desk:

@@ -24,7 +24,7 @@ from qrexec_activate.loopback.install import write_client
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def wait_until(what: str, condition: Callable[[], object]) -> None:

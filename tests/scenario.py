@@ -29,7 +29,7 @@ from contract.place import Place
 
 from qrexec_activate.loopback.machine import Machine
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 SERVICE = "qrexec-connect-tcp.service"
 
 Address = tuple[str, int] | str

@@ -205,6 +205,7 @@ def test_the_plot_is_an_image_of_every_bar() -> None:
     assert len(bars) == len(RIVALS) * len(plot.PANELS)
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     only = (
         "limit",

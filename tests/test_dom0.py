@@ -41,6 +41,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_integration_tests_pass_in_a_pretend_dom0(
     case: tuple[type[unittest.TestCase], str],

@@ -22,7 +22,7 @@ import pytest
 from qrexec_activate.loopback.machine import Machine
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 30.0
+PATIENCE = 60.0
 HEADER = re.compile(r"# (?:\w+: )?~/\.config/systemd/user/(\S+)")
 COMMANDS = (
     "systemctl",

@@ -919,9 +919,16 @@ def test_shellcheck_finds_nothing() -> None:
 def test_a_client_that_vanishes_takes_the_service_with_it(
     pretend: Pretend, sockets: Path
 ) -> None:
-    server = pretend.serve_unix(sockets / "server", read_all)
+    arrived = threading.Event()
+
+    def read(sock: socket.socket) -> bytes:
+        first = sock.recv(1)
+        arrived.set()
+        return first + read_all(sock)
+
+    server = pretend.serve_unix(sockets / "server", read)
     call = pretend.call("work", "qubes.ConnectUnix+server")
     call.sock.sendall(b"x")
-    call.wait_begun()
+    assert arrived.wait(PATIENCE)
     call.process.kill()
     wait_until("the server sees the end", lambda: server.results == [b"x"])

@@ -21,6 +21,7 @@ SECONDS = 25
 CALM = 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relay", ["hand-over", "splice"])
 def test_nothing_is_lost_misrouted_or_leaked_whatever_goes_wrong(
     relay: str,
@@ -32,6 +33,7 @@ def test_nothing_is_lost_misrouted_or_leaked_whatever_goes_wrong(
     assert table.faults
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("cc") is None, reason="the stand-in client has to be compiled"
 )

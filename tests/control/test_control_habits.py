@@ -158,6 +158,7 @@ def completed(desk: Desk, shell: str, line: str, folder: Path) -> set[str]:
     return found - {""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shells_complete_kinds_addresses_labels_and_paths(
     desk: Desk, shell: str, tmp_path: Path

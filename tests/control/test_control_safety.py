@@ -76,6 +76,7 @@ _STEPS = st.lists(
 )
 
 
+@pytest.mark.slow
 def test_any_sequence_leaves_just_what_the_remaining_routes_need(
     desk: Desk,
 ) -> None:

@@ -474,6 +474,7 @@ def thief(address: tuple[str, int]) -> Iterator[None]:
         assert said == ""
 
 
+@pytest.mark.slow
 async def test_no_port_and_no_waiting_connection_is_lost_to_changes(
     scene: Scene,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 
+import pytest
 import trio
 from scenario import (
     Scene,
@@ -112,6 +113,7 @@ async def test_more_than_qrexec_allows_to_one_qube_wait_instead_of_failing(
     await scene.logged("ended,", times=140)
 
 
+@pytest.mark.slow
 async def test_five_hundred_at_once_leave_no_descriptor_open(
     scene: Scene,
 ) -> None:
@@ -135,6 +137,7 @@ async def test_five_hundred_at_once_leave_no_descriptor_open(
     await scene.logged("ended,", times=501)
 
 
+@pytest.mark.slow
 async def test_a_qube_that_others_have_filled_is_waited_for(
     scene: Scene,
 ) -> None:
@@ -161,6 +164,7 @@ async def test_a_qube_that_others_have_filled_is_waited_for(
             assert await receive_exactly(stream, 4) == b"ping"
 
 
+@pytest.mark.slow
 async def test_all_daemons_of_a_qube_share_its_limit(scene: Scene) -> None:
     """qrexec's agent has 256 slots for all calls of a qube."""
     unix = "qrexec-connect-unix.service"
@@ -206,6 +210,7 @@ async def test_all_daemons_of_a_qube_share_its_limit(scene: Scene) -> None:
     assert 40 < most <= 60 + 8
 
 
+@pytest.mark.slow
 async def test_more_than_its_own_agent_takes_wait_instead_of_ending_it(
     scene: Scene,
 ) -> None:

@@ -745,6 +745,7 @@ def faults_of(base: World, name: str, lasting: float) -> Iterator[Faults]:
             yield Faults(call, nth + 1, named[number], lasting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lasting", [0.0, LASTING], ids=["once", "lasting"])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_what_fails_hits_one_connection_at_most(

@@ -168,6 +168,7 @@ async def test_open_connections_survive_every_change_of_the_instances(
     await scene.nobody_stays()
 
 
+@pytest.mark.slow
 async def test_restarts_in_a_row_never_refuse_the_next_connection(
     scene: Scene,
 ) -> None:
@@ -234,6 +235,7 @@ async def test_a_daemon_that_is_told_to_go_at_once_after_its_start_goes(
             assert await stream.receive_some() == b"work"
 
 
+@pytest.mark.slow
 async def test_starts_that_come_to_something_are_never_too_many(
     scene: Scene,
 ) -> None:

@@ -315,6 +315,7 @@ def machine() -> Iterator[Machine]:
         yield machine
 
 
+@pytest.mark.slow
 def test_every_connection_goes_where_its_file_says_whatever_is_done(
     machine: Machine,
 ) -> None:

@@ -46,6 +46,7 @@ async def open_many(
     return streams
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["stop", "restart", "SIGKILL"])
 async def test_a_hundred_connections_do_not_notice_the_end_of_the_daemon(
     scene: Scene, end: str
@@ -107,6 +108,7 @@ async def test_a_prompt_that_is_open_at_a_stop_can_still_be_answered(
         assert await receive_exactly(stream, 4) == b"ping"
 
 
+@pytest.mark.slow
 async def test_connections_made_while_the_daemon_is_restarted_again_and_again_are_all_served(
     scene: Scene,
 ) -> None:

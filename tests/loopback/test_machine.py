@@ -336,6 +336,7 @@ def test_tcp_sockets_send_at_once_and_notice_vanished_peers(kind: str) -> None:
         assert set(shown.split()) == {"NoDelay=yes", "KeepAlive=yes"}
 
 
+@pytest.mark.slow
 def test_sixty_changes_in_ten_seconds_leave_nothing_failed() -> None:
     """Instances come and go in any order while an untouched one is asked all
     the time.

@@ -28,7 +28,7 @@ from qrexec_activate.loopback.machine import Machine, MachineError
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-PATIENCE = 60.0
+PATIENCE = 120.0
 PROMPT = re.compile(r" {4}([a-z][a-z0-9-]*)([$#]) (.*)")
 #: Prompt and command, such as `work$` and `ls`.
 Line = tuple[str, str]

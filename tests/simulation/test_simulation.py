@@ -18,6 +18,7 @@ from tests.simulation.world import Scenario
 SEEDS, EVENTS = 100, 5000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, SEEDS, 10))
 def test_whatever_happens_each_connection_has_one_outcome_in_time(
     first: int,
