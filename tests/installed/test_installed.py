@@ -528,6 +528,49 @@ def test_what_a_users_manager_says_is_not_believed(debian: Container) -> None:
     debian.run("rm", "-r", "/root/liar", "/root/asked")
 
 
+#: The way to a user's manager breaks at the first order to reload, and the first
+#: question for services; with $ALWAYS, at each request of which that is a part.
+LOSING = """#!/bin/sh
+case "$*" in
+    *--machine=1001@*"${ALWAYS-nothing}"*) exit 1 ;;
+    *--machine=1001@*daemon-reload | *--machine=1001@*ExecStart*)
+        seen=/root/losing/$(echo "$*" | md5sum | head -c 32)
+        [ -e "$seen" ] || { : >"$seen"; exit 1; }
+        ;;
+esac
+exec /usr/bin/systemctl "$@"
+"""
+
+
+def test_a_manager_that_gave_no_answer_is_asked_again(
+    debian: Container,
+) -> None:
+    debian.write("/root/losing/systemctl", LOSING)
+    debian.run("chmod", "+x", "/root/losing/systemctl")
+    unit = "/usr/lib/systemd/user/qrexec-connect-tcp@.socket"
+
+    def ask() -> str:
+        return debian.ask("127.0.0.3", "1234", user="other")
+
+    def renew(*environment: str) -> str:
+        # As an upgrade leaves it: a daemon that starts now believes nothing.
+        debian.run("touch", unit)
+        path = "PATH=/root/losing:/usr/sbin:/usr/bin:/sbin:/bin"
+        managers = "/usr/libexec/qrexec-activate/managers"
+        return debian.run("env", path, *environment, managers, "renew")
+
+    assert ask().startswith("work to ")
+    before = daemon(debian, user="other")
+    # Where it stays so, the old daemon stays, and what to do is said.
+    assert "(user 1001)" in renew("ALWAYS=daemon-reload")
+    assert ask().startswith("work to ")
+    assert daemon(debian, user="other") == before
+    assert "(user 1001)" not in renew()
+    assert daemon(debian, user="other") != before
+    assert ask().startswith("work to ")
+    debian.run("rm", "-r", "/root/losing")
+
+
 def test_removal_leaves_no_unit_and_breaks_no_login(debian: Container) -> None:
     debian.run(
         "apt-get",
