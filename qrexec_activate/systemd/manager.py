@@ -87,6 +87,7 @@ _SIGNATURES = {
     "NeedDaemonReload": "b",
     "TimeoutStopUSec": "t",
     "TriggeredBy": "as",
+    "UnitsLoadStartTimestamp": "t",
     "UnitsLoadTimestamp": "t",
 }
 
@@ -455,9 +456,13 @@ class Manager:
                 ("Socket", "FileDescriptorName"),
             )
         ]
-        (loaded_at,) = self.manager_properties("UnitsLoadTimestamp")
+        # The first is unset until somebody asks for a reload; then units are
+        # as old as the manager at most.
+        loaded_at = self.manager_properties(
+            "UnitsLoadTimestamp", "UnitsLoadStartTimestamp"
+        )
         values = iter(self.properties(asked))
-        reader = _Reader(loaded_at or 0)
+        reader = _Reader(max(moment or 0 for moment in loaded_at))
         units = []
         for unit, row in zip(
             wanted, zip(*[values] * 6, strict=True), strict=True

@@ -100,6 +100,7 @@ GOOD: dict[str, tuple[str, object]] = {
     "ListUnitsByNames": ("a(ssssssouso)", [ROW]),
     "ListUnitsByPatterns": ("a(ssssssouso)", [ROW]),
     "UnitsLoadTimestamp": ("t", 0),
+    "UnitsLoadStartTimestamp": ("t", 0),
     "FragmentPath": ("s", "/nowhere/x.socket"),
     "DropInPaths": ("as", []),
     "NeedDaemonReload": ("b", False),
@@ -155,9 +156,37 @@ def test_answers_that_make_sense_are_taken() -> None:
         assert manager.stop_timeout(DAEMON) == 86400
 
 
+def test_where_nobody_asked_for_a_reload_files_older_than_the_manager_are_believed(
+    tmp_path: Path,
+) -> None:
+    # As a package leaves it that replaces the unit's fragment.
+    drop_in = tmp_path / "work.conf"
+    drop_in.write_text("[Socket]\nFileDescriptorName=work\n")
+    touched = drop_in.stat().st_ctime_ns // 1000
+
+    def problem(**changed: tuple[str, object]) -> str:
+        stale = {
+            "DropInPaths": ("as", [str(drop_in)]),
+            "NeedDaemonReload": ("b", True),
+        }
+        with bus(by_name({**GOOD, **stale, **changed})) as manager:
+            (unit,) = manager.socket_units([UNIT])
+        return unit.files[1].problem
+
+    changed = "was changed after systemd read it"
+    older, newer = ("t", touched), ("t", touched + 1)
+    assert problem(UnitsLoadStartTimestamp=newer) == ""
+    assert (
+        problem(UnitsLoadTimestamp=newer, UnitsLoadStartTimestamp=older) == ""
+    )
+    assert problem(UnitsLoadStartTimestamp=older) == changed
+    assert problem() == changed
+
+
 @pytest.mark.parametrize(
     ("name", "signature", "content"),
     [
+        ("UnitsLoadStartTimestamp", "s", "now"),
         ("UnitsLoadTimestamp", "s", "now"),
         ("UnitsLoadTimestamp", "d", 1.0),
         ("FragmentPath", "as", []),
