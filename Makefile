@@ -90,7 +90,7 @@ check-sid:
 # What decides where a byte goes is pure, and tested where a package is built. All else needs a systemd user manager.
 .PHONY: check-pure
 check-pure:
-	$(PYTHON) -B -m pytest -c /dev/null --rootdir=. --noconftest -p no:cacheprovider -q tests/routing/test_names.py tests/routing/test_routes.py tests/routing/test_unitfile.py
+	PYTHONPATH=tests $(PYTHON) -B -m pytest -c /dev/null --rootdir=. --noconftest -p no:cacheprovider -p profiles -q tests/routing/test_names.py tests/routing/test_routes.py tests/routing/test_unitfile.py
 
 .PHONY: man completions install-client install-client-python install-client-data install-services uninstall
 

@@ -10,20 +10,12 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import profiles  # noqa: F401
 import pytest
 import trio
-from hypothesis import settings
 from scenario import Scene, Stack, measured
 
 from qrexec_activate.loopback.machine import Machine
-
-#: A check tries the same examples each time, and says nothing of how busy the
-#: machine is. `--hypothesis-profile=others` looks for what these do not find.
-settings.register_profile("same", derandomize=True, deadline=None)
-settings.register_profile("others", deadline=None)
-#: For `make mutants`, which runs each test very often.
-settings.register_profile("few", max_examples=10)
-settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
