@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
+from .outcome import Ending
+
 __all__ = ["Admission", "Verdict"]
 
 #: A set-up gives its place back when it is so old: then a prompt is open, and a
@@ -260,6 +262,16 @@ class Admission:
             if ceiling is not None and count > ceiling.at:
                 del ceilings[target]
                 self._may_have_room = True
+
+    def no_room(
+        self, call: Hashable, ending: Ending, code: int | None, now: float
+    ) -> bool:
+        """A try has come to nothing: whether that was for want of room."""
+        if ending is not Ending.CLIENT_EXITED:
+            return False
+        if code == 126:
+            return self.refused(call, now)
+        return code == 1 and self.failed(call, now)
 
     def failed(self, call: Hashable, now: float) -> bool:
         """It could not be set up; returns whether there is no room for it."""

@@ -619,32 +619,24 @@ class Daemon:
     def no_room(
         self, connection: Connection, ending: Ending, code: int | None
     ) -> bool:
-        if ending is not Ending.CLIENT_EXITED or code not in (1, 126):
-            return False
         now, target = trio.current_time(), connection.route.target
-        if code == 126:
-            full = self.admission.refused(connection, now)
-            if full:
-                self._say_once(
-                    target,
-                    f"{target} refuses more while"
-                    f" {self.admission.open_to(target) - 1} connections are"
-                    " open to it: taken for full (qrexec opens 128 to a qube,"
-                    " and counts those of other qubes); more wait",
-                    QREXEC_TARGET=target,
-                )
-        else:
+        if code == 1:
             self.admission.scarce = xen.grants_are_scarce(
                 self.settings.max_total
             )
-            full = self.admission.failed(connection, now)
-            if full:
-                self._say_once(
-                    target,
-                    f"qrexec sets up no more calls to {target}; more"
-                    f" wait{xen.limit()}",
-                    QREXEC_TARGET=target,
-                )
+        full = self.admission.no_room(connection, ending, code, now)
+        if full:
+            self._say_once(
+                target,
+                f"{target} refuses more while"
+                f" {self.admission.open_to(target) - 1} connections are"
+                " open to it: taken for full (qrexec opens 128 to a qube,"
+                " and counts those of other qubes); more wait"
+                if code == 126
+                else f"qrexec sets up no more calls to {target}; more"
+                f" wait{xen.limit()}",
+                QREXEC_TARGET=target,
+            )
         self._next_turns()
         return full
 

@@ -20,6 +20,7 @@ from qrexec_activate.forward.admission import (
     Admission,
     Verdict,
 )
+from qrexec_activate.forward.outcome import Ending
 
 
 class Door:
@@ -436,3 +437,21 @@ def test_the_next_look_is_when_something_changes_by_itself() -> None:
     assert door.admission.next_look(0) == FIRST_PROBE
     assert door.admission.open == 1
     assert door.admission.open_to("work") == 1
+
+
+def test_only_an_exit_of_its_own_tells_of_room() -> None:
+    """With code 126 the qube refuses it, with 1 nothing can be set up."""
+    codes = (None, 0, 1, 2, 125, 126, 127, 255)
+    for ending in (Ending.CLIENT_EXITED, Ending.LOST, Ending.TIMED_OUT):
+        lacking = []
+        for code in codes:
+            door = Door()
+            for _ in range(MANY_OPEN):
+                door.establish()
+            for _ in range(FAILURES_IN_A_ROW - 1):
+                assert not fail(door)
+            call = door.begin()
+            if door.admission.no_room(call, ending, code, 0):
+                lacking.append(code)
+        expected = [1, 126] if ending is Ending.CLIENT_EXITED else []
+        assert lacking == expected

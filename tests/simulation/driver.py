@@ -213,13 +213,7 @@ class Shell:
         self.sleeps(conn, again.delay)
 
     def no_room(self, conn: Conn, ending: Ending, code: int | None) -> bool:
-        if ending is not Ending.CLIENT_EXITED or code not in (1, 126):
-            return False
-        now = self.world.now
-        if code == 126:
-            full = self.admission.refused(conn, now)
-        else:
-            full = self.admission.failed(conn, now)
+        full = self.admission.no_room(conn, ending, code, self.world.now)
         self.next_turns()
         return full
 
