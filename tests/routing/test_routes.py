@@ -81,6 +81,12 @@ def reason(claim: Claim) -> str:
     return claim.reason
 
 
+def place(claim: Claim) -> tuple[str, str]:
+    """The unit and the file that a refusal names, for the log's fields."""
+    assert isinstance(claim, Refusal)
+    return claim.unit, claim.file
+
+
 GITWEB = drop_in(
     "gitweb", "ListenStream=127.0.0.1:1234", "FileDescriptorName=gitweb"
 )
@@ -364,6 +370,10 @@ def test_an_address_that_no_file_opens_is_refused() -> None:
     assert reason(decide(unit(WORK, listen=BOTH, fd_name="work"))[0]) == (
         f"no file of {UNIT} opens it, though systemd has it so loaded; {RELOAD}"
     )
+    everywhere = unit(WORK, listen=["0.0.0.0:1234", BOTH[1]], fd_name="work")
+    stray, served = decide(everywhere)
+    assert reason(stray).startswith(f"no file of {UNIT} opens it")
+    assert target(served) == "work"
 
 
 def test_an_address_in_a_strange_form_is_refused_with_the_form_to_write() -> (
@@ -460,6 +470,10 @@ def test_a_port_that_is_none_is_refused_by_unit_and_file() -> None:
         " without leading zeros; the argument is what stands between @ and"
         " .socket, or @ and the first colon, so use a unit of another name"
     )
+    assert place(claim) == (
+        "qrexec-connect-tcp@http.socket",
+        "/d/gitweb.conf",
+    )
     (claim,) = decide(
         unit(GITWEB, listen=BOTH[:1], fd_name="gitweb", name="nonsense")
     )
@@ -480,6 +494,21 @@ def test_a_unit_that_systemd_could_not_load_is_refused() -> None:
         == f"{UNIT} (opened by /d/gitweb.conf:2): systemd could not load it;"
         f" {RELOAD}"
     )
+
+
+def test_a_unit_that_cannot_be_trusted_may_have_specifiers_and_no_opener() -> (
+    None
+):
+    (claim,) = decide(
+        unit(
+            drop_in("a", "ListenStream=%t/x", "FileDescriptorName=work"),
+            listen=["/run/user/1000/x"],
+            fd_name="work",
+            problem="systemd could not load it",
+        )
+    )
+    assert reason(claim) == f"{UNIT}: systemd could not load it; {RELOAD}"
+    assert place(claim) == (UNIT, "")
 
 
 def test_the_system_manager_gets_commands_of_its_own_and_odd_names_are_quoted() -> (
@@ -519,9 +548,16 @@ def test_what_carries_no_byte_stream_is_refused_by_file_and_line(
         == f"/d/a.conf:2: a {kind} socket cannot carry a byte stream; use"
         f" ListenStream="
     )
+    assert place(refused) == (UNIT, "/d/a.conf")
     assert target(served) == "gitweb"
     (unknown,) = decide(replace(loaded, listen=(("MessageQueue", "/q"),)))
     assert reason(unknown).startswith(f"{UNIT}: a MessageQueue socket")
+    assert place(unknown) == (UNIT, "")
+
+
+def test_a_name_may_hold_dots_and_no_instance() -> None:
+    values = unit_specifiers("my.rpc.socket", {})
+    assert (values["N"], values["i"], values["I"]) == ("my.rpc", "", "")
 
 
 # --------------------------------------------- files that changed under systemd
