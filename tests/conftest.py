@@ -128,14 +128,15 @@ class SideBySide:
 
         class ByFile(LoadScopeScheduling):
             """Tests of a file have fixtures in common, recipes have folders
-            and containers, and packages in one Debian that Debian."""
+            and containers, and packages the Debian in which they are tried,
+            bookworm unless it is named."""
 
             def _split_scope(self, nodeid: str) -> str:
                 file, _, test = nodeid.partition("::")
                 room = "/".join(file.split("/")[:2])
                 if not room.endswith(LONGEST):
                     return file
-                debian = re.search(r"\[(bookworm|trixie|sid)", test)
+                debian = re.search(r"\[(trixie|sid)", test)
                 return room + (debian[0] if debian else "")
 
         return ByFile(config, log)
