@@ -5,6 +5,7 @@
 #
 # make bench   measure it next to what one would use otherwise: bench/results.md; ten minutes on a quiet machine
 # make bench-quick  the same, small, in two minutes; its figures are kept nowhere
+# make compare  play the same scenes on it and on what one would use otherwise: docs/compare.md; COMPARE="--help"
 # make fuzz    10 million random inputs for all that takes input from elsewhere, and the RPC services: hours
 # make simulate  the core in pretend worlds, from ever new seeds; SIMULATE="--minutes 60"
 # make mutants  what the tests of the core and of routing leave uncaught, of one small change each; half an hour
@@ -16,7 +17,7 @@
 # make install-client, install-services without a package manager; with DESTDIR= for one
 # make uninstall                        what these two have installed
 
-.PHONY: demo check check-all clean bench bench-quick fuzz simulate mutants soak deb rpm check-installed check-sid
+.PHONY: demo check check-all clean bench bench-quick compare fuzz simulate mutants soak deb rpm check-installed check-sid
 
 demo:
 	@tools/setup demo
@@ -37,6 +38,10 @@ bench:
 bench-quick:
 	@tools/setup check
 	@.venv-debian/bin/python -m bench --quick
+
+compare:
+	@tools/setup check
+	@.venv-debian/bin/python -m compare --output docs/compare.md $(COMPARE)
 
 # Guided by what the input covers where atheris is installed: .venv/bin/pip install atheris
 fuzz:
