@@ -331,6 +331,7 @@ def test_two_files_that_open_one_address_for_two_qubes_are_refused() -> None:
             "/d/a.conf:2 and /d/b.conf:2 open it for different qubes (a, b);"
             f" give each qube an address of its own, then {RELOAD}"
         )
+        assert place(claim) == (UNIT, "/d/b.conf")
 
 
 def test_two_files_that_open_one_address_for_one_qube_are_served() -> None:
