@@ -118,13 +118,17 @@ install-client-python:
 install-client-data: man completions
 	install -d $(unit_dir)/user $(unit_dir)/system
 	$(INSTALL_DATA) units/*.service units/*.socket units/*.target units-user/*.service $(unit_dir)/user
-	$(INSTALL_DATA) units/*.service units/*.socket units/*.target $(unit_dir)/system
+	$(INSTALL_DATA) units/*.service units/*.socket units/*.target units-user/qrexec-activate-dom0.service $(unit_dir)/system
 	set -e; for folder in units-system/*.d; do \
 	    install -d $(unit_dir)/system/$${folder##*/}; \
 	    $(INSTALL_DATA) $$folder/*.conf $(unit_dir)/system/$${folder##*/}; \
 	done
 	install -D -m 644 packaging/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/qrexec-activate.conf
-	install -D -m 755 packaging/managers $(DESTDIR)/usr/libexec/qrexec-activate/managers
+	install -D -m 755 -t $(DESTDIR)/usr/libexec/qrexec-activate packaging/managers packaging/from-dom0
+	set -e; for whose in user system; do \
+	    install -d $(unit_dir)/$$whose-generators; \
+	    ln -sf ../../../libexec/qrexec-activate/from-dom0 $(unit_dir)/$$whose-generators/qrexec-activate; \
+	done
 	install -D -m 644 build/completions/bash $(DESTDIR)/usr/share/bash-completion/completions/qrexec-activate
 	install -D -m 644 build/completions/zsh $(DESTDIR)/usr/share/zsh/$(ZSH_FOLDER)/_qrexec-activate
 	install -D -m 644 build/completions/fish $(DESTDIR)/usr/share/fish/vendor_completions.d/qrexec-activate.fish
@@ -170,6 +174,7 @@ endif
 	rm -f $(DESTDIR)/usr/bin/qrexec-activate
 	rm -rf $(DESTDIR)/usr/lib/python3*/*-packages/qrexec_activate $(DESTDIR)/usr/lib/python3*/*-packages/qrexec_activate-*.dist-info
 	rm -rf $(DESTDIR)/usr/libexec/qrexec-activate $(doc_dir)
+	rm -f $(unit_dir)/user-generators/qrexec-activate $(unit_dir)/system-generators/qrexec-activate
 	rm -f $(DESTDIR)/usr/lib/sysusers.d/qrexec-activate.conf
 	rm -f $(DESTDIR)/usr/share/bash-completion/completions/qrexec-activate
 	rm -f $(DESTDIR)/usr/share/zsh/*/_qrexec-activate

@@ -17,9 +17,10 @@ PACKAGE = Path(qrexec_activate.__file__).parent
 FOR_ALL = {"errors", "printable"}
 MAY_IMPORT = {
     "routing": set(),
+    "given": {"routing"},
     "systemd": {"routing"},
     "forward": {"routing", "systemd"},
-    "control": {"routing", "systemd", "forward"},
+    "control": {"routing", "given", "systemd", "forward"},
     "publish": {"routing", "systemd", "control"},
     "loopback": set(),
 }

@@ -16,6 +16,8 @@ from typing import NamedTuple, TextIO
 import click
 
 from ..errors import ActivateError, BadName, UsageProblem
+from ..given.address import Address, parse_address
+from ..given.kinds import default_listen, port_of, unit_of
 from ..routing.claim import Refusal
 from ..routing.names import (
     call_name,
@@ -30,15 +32,13 @@ from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .address import (
-    Address,
     Trouble,
     is_open_to_others,
     next_free,
     obstacle,
-    parse_address,
 )
 from .dropins import finishing, locked
-from .kinds import daemon_of, unit_of, will_refuse
+from .kinds import daemon_of, will_refuse
 from .options import (
     complete_files,
     complete_kinds,
@@ -403,14 +403,9 @@ def _wanted(
     kind: str, argument: str, target: str, listen: str | None, now: Survey
 ) -> Address:
     """Where it is to listen if nothing is in the way."""
-    port = None
-    if kind in ("tcp", "tcp-bind"):
-        front = argument.partition("-")[0]
-        port = int(front) if front.isdigit() else None
     if listen is None:
-        name = argument if kind == "unix" else f"{kind}-{argument}"
-        listen = "127.0.0.1" if port else f"%t/qrexec/{name.replace('%', '%%')}"
-    return parse_address(listen, port, now.specifiers)
+        listen = default_listen(kind, argument)
+    return parse_address(listen, port_of(kind, argument), now.specifiers)
 
 
 def _existing(

@@ -8,12 +8,12 @@ from pathlib import Path
 import click
 
 from ..errors import ActivateError, BadName, UsageProblem
+from ..given.kinds import KINDS
 from ..routing.names import check_service, parse_unit_name
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import UnitFiles, own_folder, scan
 from .dropins import finishing, locked
-from .kinds import KINDS
 from .options import dry_run_option, system_option
 from .persistence import warn_of_loss
 from .settle import Change, carry_out, show

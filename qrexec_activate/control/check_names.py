@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import BadName
+from ..given.kinds import KINDS
 from ..routing.names import parse_unit_name
 from ..routing.unitfile import assignments
 from ..systemd.unitdirs import own_folder
 from .daemons import declared_daemon, read_file
-from .kinds import KINDS
 from .steps import Context, Level, Step, joined, set_aside, sudo
 
 __all__ = ["strays", "targets"]

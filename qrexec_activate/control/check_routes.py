@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageProblem
+from ..given.address import parse_address
 from ..routing.names import parse_unit_name
 from ..routing.unitfile import (
     AddressKey,
@@ -25,7 +26,6 @@ from .address import (
     Trouble,
     is_open_to_others,
     obstacle,
-    parse_address,
 )
 from .kinds import will_refuse
 from .netproc import overlaps

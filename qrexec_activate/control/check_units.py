@@ -8,9 +8,9 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator
 
+from ..given.kinds import KINDS
 from ..routing.unitfile import assignments
 from .daemons import Daemon, read_file
-from .kinds import KINDS
 from .steps import Context, Level, Step, joined, output, set_aside, sudo
 from .survey import Survey
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import click
 
 from ..errors import ActivateError, UsageProblem
+from ..given.address import parse_address
 from ..routing.claim import Claim, Refusal, Route
 from ..routing.unitfile import SourceFile, address_key, assignments
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
-from .address import obstacle, parse_address
+from .address import obstacle
 from .dropins import finishing, locked
 from .netproc import overlaps
 from .options import complete_routes, dry_run_option, system_option

@@ -1,27 +1,20 @@
-"""From what `add` is told (tcp 1234, or a name of one's own) to the unit and
-the daemon that serves it."""
+"""The daemon that serves what `add` is told (tcp 1234, or a name of one's
+own)."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
 
-from ..errors import ActivateError, BadName, UsageProblem
-from ..routing.names import escape_instance, parse_unit_name
+from ..errors import ActivateError, UsageProblem
+from ..given.kinds import KINDS
+from ..routing.names import parse_unit_name
 from ..systemd.manager import Manager, open_manager
 from ..systemd.unitdirs import scan
 from .options import did_you_mean
 from .survey import Daemon, find_daemon
 
-__all__ = ["KINDS", "daemon_of", "own_kinds", "unit_of", "will_refuse"]
-
-#: The prefixes that ship. Which RPC each of them calls is read from its
-#: service.
-KINDS = {
-    "tcp": "qrexec-connect-tcp",
-    "unix": "qrexec-connect-unix",
-    "tcp-bind": "qrexec-connect-tcp-bind",
-}
+__all__ = ["daemon_of", "own_kinds", "will_refuse"]
 
 
 def own_kinds(*, user: bool) -> list[str]:
@@ -70,26 +63,6 @@ def will_refuse(service: str, argument: str) -> str:
         if one and (right := spelled.replace(":", "+")) != address:
             return f"{service} refuses {address}: write it {right}"
     return "" if one else f"{service} refuses {address}: it is no single host's"
-
-
-def unit_of(kind: str, argument: str, label: str = "") -> str:
-    """Return the socket unit for tcp, unix, tcp-bind or a prefix of one's own;
-    raises BadName."""
-    if kind == "udp":
-        raise UsageProblem(
-            "UDP cannot be carried: a qrexec call is a stream of bytes, without"
-            " the bounds of datagrams; use a service of TCP, or one that wraps"
-            " UDP in a stream"
-        )
-    prefix = KINDS.get(kind, kind.removesuffix(".socket").removesuffix("@"))
-    unit = f"{prefix}@{escape_instance(argument, label)}.socket"
-    name = parse_unit_name(unit)
-    if not argument or name.prefix != prefix:
-        raise BadName(
-            f"{kind} {argument}: write it like tcp 1234, unix NAME, tcp-bind"
-            f" 2049-127.0.1.1 or my-rpc ARGUMENT"
-        )
-    return unit
 
 
 def daemon_of(manager: Manager, kind: str, unit: str) -> Daemon:

@@ -192,7 +192,8 @@ def complete_kinds(
     """Offer the kinds of routes: those that ship, and those of one's own."""
     from click.shell_completion import CompletionItem
 
-    from .kinds import KINDS, own_kinds
+    from ..given.kinds import KINDS
+    from .kinds import own_kinds
 
     kinds = dict(KINDS)
     # A shell that completes a line has no place for messages.
@@ -210,7 +211,7 @@ def complete_own_kinds(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Offer the prefixes that add-rpc has made."""
-    from .kinds import KINDS
+    from ..given.kinds import KINDS
 
     return [
         item

@@ -8,10 +8,10 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ..errors import ActivateError, ManagerError, UsageProblem
+from ..given.kinds import unit_of
 from ..routing.claim import Route
 from ..routing.names import parse_unit_name
 from ..routing.unitfile import address_key
-from .kinds import unit_of
 from .survey import Entry, Survey, Unit, survey, written_claims
 
 __all__ = ["means", "select", "the_routes", "whole_units", "written"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pwd
 import random
 import shutil
 import signal
@@ -26,6 +27,7 @@ from types import FrameType, TracebackType
 
 from ..errors import ActivateError
 from .install import write_client
+from .qubesdb import put, write_programs
 
 __all__ = ["Machine", "MachineError", "find_units", "start_journald"]
 
@@ -52,6 +54,7 @@ STOCK_UNITS = (
 )
 INSTALLED_UNITS = Path("/usr/lib/systemd/user")
 INSTALLED_COMMAND = "/usr/bin/qrexec-activate"
+INSTALLED_GENERATOR = "/usr/libexec/qrexec-activate/from-dom0"
 BOOTED = Path("/run/systemd/system")
 JOURNAL_SOCKET = Path("/run/systemd/journal/socket")
 BOOTED_MARK = ".made-by-qrexec-activate"
@@ -112,7 +115,8 @@ class Machine:
     `command` is what the units start in place of /usr/bin/qrexec-activate, by
     default this very package. `environment` is added to that of the manager and
     so of every service. With `journal`, services log to the journal (see
-    `start_journald`); without, to the file `daemon_log`.
+    `start_journald`); without, to the file `daemon_log`. With `qubesdb`, there
+    is a QubesDB, and dom0 gives routes by `say`.
 
     `directory` holds everything: the person's `home` and `unit_dir`, the
     `runtime` folder (%t), and `loopback`, the root of the pretend qubes, whose
@@ -130,6 +134,7 @@ class Machine:
         units: Path | None = None,
         environment: Mapping[str, str] | None = None,
         journal: bool = False,
+        qubesdb: bool = False,
     ) -> None:
         self._command = (
             list(command)
@@ -139,6 +144,7 @@ class Machine:
         self._units = units
         self._extra = dict(environment or {})
         self._journal = journal
+        self._has_qubesdb = qubesdb
         self._stack = contextlib.ExitStack()
         self._hosts: set[str] = set()
         self._cgroups: list[Path] = []
@@ -262,6 +268,10 @@ class Machine:
         if (configs / service).exists():
             shutil.copy(configs / service, top / "rpc-config")
 
+    def say(self, path: str, value: str | None) -> None:
+        """Set a path in QubesDB, as dom0 does, or remove it."""
+        put(self.qubesdb, path, value)
+
     def address(self, name: str) -> str:
         """The loopback address of a pretend qube."""
         return (self.loopback / "qubes" / name / "address").read_text().strip()
@@ -277,6 +287,7 @@ class Machine:
         self.loopback = top / "loopback"
         self.client = top / "qrexec-client-vm"
         self.daemon_log = top / "daemon.log"
+        self.qubesdb = top / "qubesdb"
         self._bus_log = top / "bus.log"
         vendor = top / "units"
         nothing = top / "nothing"
@@ -301,6 +312,22 @@ class Machine:
         for path in units.glob("qrexec-connect-*"):
             (vendor / path.name).write_text(
                 path.read_text().replace(INSTALLED_COMMAND, self.command_line())
+            )
+        generators = top / "generators"
+        if self._has_qubesdb:
+            write_programs(top / "bin", self.qubesdb, generators)
+            self.say("/default-user", pwd.getpwuid(os.getuid()).pw_name)
+            unit = "qrexec-activate-dom0.service"
+            folder = units.with_name("units-user")
+            text = (
+                (folder if folder.exists() else units)
+                .joinpath(unit)
+                .read_text()
+            )
+            (vendor / unit).write_text(
+                text.replace(
+                    INSTALLED_GENERATOR, str(generators / "qrexec-activate")
+                )
             )
         bus_config = top / "bus.conf"
         bus_config.write_text(BUS_CONFIG.format(address=self.runtime / "bus"))
@@ -328,6 +355,7 @@ class Machine:
 
         self.environment = {
             "PATH": (
+                f"{top / 'bin'}:"
                 "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
             ),
             "HOME": str(self.home),
@@ -351,10 +379,13 @@ class Machine:
                     self.runtime / "systemd" / "transient",
                     self.unit_dir,
                     self.runtime / "systemd" / "user",
+                    self.runtime / "systemd" / "generator",
                     vendor,
                 )
             ),
-            "SYSTEMD_GENERATOR_PATH": str(nothing),
+            "SYSTEMD_GENERATOR_PATH": str(
+                generators if self._has_qubesdb else nothing
+            ),
             "SYSTEMD_ENVIRONMENT_GENERATOR_PATH": str(nothing),
             "SYSTEMD_PAGER": "",
             "QREXEC_ACTIVATE_CLIENT": str(self.client),

@@ -8,9 +8,7 @@ it takes a target that begins with `-` for an option (qrexec 4.4.2). No I/O.
 
 from __future__ import annotations
 
-import ipaddress
 import re
-from dataclasses import dataclass
 
 from ..errors import BadName
 
@@ -203,6 +201,9 @@ def _check_connect_tcp_bind(argument: str) -> None:
             f" as 2049-127.0.1.1"
         )
     _check_port(port)
+    # Not at the top: it takes its time, at each login, where dom0 gives routes.
+    import ipaddress
+
     try:
         # qrexec allows no ':' in an argument, so an IPv6 address is written
         # with '+'.
@@ -253,7 +254,6 @@ def call_name(service: str, argument: str) -> str:
     return f"{service}+{argument}" if argument else service
 
 
-@dataclass(frozen=True, slots=True)
 class UnitName:
     """A unit's name taken apart: `qrexec-connect-tcp@1234.socket`; `instance`
     is None where there is no `@`.
@@ -263,9 +263,18 @@ class UnitName:
     argument.
     """
 
-    prefix: str
-    instance: str | None
-    suffix: str
+    __slots__ = ("instance", "prefix", "suffix")
+
+    def __init__(self, prefix: str, instance: str | None, suffix: str) -> None:
+        self.prefix = prefix
+        self.instance = instance
+        self.suffix = suffix
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UnitName) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
 
     def __str__(self) -> str:
         at = "" if self.instance is None else f"@{self.instance}"

@@ -10,12 +10,18 @@ them. No I/O.
 from __future__ import annotations
 
 import re
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from .names import c_escape, c_unescape
+from .address import (
+    AddressKey,
+    address_key,
+    expand_specifiers,
+    plain_address,
+    shown_address,
+    written_key,
+)
 
 __all__ = [
     "LISTEN_KINDS",
@@ -333,121 +339,7 @@ def declared_listeners(files: Sequence[SourceFile]) -> Declared:
     return declared
 
 
-def expand_specifiers(text: str, values: Mapping[str, str]) -> str | None:
-    """Expand `%i` and the like from `values` (letter to text); None where one
-    is not in there.
-
-    systemd leaves a `%` alone that neither a letter nor another `%` follows.
-    """
-    unknown = False
-
-    def replace(match: re.Match[str]) -> str:
-        nonlocal unknown
-        if match[1] == "%":
-            return "%"
-        unknown |= match[1] not in values
-        return values.get(match[1], "")
-
-    expanded = re.sub(r"%([a-zA-Z%])", replace, text)
-    return None if unknown else expanded
-
-
 def is_fd_name(expanded: str) -> bool:
     """Whether systemd takes this as a FileDescriptorName; if not, it warns, and
     keeps the name that it had before."""
     return _FD_NAME.fullmatch(expanded) is not None
-
-
-AddressKey = tuple[str, str, int]
-
-_PORT = re.compile(r"0|[1-9][0-9]{0,4}", re.ASCII)
-_VSOCK = re.compile(r"vsock:(0|[1-9][0-9]{0,9})?:(0|[1-9][0-9]{0,9})", re.ASCII)
-_SCOPED = re.compile(r"(.*)%([A-Za-z0-9_.-]+)", re.ASCII)
-#: A unix socket's address holds 108 bytes, of which systemd leaves one for a
-#: terminating zero.
-_LONGEST_PATH = 107
-
-
-def written_key(text: str) -> AddressKey | None:
-    """Return the address_key() of a ListenStream= as it stands in a file,
-    specifiers expanded.
-
-    None where systemd takes no such address (it then drops that listener, with
-    a warning, and keeps the others), and where it is in a form that is not
-    known here, such as a hexadecimal port.
-    """
-    if text.startswith(("/", "@")):
-        length = len(text.encode(errors="surrogatepass"))
-        return (
-            address_key(shown_address(text))
-            if 1 < length <= _LONGEST_PATH
-            else None
-        )
-    key = address_key(text)
-    # systemd takes port 0 for vsock only.
-    return None if key is not None and key[0] == "ip" and key[2] == 0 else key
-
-
-def shown_address(written: str) -> str:
-    """Write a ListenStream= as systemd shows it, as far as that differs in
-    more than its form: a unix socket's name is escaped."""
-    if not written.startswith(("/", "@")):
-        return written
-    return c_escape(written.encode(errors="surrogatepass"))
-
-
-def plain_address(shown: str) -> str:
-    """Write an address that systemd shows as a person would."""
-    return c_unescape(shown) if shown.startswith(("/", "@")) else shown
-
-
-@lru_cache(maxsize=32)
-def address_key(text: str) -> AddressKey | None:
-    """Reduce a listener's address, as systemd prints it, to what can be
-    compared.
-
-    Returns (family, address, port), or None for a form that is not known here;
-    a bare port is IPv6 any, as systemd shows it. A path below /var/run is one
-    below /run, as systemd rewrites it.
-    """
-    if text.startswith("/"):
-        parts = [part for part in text.split("/") if part not in ("", ".")]
-        if parts[:2] == ["var", "run"]:
-            del parts[0]
-        return ("path", "/" + "/".join(parts), 0)
-    if text.startswith("@"):
-        return ("abstract", text, 0)
-    if match := _VSOCK.fullmatch(text):
-        cid, port = match.groups()
-        any_cid = not cid or int(cid) == socket.VMADDR_CID_ANY
-        return (
-            ("vsock", "" if any_cid else cid, int(port))
-            if int(port) < 2**32
-            else None
-        )
-    text, scope = (
-        match.groups() if (match := _SCOPED.fullmatch(text)) else (text, "")
-    )
-    host, colon, port = text.rpartition(":")
-    if not _PORT.fullmatch(port) or int(port) > 65535:
-        return None
-    if not colon:
-        return None if scope else ("ip", "::", int(port))
-    bracketed = host.startswith("[") and host.endswith("]")
-    family = socket.AF_INET6 if bracketed else socket.AF_INET
-    try:
-        # The very function by which systemd reads addresses, so that both take
-        # the same ones.
-        packed = socket.inet_pton(family, host[1:-1] if bracketed else host)
-    except (OSError, ValueError):
-        return None
-    address = socket.inet_ntop(family, packed)
-    if scope and (not bracketed or scope.isdigit()):
-        return None
-    # The kernel forgets the interface of an address that is not link-local.
-    link_local = bracketed and packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
-    return (
-        "ip",
-        f"{address}%{scope}" if scope and link_local else address,
-        int(port),
-    )

@@ -24,7 +24,7 @@ from qrexec_activate.control.dropins import (
     without_lines,
     write_files,
 )
-from qrexec_activate.control.kinds import unit_of, will_refuse
+from qrexec_activate.control.kinds import will_refuse
 from qrexec_activate.control.netproc import Listening, overlaps
 from qrexec_activate.control.policy import (
     THIS_QUBE,
@@ -36,6 +36,7 @@ from qrexec_activate.control.select import select
 from qrexec_activate.control.survey import Daemon, Entry, find_daemon, foresee
 from qrexec_activate.control.table import lay_out
 from qrexec_activate.errors import ActivateError, BadName, UsageProblem
+from qrexec_activate.given.kinds import unit_of
 from qrexec_activate.routing.claim import Refusal, Route
 from qrexec_activate.routing.unitfile import (
     SourceFile,
