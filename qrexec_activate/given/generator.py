@@ -95,10 +95,8 @@ def generate(folder: str, place: Place) -> None:
         _say(str(wrong), place)
     for one in given:
         try:
-            os.makedirs(f"{folder}/{one.unit}.d", exist_ok=True)
-            path = f"{folder}/{one.unit}.d/{one.key}.conf"
-            with open(path, "w", encoding="ascii") as file:
-                file.write(one.text)
+            os.mkdir(f"{folder}/{one.unit}.d")
+            _write(f"{folder}/{one.unit}.d/{one.key}.conf", one.text.encode())
             template = f"{KINDS[one.kind]}@.socket"
             _link(f"{folder}/sockets.target.wants", one.unit, scope, template)
         except OSError as error:
@@ -122,9 +120,9 @@ def latest(place: Place) -> Words:
                 answer = last.read()
         else:
             os.makedirs(os.path.dirname(place.memory), 0o700, exist_ok=True)
-            with open(f"{place.memory}.{os.getpid()}", "wb") as file:
-                file.write(answer)
-            os.rename(file.name, place.memory)
+            unfinished = f"{place.memory}.{os.getpid()}"
+            _write(unfinished, answer)
+            os.rename(unfinished, place.memory)
     except OSError:
         # Without a memory, there is what it says now.
         pass
@@ -157,23 +155,32 @@ def own_addresses(place: Place) -> dict[AddressKey, str]:
 
 
 def _own_lines(place: Place) -> Iterator[tuple[str, str]]:
+    there = {folder: set(_names(folder)) for folder in place.folders}
+    wants = "sockets.target.wants"
     enabled = {
         unit
-        for folder in place.folders
-        for unit in _names(f"{folder}/sockets.target.wants")
+        for folder, names in there.items()
+        if wants in names
+        for unit in _names(f"{folder}/{wants}")
         if unit.endswith(".socket")
     }
     for unit in sorted(enabled):
         template = f"{unit.partition('@')[0]}@.socket" if "@" in unit else unit
-        owners = {unit: None, template: None}
-        paths = [f"{top}/{name}" for top in place.folders for name in owners]
+        owners = {unit, template}
+        paths = [
+            f"{folder}/{name}"
+            for folder, names in there.items()
+            for name in owners & names
+        ]
         if any(os.path.realpath(path) == os.devnull for path in paths):
             continue
         paths += [
-            f"{path}.d/{name}"
-            for path in paths
-            for name in _names(f"{path}.d")
-            if name.endswith(".conf")
+            f"{folder}/{name}.d/{file}"
+            for folder, names in there.items()
+            for name in owners
+            if f"{name}.d" in names
+            for file in _names(f"{folder}/{name}.d")
+            if file.endswith(".conf")
         ]
         for path in paths:
             for line in _text(path).split("\n"):
@@ -200,9 +207,22 @@ def _text(path: str) -> str:
         return ""
 
 
+def _write(path: str, text: bytes) -> None:
+    """Write a file by three calls of the kernel, as there may be many."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.write(file, text)
+    finally:
+        os.close(file)
+
+
 def _link(folder: str, name: str, scope: str, unit: str) -> None:
-    os.makedirs(folder, exist_ok=True)
-    os.symlink(f"/usr/lib/systemd/{scope}/{unit}", f"{folder}/{name}")
+    target = f"/usr/lib/systemd/{scope}/{unit}"
+    try:
+        os.symlink(target, f"{folder}/{name}")
+    except FileNotFoundError:
+        os.mkdir(folder)
+        os.symlink(target, f"{folder}/{name}")
 
 
 def _say(line: str, place: Place) -> None:

@@ -24,8 +24,10 @@ LABEL = "dom0-"
 #: What needs a privilege, and so is the system's. Fixed, whatever
 #: net.ipv4.ip_unprivileged_port_start says: both managers are to read the same.
 PRIVILEGED = 1024
-#: What is said of one key at most: whoever writes nonsense fills no journal.
+#: What is said of one key at most, and how long: whoever writes nonsense fills
+#: no journal.
 MOST_SAID = 5
+LONGEST = 300
 
 _SPLIT = re.compile(r"[;\n\r]")
 #: What may be in the name of a file, and is by qubesd in that of a feature.
@@ -76,7 +78,8 @@ class Bad:
 
     def __init__(self, key: str, reason: str) -> None:
         self.key = key
-        self.reason = printable(reason)
+        said = printable(reason)
+        self.reason = said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
 
     def __str__(self) -> str:
         return f"vm-config.{printable(self.key)}, from dom0: {self.reason}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import select
-import signal
 import time
 from collections.abc import Mapping
 
@@ -23,6 +22,8 @@ PREFIX = f"{FOLDER}connect-"
 DEFAULT_USER = "/default-user"
 #: It answers within milliseconds; a login is not to wait for one that hangs.
 PATIENCE = 3.0
+#: The module signal takes a millisecond to say so.
+SIGKILL = 9
 #: qubesdb-read's own code for: all is well, but some are not there.
 MISSING = 2
 
@@ -109,7 +110,7 @@ def _output(argv: list[str], codes: tuple[int, ...]) -> bytes | None:
                 break
             chunks.append(chunk)
         else:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, SIGKILL)
     finally:
         os.close(reading)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
