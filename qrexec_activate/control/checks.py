@@ -24,6 +24,7 @@ from .check_qrexec import DEFAULT_CLIENT, client_steps, clients
 from .check_routes import clashes, exposure, overrides, routes
 from .check_services import services
 from .check_units import daemons, reloads, syntax, units
+from .dom0 import from_dom0
 from .managers import ask
 from .persistence import forgotten
 from .steps import Context, Level, Step
@@ -150,6 +151,7 @@ _LOOKS: tuple[Callable[[Context], Iterator[Step]], ...] = (
     clashes,
     overrides,
     exposure,
+    from_dom0,
     targets,
     services,
 )

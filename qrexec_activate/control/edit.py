@@ -23,6 +23,7 @@ from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .address import obstacle
+from .dom0 import how_to_change
 from .dropins import finishing, locked
 from .netproc import overlaps
 from .options import complete_routes, dry_run_option, system_option
@@ -133,6 +134,8 @@ def _file_of(now: Survey, route: str, folder: Path) -> tuple[str, str]:
 
 
 def _checked(path: str, unit: str, folder: Path) -> tuple[str, str]:
+    if how := how_to_change(path):
+        raise UsageProblem(f"{path} cannot be changed here, as {how}")
     if not path.startswith(f"{folder}/"):
         raise UsageProblem(
             f"{path} is not among the units in {folder}: copy it there under"

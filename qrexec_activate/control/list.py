@@ -57,6 +57,7 @@ def entry_as_json(entry: Entry) -> dict[str, Any]:
         "daemon": entry.daemon,
         "manager": entry.manager,
         "file": entry.file or None,
+        "origin": "dom0" if entry.key else "here",
         "enabled": entry.enabled,
         "active": entry.active,
         "listens": entry.listens,
@@ -66,6 +67,8 @@ def entry_as_json(entry: Entry) -> dict[str, Any]:
 
 def row(entry: Entry) -> list[str]:
     where = short_path(entry.file) if entry.file else entry.unit
+    if entry.key:
+        where = f"dom0: vm-config.{entry.key}"
     return [
         short_path(entry.listener),
         entry.target or "-",

@@ -244,4 +244,11 @@ def command(
             f"# {TARGET_QUBE} stands for the qube that dom0 is to choose;"
             f" --default-target names it."
         )
+    for entry in chosen:
+        if entry.key:
+            click.echo(
+                f"# {entry.listener}, to {entry.target}, is from dom0"
+                f" (vm-config.{entry.key}), where qvm-connect-route may have"
+                f" written its line."
+            )
     click.echo(text)

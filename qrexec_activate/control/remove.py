@@ -23,6 +23,7 @@ from ..routing.unitfile import (
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from .dom0 import refuse
 from .dropins import finishing, is_idle, locked, without_lines
 from .options import complete_routes, dry_run_option, system_option
 from .select import the_routes
@@ -130,6 +131,7 @@ def _has_file(entry: Entry) -> bool:
 
 
 def _check_ours(entry: Entry, folder: Path) -> None:
+    refuse([entry])
     if not entry.file.startswith(f"{folder}/"):
         raise UsageProblem(
             f"{entry.listener} is opened by {entry.file}, which is not among"

@@ -17,6 +17,7 @@ from ..routing.unitfile import address_key, assignments
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from .dom0 import refuse
 from .dropins import locked, with_lines
 from .edit import foreseen, use
 from .options import (
@@ -70,6 +71,7 @@ def command(
         with open_manager(user=user) as manager:
             now = take_survey(manager)
         meant = the_routes(now, [route], all_of_them)
+        refuse(meant)
         units: dict[str, dict[str, str]] = {}
         for entry in meant:
             if entry.target == target:

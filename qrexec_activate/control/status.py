@@ -357,6 +357,7 @@ def route_table(
 ) -> tuple[tuple[str, ...], list[list[str]]]:
     """Header and rows, of all routes or of some."""
     rows = []
+    given = any(entry.key for entry in status.entries)
     for entry in status.entries if entries is None else entries:
         listener, target, call, _, state, _ = route_row(entry)
         counts = ["?" if n is None else str(n) for n in status.counts(entry)]
@@ -369,9 +370,11 @@ def route_table(
                 *counts,
                 _last_words(status, entry),
                 *([entry.manager] if status.marked else []),
+                *(["dom0" if entry.key else "here"] if given else []),
             ]
         )
-    return (*HEADER, "manager") if status.marked else HEADER, rows
+    marks = [("manager", status.marked), ("from", given)]
+    return (*HEADER, *(name for name, shown in marks if shown)), rows
 
 
 def _last_words(status: Status, entry: Entry) -> str:
@@ -456,6 +459,8 @@ def _print_ways(status: Status) -> None:
     width = shutil.get_terminal_size().columns
     for entry, way in zip(status.entries, _ways(status), strict=True):
         whose = f" ({entry.manager})" if status.marked else ""
+        if entry.key:
+            whose += f", from dom0 by vm-config.{entry.key}"
         title = f"{entry.listener} → {entry.target or 'no target'}{whose}"
         say(styled(title, "bold"))
         for line in picture(way, width):

@@ -13,6 +13,7 @@ import subprocess
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from ..given.line import is_of_dom0
 from ..systemd.journalreader import Record
 from ..systemd.manager import Manager
 from ..systemd.systemctl import Systemctl
@@ -73,6 +74,8 @@ class Context:
     def edit(self, unit: str, path: str) -> tuple[str, str]:
         """How a file is changed and a unit listens afterwards, as mend and
         advice, one of which is empty."""
+        if key := is_of_dom0(path):
+            return "", f"change it in dom0, where it is vm-config.{key}"
         if not path.startswith(f"{own_folder(user=self.now.user)}/"):
             return "", (
                 f"{path} is not yours to change: put a file of the same name"

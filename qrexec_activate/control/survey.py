@@ -18,6 +18,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ..errors import BadName
+from ..given.line import is_of_dom0
 from ..routing.claim import Claim, PassedSocket, Refusal, Route
 from ..routing.names import call_name, decode_escapes, parse_unit_name
 from ..routing.routes import SocketUnit, by_name, claims, unit_specifiers
@@ -94,6 +95,12 @@ class Entry:
     @property
     def label(self) -> str:
         return parse_unit_name(self.unit).label
+
+    @property
+    def key(self) -> str:
+        """The feature by which dom0 gives it; empty of what is of this
+        qube."""
+        return is_of_dom0(self.file)
 
     @property
     def state(self) -> str:

@@ -9,6 +9,7 @@ import click
 
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
+from .dom0 import refuse
 from .dropins import finishing
 from .options import complete_routes, dry_run_option, system_option
 from .select import the_routes, whole_units, written
@@ -42,6 +43,8 @@ def switch(
         meant = the_routes(now, words, all_of_them)
         units = whole_units(meant, written(now))
         change = change_of(list(units), at_once)
+        if change.enable or change.disable:
+            refuse(meant)
         change.wanted = {
             unit: [entry.listener for entry in opened]
             for unit, opened in units.items()

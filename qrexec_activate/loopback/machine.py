@@ -317,6 +317,7 @@ class Machine:
         if self._has_qubesdb:
             write_programs(top / "bin", self.qubesdb, generators)
             self.say("/default-user", pwd.getpwuid(os.getuid()).pw_name)
+            self.say("/name", "client")
             unit = "qrexec-activate-dom0.service"
             folder = units.with_name("units-user")
             text = (

@@ -117,7 +117,7 @@ def scan(
         runtime = (
             folder.startswith("/run/")
             or "/systemd/transient" in folder
-            or folder.endswith("user.control")
+            or folder.endswith(("user.control", "/systemd/generator"))
         )
         for name in _names(folder):
             path = f"{folder}/{name}"

@@ -3,6 +3,7 @@ generator under a real `systemd --user`, and a pretend QubesDB."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -409,3 +410,94 @@ def test_a_login_waits_for_little(place: Path) -> None:
     assert HEAVY & set(result.stdout.split()) == set()
     assert asked.read_text().count("\n") == 2
     assert len(list(out.glob("sockets.target.wants/*"))) == 100
+
+
+# ------------------------------------------------------ what the commands say of it
+
+
+@pytest.fixture
+def given(desk: Desk) -> Desk:
+    """One route from dom0, one of the qube's own for the same address, which
+    wins, and one that is none."""
+    desk.machine.say("/vm-config/connect-b", f"tcp {desk.port} gitweb; bad")
+    desk.machine.say("/vm-config/connect-c", f"tcp {desk.port} x 127.0.0.2")
+    desk.drop_in(
+        desk.tcp,
+        "work",
+        "[Socket]",
+        f"ListenStream=127.0.0.2:{desk.port}",
+        "FileDescriptorName=work",
+    )
+    desk.start(desk.tcp)
+    until(
+        "dom0's is there",
+        lambda: dom0_units(desk.machine) == {desk.labelled("dom0-gitweb")},
+    )
+    return desk
+
+
+def test_commands_show_what_is_from_dom0_and_leave_it_alone(
+    given: Desk,
+) -> None:
+    desk, port = given, given.port
+    origins = {one["listener"]: one["origin"] for one in desk.json("list")}
+    assert origins == {f"127.0.0.1:{port}": "dom0", f"127.0.0.2:{port}": "here"}
+    assert "dom0: vm-config.connect-b" in desk.run("list", "--wide")
+    header, *rows = desk.run("status", "--wide").splitlines()[:3]
+    assert header.split()[-1] == "FROM"
+    assert {row.split()[1]: row.split()[-1] for row in rows} == {
+        "gitweb": "dom0",
+        "work": "here",
+    }
+    shown = desk.run("status", f"127.0.0.1:{port}")
+    assert "from dom0 by vm-config.connect-b" in shown
+    assert (
+        f"# 127.0.0.1:{port}, to gitweb, is from dom0 (vm-config.connect-b)"
+        in desk.run("policy")
+    )
+    (file,) = desk.machine.runtime.glob("systemd/generator/*/connect-b.conf")
+    before = dom0_units(desk.machine)
+    for words in (
+        ("remove", f"127.0.0.1:{port}"),
+        ("retarget", f"127.0.0.1:{port}", "work"),
+        ("edit", f"127.0.0.1:{port}"),
+        ("edit", str(file)),
+        ("disable", f"127.0.0.1:{port}"),
+        ("disable", "--now", "gitweb"),
+        ("enable", "gitweb"),
+    ):
+        said = desk.fails(*words)
+        assert "cannot be changed here, as dom0 gives it" in said
+        assert "--unset client vm-config.connect-b" in said
+    assert dom0_units(desk.machine) == before
+
+
+def steps_of(desk: Desk) -> list[dict[str, str]]:
+    """What check says: never that all is well, without a qrexec-agent."""
+    steps: list[dict[str, str]] = json.loads(
+        desk.try_("check", "--json").stdout
+    )["steps"]
+    return steps
+
+
+def test_check_names_what_dom0_says_in_vain(given: Desk) -> None:
+    desk, port = given, given.port
+    steps = steps_of(desk)
+    (bad,) = (one for one in steps if "connect-b, from dom0" in one["text"])
+    assert "'bad' is no kind of route" in bad["text"]
+    assert bad["advice"] == (
+        "mend it in dom0: qvm-features client vm-config.connect-b"
+    )
+    # The pair.
+    (lost,) = (one for one in steps if "connect-c, from dom0" in one["text"])
+    assert (
+        f"127.0.0.2:{port} is opened by {desk.machine.unit_dir}/{desk.tcp}.d"
+        f"/work.conf, and what is this qube's own comes first" in lost["text"]
+    )
+    desk.machine.systemctl("stop", "qrexec-activate-dom0.service")
+    desk.machine.say("/vm-config/connect-d", f"tcp {port} y 127.0.0.3")
+    steps = steps_of(desk)
+    (late,) = (one for one in steps if "is not there yet" in one["text"])
+    assert f"127.0.0.3:{port} → y" in late["text"]
+    desk.machine.run(["sh", "-c", late["mend"]])
+    until("it is there", lambda: listens(("127.0.0.3", port)))
