@@ -21,8 +21,8 @@ def how_to_change(path: str) -> str:
     that are not dom0's."""
     key = is_of_dom0(path)
     return (
-        f"dom0 gives it: there, qvm-connect-route changes it, or qvm-features"
-        f" --unset {this_qube()} vm-config.{key}"
+        f"dom0 gives it: there, qvm-features --unset {this_qube()}"
+        f" vm-config.{key} takes it away"
         if key
         else ""
     )

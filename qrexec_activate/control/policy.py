@@ -248,7 +248,6 @@ def command(
         if entry.key:
             click.echo(
                 f"# {entry.listener}, to {entry.target}, is from dom0"
-                f" (vm-config.{entry.key}), where qvm-connect-route may have"
-                f" written its line."
+                f" (vm-config.{entry.key}), which may have its line already."
             )
     click.echo(text)
