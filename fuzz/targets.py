@@ -27,6 +27,7 @@ from qrexec_activate.errors import (
     UsageProblem,
 )
 from qrexec_activate.forward import serve
+from qrexec_activate.given import line, qubesdb
 from qrexec_activate.loopback import client_vm, faults, policy, rpc_config
 from qrexec_activate.routing import names, routes, unitfile
 from qrexec_activate.routing.claim import PassedSocket, Refusal
@@ -434,7 +435,44 @@ def options(data: bytes) -> None:
     assert read.service is not None
 
 
+# -- what dom0 says
+
+
+def dom0_value(data: bytes) -> None:
+    """Whatever QubesDB holds, no route is misread: each is one whose words
+    stand in the value, in a unit and a file that say just that."""
+    value = text(data)
+    for system in (False, True):
+        given, bad = line.decide(
+            {"connect-x": value}, {"t": "/run/u", "h": "/h"}, {}, system=system
+        )
+        for wrong in bad:
+            one_line(ValueError(str(wrong)))
+            assert str(wrong).isprintable()
+            assert len(str(wrong)) < 1000
+        for one in given:
+            words = [part.split() for part in re.split("[;\n\r]", value)]
+            assert any(
+                part[:3] == [one.kind, one.argument, one.target]
+                for part in words
+            )
+            assert _TARGET.fullmatch(one.target)
+            assert _QREXEC_TEXT.fullmatch(one.argument)
+            assert _is_unit_name(one.unit)
+            assert "/" not in one.unit
+            declared = unitfile.declared_listeners(
+                [SourceFile("/x.conf", one.text)]
+            )
+            (listener,) = declared.listeners
+            assert listener.address == one.address.written
+            assert listener.name is not None
+            named = names.decode_escapes(listener.name.text)
+            assert named == one.target
+    qubesdb.understand(data)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
+    "dom0": dom0_value,
     "unit-file": unit_file,
     "routing": routing,
     "name": name,

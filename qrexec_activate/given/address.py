@@ -49,6 +49,10 @@ def parse_address(
             f"{text!r} is no address: write it like 127.0.0.2, [::1]:8080 or"
             f" %t/name"
         )
+    if text.endswith("\\"):
+        raise UsageProblem(
+            f"{text!r} is no address: systemd would join its line with the next"
+        )
     if text.isdigit():
         raise UsageProblem(
             f"a bare port would be open to other machines: write"

@@ -136,6 +136,7 @@ def test_each_address_is_a_route_by_itself() -> None:
         ("unix x a 127.0.0.1", "no port"),
         ("unix x a /a/../b", "neither .."),
         ("unix x a %x/b", "no path"),
+        ("unix x a /b\\", "join its line"),
         (f"unix x a /{'a' * 107}", "too long"),
         (f"unix {'a' * 250} x /y", "longer than"),
         ("tcp 1234 a\x1b[31m", "begins with a letter"),
