@@ -12,6 +12,7 @@ from ..errors import ActivateError, BadName
 from ..routing.names import check_target
 from .options import complete_routes, system_option
 from .persistence import qubesdb
+from .rule import TARGET_QUBE, policy_line
 from .select import select
 from .survey import Entry, survey
 
@@ -20,7 +21,6 @@ __all__ = [
     "command",
     "file_name",
     "policy_file",
-    "policy_line",
     "policy_lines",
     "this_qube",
 ]
@@ -28,10 +28,8 @@ __all__ = [
 #: Where a person's own rules go: files are read in order, and 90-default.policy
 #: comes late enough.
 FILE = "/etc/qubes/policy.d/30-user.policy"
-#: What stands for a name that is not known here, and must be put in by the
-#: reader. No qube can have it.
+#: What stands for this qube's name where it is not known. No qube can have it.
 THIS_QUBE = "THIS-QUBE"
-TARGET_QUBE = "TARGET-QUBE"
 
 
 def this_qube() -> str:
@@ -49,41 +47,6 @@ def file_name(qube: str) -> str:
     of all qubes: `invalid filename`, says qrexec 4.4.2.
     """
     return f"30-qrexec-activate-{qube.lower()}"
-
-
-def policy_line(
-    service: str,
-    argument: str,
-    source: str,
-    target: str,
-    action: str = "ask",
-    redirect: str | None = None,
-) -> list[str]:
-    """One rule of the 5.0 format, in its columns.
-
-    An explicit target never matches a line for @default, so the line names what
-    the call names. For @default, dom0 chooses the qube: `target=` where the
-    call is allowed, `default_target=` where a person is asked.
-    """
-    words = [
-        service,
-        f"+{argument}",
-        source,
-        "@adminvm" if target == "dom0" else target,
-        action,
-    ]
-    if target == "@default":
-        if action == "allow":
-            words.append(f"target={redirect or TARGET_QUBE}")
-        elif redirect:
-            words.append(f"default_target={redirect}")
-    elif (
-        action == "ask"
-        and target != "@dispvm"
-        and not target.startswith("@dispvm:")
-    ):
-        words.append(f"default_target={words[3]}")
-    return words
 
 
 def policy_lines(

@@ -15,7 +15,7 @@ from ..errors import BadName
 from ..printable import printable
 from ..systemd.journalreader import Record
 from .connections import Connection
-from .policy import policy_line
+from .rule import policy_line
 from .survey import Entry
 from .table import BAD, DOUBTFUL, GOOD, shortened
 from .terminal import Styled, styled

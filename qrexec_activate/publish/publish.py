@@ -21,7 +21,7 @@ from ..control.options import (
 )
 from ..control.persistence import warn_of_loss
 from ..control.policy import FILE as POLICY_FILE
-from ..control.policy import policy_line, this_qube
+from ..control.policy import this_qube
 from ..control.publications import (
     FOLDER,
     RPC,
@@ -32,6 +32,7 @@ from ..control.publications import (
     socket_path,
     where_installed,
 )
+from ..control.rule import policy_line
 from ..control.table import short_path
 from ..errors import UsageProblem
 from ..routing.names import parse_unit_name

@@ -30,8 +30,8 @@ from qrexec_activate.control.policy import (
     THIS_QUBE,
     file_name,
     policy_file,
-    policy_line,
 )
+from qrexec_activate.control.rule import policy_line
 from qrexec_activate.control.select import select
 from qrexec_activate.control.survey import Daemon, Entry, find_daemon, foresee
 from qrexec_activate.control.table import lay_out
