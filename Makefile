@@ -157,6 +157,8 @@ install-services:
 .PHONY: install-dom0 install-dom0-salt
 install-dom0:
 	install -D -m 664 -t $(DESTDIR)/etc/qubes/policy.d dom0/90-qrexec-activate.policy
+	install -D -m 644 -t $(man_dir)/man1 dom0/qvm-connect-route.1
+	sed -i "s/@VERSION@/$$(cat version)/" $(man_dir)/man1/qvm-connect-route.1
 
 formula_dir = $(DESTDIR)/srv/formulas/base/qrexec-activate-formula
 install-dom0-salt:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 import unittest
@@ -154,3 +156,56 @@ def test_the_example_allows_what_it_says_and_no_more(read: Reader) -> None:
     assert read(text, "qubes.ConnectTCPBind+2049-127.0.1.1", "nfs") == "allow"
     assert read(text, "qubes.ConnectTCPBind+2049-127.0.1.2", "nfs") == "denied"
     assert read(text, "qubes.ConnectUnix+gpg-agent-ssh", "vault") == "denied"
+
+
+# ------------------------------------------------------------ qvm-connect-route
+
+
+def test_the_manual_page_of_the_tool_knows_all_its_options() -> None:
+    page = (PACKAGE / "qvm-connect-route.1").read_text().replace("\\-", "-")
+    source = PACKAGE / "qrexec_activate_dom0/connect_route.py"
+    options = re.findall(r'"(--[a-z-]+|-[a-z])"', source.read_text())
+    assert len(options) > 5
+    for option in options:
+        assert re.search(rf"[ (]{option}\b", page), option
+    for name in re.findall(r"/etc/qubes/policy\.d/(\S+)", page):
+        assert f'"{name}"' in source.with_name("policyfile.py").read_text()
+
+
+@pytest.mark.skipif(
+    shutil.which("groff") is None,
+    reason="groff is not installed: tools/packages-setup",
+)
+def test_the_manual_page_of_the_tool_is_without_a_warning() -> None:
+    page = PACKAGE / "qvm-connect-route.1"
+    done = subprocess.run(
+        ["groff", "-man", "-Tutf8", "-ww", page],
+        capture_output=True,
+        check=True,
+    )
+    assert not done.stderr
+
+
+def test_what_the_tool_shares_with_the_qubes_is_the_same_file() -> None:
+    package = PACKAGE / "qrexec_activate_dom0"
+    links = [path for path in package.rglob("*.py") if path.is_symlink()]
+    assert len(links) > 5
+    for path in links:
+        assert PACKAGE.parent / "qrexec_activate" in path.resolve().parents
+
+
+def test_the_wheel_has_all_packages_of_the_tool() -> None:
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())
+    folders = {
+        ".".join(path.parent.relative_to(PACKAGE).parts)
+        for path in PACKAGE.rglob("__init__.py")
+    }
+    assert set(project["tool"]["setuptools"]["packages"]) == folders
+
+
+def test_policy_of_the_tool_comes_after_a_persons_and_before_what_denies() -> (
+    None
+):
+    source = PACKAGE / "qrexec_activate_dom0/policyfile.py"
+    (name,) = re.findall(r'^NAME = "(.*)"$', source.read_text(), re.MULTILINE)
+    assert "30-user.policy" < name < "50-config.policy" < POLICY.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import re
 import shlex
 import subprocess
@@ -213,7 +214,7 @@ def test_rpmlint_finds_nothing_that_is_not_explained(rpms: Path) -> None:
         assert " 0 errors, 0 warnings" in said, said
 
 
-def test_dom0_gets_its_policy_and_tests_that_its_runner_finds(
+def test_dom0_gets_its_policy_its_tool_and_tests_that_its_runner_finds(
     rpms: Path, tmp_path: Path
 ) -> None:
     rpm = rpm_of(rpms, "qrexec-activate-dom0")
@@ -231,13 +232,21 @@ def test_dom0_gets_its_policy_and_tests_that_its_runner_finds(
     unpack = f"rpm2cpio {shlex.quote(str(rpm))} | cpio --extract --make-directories --quiet"
     subprocess.run(["sh", "-ec", unpack], cwd=tmp_path, check=True)
     (site,) = tmp_path.glob("usr/lib/python3*/site-packages")
-    (entry,) = [
-        entry
+    entries = {
+        entry.group: entry
         for found in importlib.metadata.distributions(path=[str(site)])
         for entry in found.entry_points
-    ]
-    assert entry.group == "qubes.tests.extra.for_template"
-    assert (site / entry.module / "__init__.py").exists()
+    }
+    assert set(entries) == {"qubes.tests.extra.for_template", "console_scripts"}
+    tests = entries["qubes.tests.extra.for_template"]
+    assert (site / tests.module / "__init__.py").exists()
+    tool = entries["console_scripts"]
+    assert os.access(tmp_path / "usr/bin" / tool.name, os.X_OK)
+    # What are links in the sources are files, and all that it needs of ours.
+    assert not [path for path in site.rglob("*") if path.is_symlink()]
+    folder = site / tool.module.partition(".")[0]
+    for path in (ROOT / "dom0" / folder.name).rglob("*.py"):
+        assert (site / path.relative_to(ROOT / "dom0")).is_file()
 
 
 def test_by_hand_as_by_packages_with_make_and_python_alone(

@@ -25,6 +25,7 @@ STAND_INS = {
     "bash": ("5.3.0", "/bin/sh"),
     "dbus": ("1.16.0", ""),
     "python3": ("3.14.0", "/usr/bin/python3"),
+    "python3-qubesadmin": ("4.3.40", ""),
     "qubes-core-agent-qrexec": ("4.3.40", ""),
     "qubes-core-dom0-linux": ("4.3.20", ""),
     "qubes-core-qrexec-dom0": ("4.3.15", ""),

@@ -1,0 +1,1 @@
+"""Of qrexec_activate: routes as they are given in words."""

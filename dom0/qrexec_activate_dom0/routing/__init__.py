@@ -1,0 +1,1 @@
+"""Of qrexec_activate: what is a name, and what an address."""
