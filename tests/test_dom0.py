@@ -164,7 +164,8 @@ def test_the_example_allows_what_it_says_and_no_more(read: Reader) -> None:
 def test_the_manual_page_of_the_tool_knows_all_its_options() -> None:
     page = (PACKAGE / "qvm-connect-route.1").read_text().replace("\\-", "-")
     source = PACKAGE / "qrexec_activate_dom0/connect_route.py"
-    options = re.findall(r'"(--[a-z-]+|-[a-z])"', source.read_text())
+    parser = source.read_text().split("def _parser()")[1].split("# -----")[0]
+    options = re.findall(r'"(--[a-z-]+|-[a-z])"', parser)
     assert len(options) > 5
     for option in options:
         assert re.search(rf"[ (]{option}\b", page), option
