@@ -419,8 +419,6 @@ def test_a_login_waits_for_little(place: Path) -> None:
 def given(desk: Desk) -> Desk:
     """One route from dom0, one of the qube's own for the same address, which
     wins, and one that is none."""
-    desk.machine.say("/vm-config/connect-b", f"tcp {desk.port} gitweb; bad")
-    desk.machine.say("/vm-config/connect-c", f"tcp {desk.port} x 127.0.0.2")
     desk.drop_in(
         desk.tcp,
         "work",
@@ -429,6 +427,8 @@ def given(desk: Desk) -> Desk:
         "FileDescriptorName=work",
     )
     desk.start(desk.tcp)
+    desk.machine.say("/vm-config/connect-b", f"tcp {desk.port} gitweb; bad")
+    desk.machine.say("/vm-config/connect-c", f"tcp {desk.port} x 127.0.0.2")
     until(
         "dom0's is there",
         lambda: dom0_units(desk.machine) == {desk.labelled("dom0-gitweb")},
