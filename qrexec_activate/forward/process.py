@@ -25,7 +25,7 @@ def leave_caretaker() -> None:
         os.posix_spawnp(
             sys.orig_argv[0],
             sys.orig_argv,
-            {**environment, CARETAKER: "1"},
+            {**environment, CARETAKER: str(os.getpid())},
             setpgroup=0,
             setsigmask=(),
         )

@@ -141,6 +141,9 @@ def _serve() -> None:
 def _look_after() -> None:
     """See to what an earlier daemon left, until the next one comes."""
     time.sleep(CARETAKER_DELAY)
+    # What has a daemon is left to it; one may take its time to end.
+    while str(os.getppid()) == os.environ[CARETAKER]:
+        time.sleep(CARETAKER_DELAY)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     from .serve_options import parse
 

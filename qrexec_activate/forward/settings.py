@@ -14,7 +14,8 @@ __all__ = ["CARETAKER", "STOP_SIGNALS", "Relay", "Settings"]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGURG)
 
 #: In the environment of a process that has no listeners, and looks after the
-#: connections of an earlier daemon until the next one comes.
+#: connections of an earlier daemon, whose number this says, until the next one
+#: comes.
 CARETAKER = "QREXEC_ACTIVATE_CARETAKER"
 
 

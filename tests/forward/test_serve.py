@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
+import trio
 
 from qrexec_activate.errors import ManagerError
 from qrexec_activate.forward import serve
+from qrexec_activate.forward.settings import CARETAKER
 from qrexec_activate.routing.claim import PassedSocket
 from qrexec_activate.systemd import manager
 
@@ -64,3 +69,23 @@ def test_a_daemon_starts_though_systemd_takes_no_order_of_its_user(
     assert not request.stopping
     # It goes on, and refuses what is not known.
     assert len(claims) == 1
+
+
+def test_a_caretaker_looks_once_the_daemon_has_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Whose connections are taken for those of a daemon that lives.
+    parents = [7, 7, 7, 1]
+    monkeypatch.setenv(CARETAKER, "7")
+    monkeypatch.setattr(os, "getppid", lambda: parents.pop(0))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda *order: None)
+    monkeypatch.setattr(
+        sys, "argv", ["x", "serve", "qubes.ConnectTCP", "--unit", "x.service"]
+    )
+    left_as_it_looks = []
+    monkeypatch.setattr(
+        trio, "run", lambda look: left_as_it_looks.append(list(parents))
+    )
+    serve._look_after()
+    assert left_as_it_looks == [[]]
