@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,9 +60,15 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
+def folder() -> Iterator[Path]:
+    """Of a short name: Podman takes no longer one than 50 characters."""
+    with tempfile.TemporaryDirectory(prefix="podman-") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Iterator[Recipe]:
     require("podman", "podman", "crun", str(CACHE), root=NEEDS_ROOT)
-    folder = tmp_path_factory.mktemp("podman")
     podman = folder / "podman"
     podman.write_text(PODMAN.format(top=folder))
     podman.chmod(0o755)
