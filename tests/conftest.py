@@ -4,7 +4,6 @@ and a loopback qrexec."""
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
@@ -127,17 +126,16 @@ class SideBySide:
         from xdist.scheduler import LoadScopeScheduling
 
         class ByFile(LoadScopeScheduling):
-            """Tests of a file have fixtures in common, recipes have folders
-            and containers, and packages the Debian in which they are tried,
-            bookworm unless it is named."""
+            """Tests of a file have fixtures in common; recipes and packages
+            boot containers."""
 
             def _split_scope(self, nodeid: str) -> str:
-                file, _, test = nodeid.partition("::")
+                file = nodeid.partition("::")[0]
                 room = "/".join(file.split("/")[:2])
                 if not room.endswith(LONGEST):
                     return file
-                debian = re.search(r"\[(trixie|sid)", test)
-                return room + (debian[0] if debian else "")
+                # Containers that are booted get in each other's way.
+                return "containers"
 
         return ByFile(config, log)
 
