@@ -228,7 +228,9 @@ async def test_a_daemon_that_is_told_to_go_at_once_after_its_start_goes(
 ) -> None:
     first = await scene.route()
     async with await connect(first) as stream:
-        # It may not even be up by now.
+        # It may not even be up by now. But it begins to: else systemd cancels
+        # an order to stop for the connection that comes behind it.
+        await until("it starts", lambda: scene.state(SERVICE) != "inactive")
         await scene.systemctl(verb, "qrexec-connect-tcp.service")
         await stream.send_eof()
         with trio.fail_after(60):
