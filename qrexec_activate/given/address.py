@@ -7,12 +7,14 @@ import os
 from collections.abc import Mapping
 
 from ..errors import UsageProblem
-from ..routing.address import AddressKey, address_key, expand_specifiers
+from ..routing.address import (
+    LONGEST_PATH,
+    AddressKey,
+    address_key,
+    expand_specifiers,
+)
 
 __all__ = ["Address", "parse_address"]
-
-#: sun_path in struct sockaddr_un, less the terminating zero.
-MAX_PATH = 107
 
 
 class Address:
@@ -62,7 +64,7 @@ def parse_address(
         return _parse_path(text, specifiers)
     if text.startswith(("@", "vsock:")):
         key = address_key(text)
-        if key is None or "%" in text or len(text) > MAX_PATH + 1:
+        if key is None or "%" in text or len(text) > LONGEST_PATH + 1:
             raise UsageProblem(
                 f"{text!r} is no address: write it like @name or vsock::1234"
             )
@@ -82,10 +84,10 @@ def _parse_path(text: str, specifiers: Mapping[str, str]) -> Address:
             f"{text!r} is no path of a socket: systemd takes neither .. nor a"
             f" / at the end"
         )
-    if len(os.fsencode(expanded)) > MAX_PATH:
+    if len(os.fsencode(expanded)) > LONGEST_PATH:
         raise UsageProblem(
             f"{expanded} is too long: the path of a unix socket holds"
-            f" {MAX_PATH} bytes"
+            f" {LONGEST_PATH} bytes"
         )
     return Address(text, expanded, key)
 
@@ -101,7 +103,7 @@ def _parse_ip(text: str, port: int | None) -> Address:
             if not (
                 back.isascii()
                 and back.isdigit()
-                and len(back) <= MAX_PATH
+                and len(back) <= LONGEST_PATH
                 and 1 <= int(back) <= 65535
             ):
                 raise UsageProblem(

@@ -17,6 +17,7 @@ from functools import lru_cache
 from .names import c_escape, c_unescape
 
 __all__ = [
+    "LONGEST_PATH",
     "AddressKey",
     "address_key",
     "expand_specifiers",
@@ -52,7 +53,7 @@ _VSOCK = re.compile(r"vsock:(0|[1-9][0-9]{0,9})?:(0|[1-9][0-9]{0,9})", re.ASCII)
 _SCOPED = re.compile(r"(.*)%([A-Za-z0-9_.-]+)", re.ASCII)
 #: A unix socket's address holds 108 bytes, of which systemd leaves one for a
 #: terminating zero.
-_LONGEST_PATH = 107
+LONGEST_PATH = 107
 
 
 def written_key(text: str) -> AddressKey | None:
@@ -67,7 +68,7 @@ def written_key(text: str) -> AddressKey | None:
         length = len(text.encode(errors="surrogatepass"))
         return (
             address_key(shown_address(text))
-            if 1 < length <= _LONGEST_PATH
+            if 1 < length <= LONGEST_PATH
             else None
         )
     key = address_key(text)
