@@ -18,7 +18,7 @@ from ..errors import BadName
 from ..given.kinds import KINDS
 from ..routing.names import parse_unit_name
 from ..routing.unitfile import assignments
-from ..systemd.unitdirs import own_folder
+from ..systemd.unitdirs import names_in, own_folder
 from .daemons import declared_daemon, read_file
 from .steps import Context, Level, Step, joined, set_aside, sudo
 
@@ -167,7 +167,9 @@ def _files(context: Context) -> Iterator[Step]:
     for unit, folders in sorted(context.now.files.folders.items()):
         if not unit.endswith(".socket") or not _is_ours(context, unit):
             continue
-        for path in (Path(one, name) for one in folders for name in _ls(one)):
+        for path in (
+            Path(one, name) for one in folders for name in names_in(one)
+        ):
             if path.suffix == ".conf" or not _declares(path):
                 continue
             new = path.with_name(f"{path.name.partition('.')[0]}.conf")
@@ -190,7 +192,7 @@ def _loose_files(context: Context) -> Iterator[Step]:
     """Drop-ins that lie among the units, and not in the folder of one."""
     top = own_folder(user=context.now.user)
     prefixes = _prefixes(context)
-    for path in (top / name for name in _ls(str(top))):
+    for path in (top / name for name in names_in(str(top))):
         if path.suffix != ".conf" or not _declares(path):
             continue
         folder = f"{path.name.removesuffix('.conf').removesuffix('.d')}.d"
@@ -297,11 +299,11 @@ def _folders(context: Context) -> Iterator[Step]:
     """Folders of drop-ins whose name is a little wrong."""
     top = own_folder(user=context.now.user)
     prefixes = _prefixes(context)
-    for name in _ls(str(top)):
+    for name in names_in(str(top)):
         folder = top / name
         if not name.endswith(".d") or _is_ours(context, name[:-2]):
             continue
-        if not any(_declares(folder / one) for one in _ls(str(folder))):
+        if not any(_declares(folder / one) for one in names_in(str(folder))):
             continue
         unit = meant_unit(name, prefixes)
         if not unit:
@@ -359,13 +361,6 @@ def _is_ours(context: Context, unit: str) -> bool:
         )
     except BadName:
         return False
-
-
-def _ls(folder: str) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError:
-        return []
 
 
 def _declares(path: Path) -> bool:

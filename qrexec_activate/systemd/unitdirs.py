@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import ActivateError
 from ..routing.names import parse_unit_name
 
-__all__ = ["UnitFiles", "own_folder", "scan"]
+__all__ = ["UnitFiles", "names_in", "own_folder", "scan"]
 
 _WANTS = (".wants", ".requires", ".upholds")
 
@@ -62,7 +62,7 @@ class UnitFiles:
         # one in a folder that wins.
         for owner in (unit, template):
             for folder in self.folders.get(owner, ()):
-                for file in _names(folder):
+                for file in names_in(folder):
                     if file.endswith(".conf"):
                         found.setdefault(file, f"{folder}/{file}")
         return [
@@ -92,13 +92,14 @@ class UnitFiles:
         return any(
             file.endswith(".conf")
             for folder in self.folders[unit]
-            for file in _names(folder)
+            for file in names_in(folder)
         )
 
 
-def _names(folder: str) -> list[str]:
+def names_in(folder: str) -> list[str]:
+    """What lies in a folder, in order; nothing where that cannot be told."""
     try:
-        return os.listdir(folder)
+        return sorted(os.listdir(folder))
     except OSError:
         return []
 
@@ -119,7 +120,7 @@ def scan(
             or "/systemd/transient" in folder
             or folder.endswith(("user.control", "/systemd/generator"))
         )
-        for name in _names(folder):
+        for name in names_in(folder):
             path = f"{folder}/{name}"
             if name.endswith(endings):
                 if len(name) > len(name.rpartition(".")[2]) + 1:
@@ -130,7 +131,7 @@ def scan(
                     path
                 )
             elif name.endswith(_WANTS):
-                for unit in _names(path):
+                for unit in names_in(path):
                     if (
                         unit.endswith(endings)
                         and files.enabled.get(unit) != "enabled"
