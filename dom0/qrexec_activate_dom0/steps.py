@@ -5,12 +5,11 @@ A step that fails may have taken effect nevertheless, so it is undone as well.
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .errors import ActivateError
+from .finishing import finishing
 
 __all__ = ["Step", "all_or_none"]
 
@@ -28,7 +27,7 @@ def all_or_none(steps: Sequence[Step]) -> None:
 
     What would be left is named in an ActivateError. Ctrl-C and its like wait.
     """
-    with _finishing():
+    with finishing():
         begun: list[Step] = []
         try:
             for step in steps:
@@ -46,13 +45,3 @@ def all_or_none(steps: Sequence[Step]) -> None:
                     f"{error}; and it could not be undone: {'; '.join(left)}"
                 ) from error
             raise
-
-
-@contextlib.contextmanager
-def _finishing() -> Iterator[None]:
-    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

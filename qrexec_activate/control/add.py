@@ -37,7 +37,8 @@ from .address import (
     next_free,
     obstacle,
 )
-from .dropins import finishing, locked
+from .dropins import locked
+from .finishing import finishing
 from .kinds import daemon_of, will_refuse
 from .options import (
     complete_files,

@@ -13,7 +13,8 @@ from ..routing.names import check_service, parse_unit_name
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import UnitFiles, own_folder, scan
-from .dropins import finishing, locked
+from .dropins import locked
+from .finishing import finishing
 from .options import dry_run_option, system_option
 from .persistence import warn_of_loss
 from .settle import Change, carry_out, show

@@ -13,7 +13,6 @@ import fcntl
 import os
 import re
 import shutil
-import signal
 import stat
 import tempfile
 import time
@@ -27,7 +26,6 @@ from ..systemd.unitdirs import own_folder
 __all__ = [
     "create_file",
     "file_shown",
-    "finishing",
     "is_idle",
     "locked",
     "remove_file",
@@ -107,17 +105,6 @@ def _tidy(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def finishing() -> Iterator[None]:
-    """Hold back Ctrl-C and its like until what was begun is done or undone."""
-    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def file_shown(path: Path | str, text: str | None) -> str:

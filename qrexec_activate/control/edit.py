@@ -24,7 +24,8 @@ from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .address import obstacle
 from .dom0 import how_to_change
-from .dropins import finishing, locked
+from .dropins import locked
+from .finishing import finishing
 from .netproc import overlaps
 from .options import complete_routes, dry_run_option, system_option
 from .select import the_routes

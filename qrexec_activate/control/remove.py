@@ -24,7 +24,8 @@ from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .dom0 import refuse
-from .dropins import finishing, is_idle, locked, without_lines
+from .dropins import is_idle, locked, without_lines
+from .finishing import finishing
 from .options import complete_routes, dry_run_option, system_option
 from .select import the_routes
 from .settle import Change, carry_out, show

@@ -11,7 +11,8 @@ from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .add_rpc import UNITS, check_prefix
-from .dropins import finishing, locked
+from .dropins import locked
+from .finishing import finishing
 from .options import complete_own_kinds, dry_run_option, system_option
 from .settle import Change, carry_out, show
 from .survey import take_survey

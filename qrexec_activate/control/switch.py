@@ -10,7 +10,7 @@ import click
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from .dom0 import refuse
-from .dropins import finishing
+from .finishing import finishing
 from .options import complete_routes, dry_run_option, system_option
 from .select import the_routes, whole_units, written
 from .settle import Change, carry_out, show

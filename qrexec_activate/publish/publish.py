@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from ..control.dropins import finishing, locked
+from ..control.dropins import locked
+from ..control.finishing import finishing
 from ..control.netproc import listening
 from ..control.options import (
     complete_files,

@@ -18,10 +18,10 @@ import click
 from ..control.dropins import (
     create_file,
     file_shown,
-    finishing,
     locked,
     remove_file,
 )
+from ..control.finishing import finishing
 from ..errors import ActivateError, UsageProblem
 from ..systemd.journal import IDENTIFIER, Priority
 from ..systemd.programs import run

@@ -10,13 +10,13 @@ import click
 
 from ..control.dropins import (
     file_shown,
-    finishing,
     is_idle,
     locked,
     remove_file,
     replace_file,
     without_lines,
 )
+from ..control.finishing import finishing
 from ..control.options import debug_option, dry_run_option
 from ..control.publications import (
     Publication,
