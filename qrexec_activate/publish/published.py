@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -42,8 +43,10 @@ __all__ = ["command", "complete_names"]
 
 #: A program may take its time to start; systemd gives up a little before this.
 TRY_TIMEOUT = 70.0
-#: Within this time a program that cannot run has ended.
+#: Within this time a program that cannot run has ended, unless it waits for a
+#: processor, as on a busy machine; none waits longer than SETTLED.
 SETTLING = 1.0
+SETTLED = 10.0
 #: So many are tried at once: each may start a program, which is ended again.
 TRIED_AT_ONCE = 8
 #: How long a program may take to see that a trial is over.
@@ -230,7 +233,7 @@ def _try(one: Publication) -> str:
         if client is None:
             return problem
         with client:
-            problem = _walk_on(one, manager)
+            problem = _walk_on(one, manager, client)
         if slept:
             _end(one)
     return problem
@@ -266,27 +269,89 @@ def _end(one: Publication) -> None:
         time.sleep(0.05)
 
 
-def _walk_on(one: Publication, manager: Manager) -> str:
+class Sight(NamedTuple):
+    """What runs of a service at one moment."""
+
+    state: str
+    #: systemd's ids of what runs: others mean that it was started once more.
+    runs: tuple[str, ...] = ()
+    #: Whether it waits for something other than a processor.
+    waits: bool = False
+
+
+def stays(sights: Iterable[tuple[float, Sight]]) -> str | None:
+    """Whether a program stays, as seen at these times, in seconds: None where
+    it does, else what it was last.
+
+    systemd starts one that ends at once again and again, so that it may be seen
+    to run each time: only what has run throughout counts.
+    """
+    first: tuple[float, Sight] | None = None
+    state = "unknown"
+    for now, sight in sights:
+        state = sight.state
+        if first is None:
+            if state in ("idle", "starting", "stopping"):
+                continue
+            first = now, sight
+        since, then = first
+        if state != "running":
+            return state
+        if sight.runs != then.runs:
+            return "started again"
+        if now - since >= (SETTLING if sight.waits else SETTLED):
+            return None
+    return state
+
+
+def _sights(manager: Manager, unit: str) -> Iterator[tuple[float, Sight]]:
+    pair = units_of(unit)[:2]
+    deadline = time.monotonic() + TRY_TIMEOUT
+    while (now := time.monotonic()) < deadline:
+        # First of all its state: what has just begun to run has an id.
+        state = _state(manager, unit)
+        rows = manager.unit_properties(
+            pair, "Unit", ["ActiveState", "InvocationID"]
+        )
+        pids = manager.unit_properties(pair, "Service", ["MainPID"])
+        active = [
+            (bytes(row["InvocationID"] or ()).hex(), pid["MainPID"])
+            for row, pid in zip(rows, pids, strict=True)
+            if row["ActiveState"] == "active"
+        ]
+        runs = tuple(run for run, _ in active)
+        yield now, Sight(state, runs, all(_waits(pid) for _, pid in active))
+        time.sleep(0.05)
+
+
+def _waits(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "S"
+
+
+def _walk_on(one: Publication, manager: Manager, client: socket.socket) -> str:
     """systemd has taken the connection; whether there is a program for it, and
     stays, shows in a moment."""
-    deadline = time.monotonic() + TRY_TIMEOUT
-    while (now := _state(manager, one.unit)) in (
-        "idle",
-        "starting",
-        "stopping",
-    ) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    settled = time.monotonic() + SETTLING
-    while now == "running" and time.monotonic() < settled:
-        time.sleep(0.05)
-        now = _state(manager, one.unit)
-    if now == "running":
+    state = stays(_sights(manager, one.unit))
+    if state is None or _has_answered(client):
         return ""
     units = units_of(one.unit)[:2]
     return (
-        f"its program does not stay ({now}):"
+        f"its program does not stay ({state}):"
         f" {Systemctl(user=manager.user).written('status', *units)}"
     )
+
+
+def _has_answered(client: socket.socket) -> bool:
+    """Whether a program that has ended had something to say before."""
+    client.setblocking(False)
+    try:
+        return bool(client.recv(1))
+    except OSError:
+        return False
 
 
 def _lost_domains(services: list[Service]) -> dict[str, str]:

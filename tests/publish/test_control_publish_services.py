@@ -417,8 +417,8 @@ def test_check_goes_the_whole_way(desk: Desk) -> None:
         for line in result.stdout.splitlines()
         if line.startswith(("good:", "bad:"))
     ]
-    assert len(problems) == 1
-    assert problems[0].startswith("bad: its program does not stay")
+    assert len(problems) == 1, result
+    assert problems[0].startswith("bad: its program does not stay"), result
     assert ask(desk, "good") == "good heard me"
 
 

@@ -1,0 +1,53 @@
+"""What is told of programs by what is seen of them, without any."""
+
+from __future__ import annotations
+
+import pytest
+
+from qrexec_activate.publish.published import SETTLED, SETTLING, Sight, stays
+
+#: Between two looks at a program.
+STEP = 0.1
+ONE = Sight("running", ("1",), True)
+BUSY = ONE._replace(waits=False)
+TWO = ONE._replace(runs=("2",))
+
+
+def seen(*sights: Sight, step: float = STEP) -> str | None:
+    """What is told of these sights, the last of which lasts; it is an error if
+    that is never known."""
+    last = [sights[-1]] * int(2 * SETTLED / step)
+    times = (number * step for number in range(len(sights) + len(last)))
+    return stays(zip(times, [*sights, *last], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sights", "told"),
+    [
+        ([Sight("idle"), Sight("starting"), ONE], None),
+        ([Sight("idle"), ONE, Sight("failed")], "failed"),
+        ([ONE, Sight("idle")], "idle"),
+        # Caught each time while it ran, as one that ends at once may be.
+        ([Sight("idle"), ONE, TWO], "started again"),
+        ([ONE, Sight("running"), ONE], "started again"),
+        # Its processor is another's for a while.
+        ([BUSY] * int(2 * SETTLING / STEP) + [Sight("idle")], "idle"),
+        # It computes.
+        ([BUSY], None),
+        ([BUSY, BUSY, ONE], None),
+        ([Sight("starting")], "starting"),
+    ],
+)
+def test_a_program_stays_if_it_has_run_throughout(
+    sights: list[Sight], told: str | None
+) -> None:
+    assert seen(*sights) == told
+
+
+@pytest.mark.parametrize("sights", [[ONE, TWO], [ONE, BUSY, Sight("idle")]])
+def test_however_seldom_one_looks(sights: list[Sight]) -> None:
+    assert seen(*sights, step=2 * SETTLING) is not None
+
+
+def test_one_look_is_too_few() -> None:
+    assert stays([(0.0, ONE)]) == "running"
