@@ -238,18 +238,22 @@ def end_unused(service: Service, units: Sequence[str]) -> bool:
     if not (running := running_of(systemctl, units)):
         return True
     systemctl.run("kill", "--signal=SIGSTOP", *running, check=False)
-    used = True
+    ended = False
     try:
-        used = not _stand_still(systemctl, running) or _is_used(service)
-        if not used:
+        if _stand_still(systemctl, running) and not _is_used(service):
             # systemd has them go on after its SIGTERM. What ends with another,
             # and has no file any more, it does not know by then.
             for unit in running:
                 systemctl.run("stop", unit, check=unit == units[0])
+            ended = True
+    except ActivateError:
+        # A connection that waits has it started, and not stopped: systemd
+        # cancels a job for a later one.
+        pass
     finally:
-        if used:
+        if not ended:
             systemctl.run("kill", "--signal=SIGCONT", *running, check=False)
-    return not used
+    return ended
 
 
 def _stand_still(systemctl: Systemctl, units: Sequence[str]) -> bool:

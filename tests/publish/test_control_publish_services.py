@@ -23,9 +23,11 @@ from typing import Any
 import pytest
 from desk import PATIENCE, Desk, free_port
 
+from qrexec_activate.errors import ActivateError
 from qrexec_activate.loopback.machine import Machine, start_journald
 from qrexec_activate.publish import change
 from qrexec_activate.publish.services import Service
+from qrexec_activate.systemd.systemctl import Systemctl
 
 #: A program that takes its socket from systemd, and answers each line with its
 #: own name and that line.
@@ -970,6 +972,36 @@ def test_who_connects_as_a_program_ends_waits_for_the_next(
     with client, client.makefile("rb") as file:
         assert file.readline() == b"wiki heard me\n"
     assert desk.machine.property(unit, "MainPID") != pid
+
+
+def test_a_stop_that_systemd_cancels_is_tried_again(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said_again(desk, program(desk, ACTIVATED, "wiki"))
+    assert ask(desk, "wiki") == "wiki heard me"
+    unit = "qrexec-publish-wiki.service"
+    pid = desk.machine.property(unit, "MainPID")
+    for name, value in desk.machine.environment.items():
+        monkeypatch.setenv(name, value)
+    really_run = Systemctl.run
+    canceled: list[str] = []
+
+    def run(systemctl: Systemctl, *words: str, check: bool = True) -> object:
+        if words == ("stop", unit) and not canceled:
+            canceled.append(unit)
+            raise ActivateError(f"Job for {unit} canceled.")
+        return really_run(systemctl, *words, check=check)
+
+    monkeypatch.setattr(Systemctl, "run", run)
+    until(
+        "it is told to end",
+        lambda: change.end_unused(Service("wiki"), [unit]) or canceled,
+    )
+    # As it was: it stands still no more.
+    assert desk.machine.property(unit, "MainPID") == pid
+    assert ask(desk, "wiki") == "wiki heard me"
+    until("it ends", lambda: change.end_unused(Service("wiki"), [unit]))
+    assert desk.machine.property(unit, "MainPID") == "0"
 
 
 def test_a_dry_run_shows_what_differs(desk: Desk) -> None:
