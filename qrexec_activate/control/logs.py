@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import click
 
 from ..errors import BadName, ManagerError, UsageProblem
-from ..systemd.journalreader import Record, records
+from ..systemd.journalreader import Record, records, unit_records
 from .daemons import declared_daemon
 from .options import complete_routes, system_option
+from .publications import managers, published, services_of
 from .select import means
 from .survey import Survey, survey
 from .table import BAD, DOUBTFUL, QUIET
@@ -69,7 +73,10 @@ Examples:
 """,
 )
 @click.argument(
-    "routes", metavar="[ROUTE|ID]...", nargs=-1, shell_complete=complete_routes
+    "routes",
+    metavar="[ROUTE|ID|NAME]...",
+    nargs=-1,
+    shell_complete=complete_routes,
 )
 @click.option(
     "-f", "--follow", is_flag=True, help="Go on, and show what comes."
@@ -117,7 +124,9 @@ def command(
     has ended, and all warnings.
 
     ROUTE is an address, a unit, a target, a call, an argument or a file, also
-    of a route that is no more; ID is that of a connection.
+    of a route that is no more; ID is that of a connection. In a service qube,
+    NAME is one that is published: all that its program writes, and what systemd
+    says of it.
     """
     if follow and until:
         raise UsageProblem("--follow and --until exclude each other")
@@ -138,14 +147,24 @@ def command(
 
     show = _show_json if as_json else _show
     newest = None
-    whose: dict[str, Any] = {
-        "user": not system,
-        "control_group": now.control_group if now else "",
-        "daemons": _daemons(now) if now else None,
-    }
     # Words that nothing is known by, so far.
     unknown = [word for word in routes if not meant[word]]
-    with records(**whose, since=since, until=until, latest_first=True) as found:
+    read: Callable[..., AbstractContextManager[Iterator[Record]]]
+    if unknown and (programs := _published(unknown, system=system)):
+        if len(unknown) < len(routes):
+            raise UsageProblem(
+                f"{unknown[0]} is published here, and the others are routes:"
+                f" ask for them one by one"
+            )
+        read, unknown, everything, routes = programs, [], True, ()
+    else:
+        read = partial(
+            records,
+            user=not system,
+            control_group=now.control_group if now else "",
+            daemons=_daemons(now) if now else None,
+        )
+    with read(since=since, until=until, latest_first=True) as found:
         shown: list[Record] = []
         for record in found:
             newest = newest or record.cursor
@@ -164,9 +183,44 @@ def command(
     if not shown and lines and not follow:
         say("The journal has nothing of that", err=True)
     if follow:
-        with records(**whose, follow=True, after=newest) as found:
+        with read(follow=True, after=newest) as found:
             for record in filter(is_wanted, found):
                 show(record)
+
+
+def _published(
+    words: list[str], *, system: bool
+) -> Callable[..., AbstractContextManager[Iterator[Record]]] | None:
+    """What reads the log of the programs that are published by these names, all
+    of one manager; None where none of them is. Raises UsageProblem for one
+    that has no unit."""
+    with contextlib.suppress(ManagerError), managers() as found:
+        for manager in found:
+            if system and manager.user:
+                continue
+            there = {one.name: one for one in published(manager)}
+            if not there.keys() & set(words):
+                continue
+            for word in words:
+                if word not in there:
+                    raise UsageProblem(
+                        f"{word!r} is not published like {words[0]}; ask for"
+                        f" them one by one"
+                    )
+                if not there[word].unit:
+                    raise UsageProblem(
+                        f"{word} leads to {there[word].socket}, which no unit"
+                        f" makes: its program has a log of its own"
+                    )
+            sockets = [there[word].unit for word in words]
+            services = [
+                service
+                for socket in sockets
+                for service in services_of(manager, socket)
+            ]
+            groups = manager.control_groups([*sockets, *services])
+            return partial(unit_records, groups, user=manager.user)
+    return None
 
 
 def _survey(*, user: bool) -> Survey | None:

@@ -35,6 +35,7 @@ __all__ = [
     "folder",
     "managers",
     "published",
+    "services_of",
     "symlink_lines",
     "where_installed",
 ]
@@ -168,6 +169,20 @@ def published(
             )
         )
     return found
+
+
+def services_of(manager: Manager, unit: str) -> list[str]:
+    """The services that a socket unit starts, and the programs behind those
+    that are only the way there."""
+    (row,) = manager.unit_properties([unit], "Unit", ["Triggers"])
+    services = _services_among(row["Triggers"])
+    rows = manager.unit_properties(services, "Unit", ["BindsTo"])
+    behind = [name for row in rows for name in _services_among(row["BindsTo"])]
+    return list(dict.fromkeys([*services, *behind]))
+
+
+def _services_among(units: Iterable[str] | None) -> list[str]:
+    return [unit for unit in units or () if unit.endswith(".service")]
 
 
 def _names(place: Path) -> list[str]:

@@ -1,5 +1,5 @@
 """What the daemons wrote to the journal: the record of every connection, and
-what they warned of."""
+what they warned of; and what other units wrote."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ActivateError
 from ..routing.unitfile import plain_address
 from .journal import IDENTIFIER
 
-__all__ = ["Record", "records"]
+__all__ = ["Record", "records", "unit_records"]
 
 FIELDS = (
     "MESSAGE",
@@ -109,13 +109,63 @@ def records(
     not believed; nor is what a qube has its end of a call say on stderr, which
     the journal takes from the daemon's unit, too, but not as a record.
     """
-    words = [
-        "journalctl",
-        "--no-pager",
-        "--output=json",
-        f"--output-fields={','.join(FIELDS)}",
-    ]
-    words += ["--follow"] if follow else []
+    matches = [f"SYSLOG_IDENTIFIER={IDENTIFIER}", "_TRANSPORT=journal"]
+    matches += [f"_UID={os.getuid()}"] if user else []
+    choice = _choice(follow, since, until, after, latest_first)
+    with _journal([*choice, *matches], user=user) as found:
+        yield (
+            record
+            for record in found
+            if (daemons is None or record.unit in daemons)
+            and _is_of(record, user, control_group)
+        )
+
+
+@contextmanager
+def unit_records(
+    control_groups: Mapping[str, str],
+    *,
+    user: bool,
+    **choice: Any,
+) -> Iterator[Iterator[Record]]:
+    """Yield what these units of this manager write, and what systemd says of
+    them, without the fields that a program may choose; each has the control
+    group in which it runs. The rest is as with records()."""
+    matches: list[str] = []
+    for unit, group in control_groups.items():
+        of_unit = (
+            [f"_SYSTEMD_USER_UNIT={unit}", f"_UID={os.getuid()}"],
+            [f"USER_UNIT={unit}", f"_UID={os.getuid()}"],
+        )
+        of_system = [f"_SYSTEMD_UNIT={unit}"], [f"UNIT={unit}", "_PID=1"]
+        for words in (
+            [f"_SYSTEMD_CGROUP={group}"],
+            *(of_unit if user else of_system),
+        ):
+            matches += ["+"] * bool(matches) + words
+    with _journal([*_choice(**choice), *matches], user=user) as found:
+        yield (
+            replace(
+                record,
+                fields={
+                    name: text
+                    for name, text in record.fields.items()
+                    if name == "_SYSTEMD_CGROUP"
+                },
+            )
+            for record in found
+        )
+
+
+def _choice(
+    follow: bool = False,
+    since: str | None = None,
+    until: str | None = None,
+    after: str | None = None,
+    latest_first: bool = False,
+) -> list[str]:
+    """Which records journalctl is to show, of those that match."""
+    words = ["--follow"] if follow else []
     words += ["--reverse"] if latest_first else []
     words += [f"--since={since}"] if since else []
     words += [f"--until={until}"] if until else []
@@ -126,8 +176,18 @@ def records(
         if follow
         else []
     )
-    words += [f"SYSLOG_IDENTIFIER={IDENTIFIER}", "_TRANSPORT=journal"]
-    words += [f"_UID={os.getuid()}"] if user else []
+    return words
+
+
+@contextmanager
+def _journal(choice: list[str], *, user: bool) -> Iterator[Iterator[Record]]:
+    words = [
+        "journalctl",
+        "--no-pager",
+        "--output=json",
+        f"--output-fields={','.join(FIELDS)}",
+        *choice,
+    ]
     with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(
@@ -146,12 +206,7 @@ def records(
         def found() -> Iterator[Record]:
             assert process.stdout is not None
             for line in process.stdout:
-                record = _parse(line)
-                if (
-                    record
-                    and (daemons is None or record.unit in daemons)
-                    and _is_of(record, user, control_group)
-                ):
+                if record := _parse(line):
                     yield record
             # It has come to its end by itself.
             code = process.wait()

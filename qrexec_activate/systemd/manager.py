@@ -78,6 +78,8 @@ _SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
 #: The properties that are used here, and their D-Bus types.
 _SIGNATURES = {
     "ActiveState": "s",
+    "BindsTo": "as",
+    "ControlGroup": "s",
     "DropInPaths": "as",
     "FileDescriptorName": "s",
     "FragmentPath": "s",
@@ -88,7 +90,9 @@ _SIGNATURES = {
     "MainPID": "u",
     "NeedDaemonReload": "b",
     "TimeoutStopUSec": "t",
+    "Slice": "s",
     "TriggeredBy": "as",
+    "Triggers": "as",
     "UnitsLoadStartTimestamp": "t",
     "UnitsLoadTimestamp": "t",
 }
@@ -392,6 +396,15 @@ class Manager:
         values = iter(self.properties(wanted))
         return [{name: next(values) for name in names} for _ in units]
 
+    def control_groups(self, services: Sequence[str]) -> dict[str, str]:
+        """In which control group each service runs, or would."""
+        (top,) = self.manager_properties("ControlGroup")
+        rows = self.unit_properties(services, "Service", ["Slice"])
+        return {
+            unit: "/".join([top or "", *_slices(row["Slice"] or ""), unit])
+            for unit, row in zip(services, rows, strict=True)
+        }
+
     def list_units(self, *patterns: str) -> list[LoadedUnit]:
         """Return the units that systemd has loaded and whose names match any of
         the patterns, as with `*.socket`."""
@@ -528,6 +541,12 @@ class Manager:
                 )
             ]
         )
+
+
+def _slices(name: str) -> list[str]:
+    """A slice, and before it those that it is in, as its name says."""
+    parts = name.removesuffix(".slice").split("-")
+    return [f"{'-'.join(parts[: at + 1])}.slice" for at in range(len(parts))]
 
 
 def _value(path: str, name: str, body: tuple[Any, ...] | None) -> Any:

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import secrets
 import select
 import socket
 import socketserver
@@ -413,6 +414,63 @@ def test_what_a_qube_has_its_end_say_is_no_record(
     ).stdout
     assert "forged" in said
     assert "forged" not in desk.run("logs", "--everything")
+
+
+#: Says something, also with fields of its own choice and an escape.
+TALKER = """\
+import socket
+from systemd import journal
+print("spoken\\x1b[2J", flush=True)
+journal.send("forged", CONNECTION_ID="1", QREXEC_TARGET="work", UNIT="x.socket")
+socket.socket(fileno=3).accept()[0].recv(1)
+"""
+
+
+def test_the_log_of_a_name_is_that_of_its_program(desk: Desk) -> None:
+    program = desk.machine.home / "talker.py"
+    program.write_text(TALKER)
+    name = f"talk-{secrets.token_hex(4)}"
+    path = desk.machine.runtime / "qubes.ConnectUnix" / name
+    words = ("publish", name, "--exec", f"{sys.executable} {program}")
+    desk.run(*words, "--idle", "1min")
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(b"x")
+            client.settimeout(PATIENCE)
+            assert client.recv(1) == b""
+        # What systemd says of it, too.
+        for word in ("spoken\\x1b[2J\n", "forged\n", "Started"):
+            until(
+                f"it has {word!r}",
+                lambda word=word: word in desk.run("logs", name),
+            )
+        assert "\x1b" not in desk.run("logs", name)
+        lines = desk.run("logs", name, "--json").splitlines()
+        for line in lines:
+            assert problems(json.loads(line), "logs") == []
+        (forged,) = (
+            one for one in map(json.loads, lines) if one["message"] == "forged"
+        )
+        assert forged["daemon"] == f"qrexec-program-{name}.service"
+        assert (forged["id"], forged["target"], forged["unit"]) == (None,) * 3
+        for other in ("work", "nobody"):
+            assert "one by one" in desk.fails("logs", name, other, code=2)
+        assert desk.run("logs", "-n1", name).count("\n") == 1
+    finally:
+        desk.run("unpublish", name)
+    # Nor is it taken for what became of a connection.
+    assert "forged" not in desk.run("logs", "--everything")
+
+
+def test_who_has_no_unit_has_no_log_here(desk: Desk) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        path = desk.machine.home / "by-hand.sock"
+        listener.bind(str(path))
+        listener.listen()
+        desk.run("publish", "by-hand", "--unix", str(path))
+        assert "which no unit makes" in desk.fails("logs", "by-hand", code=2)
+        desk.run("unpublish", "by-hand")
 
 
 def test_the_log_is_followed(desk: Desk) -> None:
