@@ -253,6 +253,10 @@ def genuine_qrexec(app: App) -> dict[str, types.ModuleType]:
     qrexec: Any = sys.modules["qrexec"]
     qrexec.POLICYPATH = parser.POLICYPATH = app.policy
     parser.RUNTIME_POLICY_PATH = app.folder / "run"
+    # Before 4.3 it was bound as the class was made.
+    defaults = parser.FilePolicy.__init__.__kwdefaults__
+    if defaults["policy_path"] is not None:
+        defaults["policy_path"] = app.policy
     return {
         name: module
         for name, module in sys.modules.items()
