@@ -308,3 +308,18 @@ def test_idle_and_running_services_are_measured() -> None:
     assert all(
         cell.endswith(" MiB") for row in list(rows.values())[1:] for cell in row
     )
+
+
+def test_what_a_login_waits_for_is_measured() -> None:
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "bench.login"),
+            *("--routes", "3", "--rounds", "1"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = result.stdout.splitlines()
+    assert len(rows) == 4
+    assert rows[2].startswith("| CPU time | ")

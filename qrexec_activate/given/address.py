@@ -4,7 +4,7 @@ vsock:, and what of these is none."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from _collections_abc import Mapping
 
 from ..errors import UsageProblem
 from ..routing.address import (

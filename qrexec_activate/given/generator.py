@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from _collections_abc import Iterator, Mapping
 
 from ..printable import printable
 from ..routing.address import AddressKey, expand_specifiers, written_key

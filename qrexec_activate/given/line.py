@@ -7,13 +7,12 @@ same unit with the same text, whatever stands beside it. No I/O.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from _collections_abc import Iterator, Mapping
 
 from ..errors import ActivateError, UsageProblem
 from ..printable import printable
 from ..routing.address import AddressKey
-from ..routing.names import check_argument, check_target, escape_target
+from ..routing.names import NAME, check_argument, check_target, escape_target
 from .address import Address, parse_address
 from .kinds import KINDS, RPCS, default_listen, port_of, unit_of
 
@@ -28,10 +27,8 @@ PRIVILEGED = 1024
 #: no journal.
 MOST_SAID = 5
 LONGEST = 300
-
-_SPLIT = re.compile(r"[;\n\r]")
-#: What may be in the name of a file, and is by qubesd in that of a feature.
-_KEY = re.compile(r"[A-Za-z0-9_.-]{1,63}", re.ASCII)
+#: What a name in QubesDB holds at most.
+LONGEST_KEY = 63
 
 
 class Given:
@@ -150,10 +147,11 @@ def decide(
 def _of_value(
     key: str, value: str, specifiers: Mapping[str, str]
 ) -> Iterator[Given | Bad]:
-    if not _KEY.fullmatch(key):
+    # It becomes the name of a file.
+    if not (key and len(key) <= LONGEST_KEY and NAME.issuperset(key)):
         yield Bad(key, "a feature's name holds letters, digits, '_', '.', '-'")
         return
-    for line in _SPLIT.split(value):
+    for line in value.replace("\n", ";").replace("\r", ";").split(";"):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue

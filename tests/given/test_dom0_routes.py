@@ -377,7 +377,8 @@ def test_an_own_socket_that_is_masked_or_not_enabled_is_no_rival(
 
 #: Each takes longer to import than all that there is to do.
 HEAVY = {
-    *("dataclasses", "inspect", "typing", "ipaddress", "socket", "signal"),
+    *("re", "enum", "functools", "collections", "collections.abc", "typing"),
+    *("dataclasses", "inspect", "ipaddress", "socket", "signal"),
     *("subprocess", "pathlib", "site", "trio", "click", "jeepney", "systemd"),
 }
 
