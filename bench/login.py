@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from statistics import median_high
 
 from qrexec_activate.loopback.qubesdb import put, write_programs
 
@@ -36,8 +37,7 @@ def main() -> None:
     for what, times in zip(
         ("CPU time", "elapsed"), zip(*rounds, strict=True), strict=True
     ):
-        least, *_, most = ordered = sorted(times)
-        figures = (least, ordered[len(ordered) // 2], most)
+        figures = min(times), median_high(times), max(times)
         shown = " | ".join(f"{1000 * figure:.1f} ms" for figure in figures)
         print(f"| {what} | {shown} |")
 

@@ -316,6 +316,7 @@ def test_what_a_login_waits_for_is_measured() -> None:
             *(sys.executable, "-m", "bench.login"),
             *("--routes", "3", "--rounds", "1"),
         ],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
