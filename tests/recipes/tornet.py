@@ -166,10 +166,12 @@ def tor_network(folder: Path) -> Iterator[TorNetwork]:
         network.start_relays()
         yield network
     finally:
+        # Told to end, one of them once had not done so after two minutes; what
+        # they write is gone with the folder.
         for process in network.processes:
-            process.terminate()
+            process.kill()
         for process in network.processes:
-            process.wait(PATIENCE)
+            process.wait()
 
 
 def wait_ready(network: TorNetwork, name: str) -> None:
