@@ -31,10 +31,17 @@ def shared_machine() -> Iterator[Machine]:
 
 @pytest.fixture
 async def scene(
-    shared_machine: Machine, nursery: trio.Nursery
+    request: pytest.FixtureRequest,
+    shared_machine: Machine,
+    nursery: trio.Nursery,
 ) -> AsyncIterator[Scene]:
     scene = Scene(shared_machine, nursery)
     try:
+        if "relay" in request.fixturenames:
+            relay = request.getfixturevalue("relay")
+            if relay == "hand-over" and scene.stack:
+                scene.stack.needs_hand_over()
+            scene.options(RELAY=relay)
         yield scene
     finally:
         # pytest shows it where the test has failed.
@@ -55,11 +62,12 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture(params=["hand-over", "splice"])
-def relay(request: pytest.FixtureRequest, scene: Scene) -> str:
-    """Run a scenario once with each way of carrying bytes."""
-    if request.param == "hand-over" and scene.stack:
-        scene.stack.needs_hand_over()
-    scene.options(RELAY=request.param)
+def relay(request: pytest.FixtureRequest) -> str:
+    """Run a scenario once with each way of carrying bytes.
+
+    The scene looks at it: what pytest is only told to use, and no test takes as
+    an argument, pytest-trio does not set up if it depends on a scene.
+    """
     return str(request.param)
 
 
