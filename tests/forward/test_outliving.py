@@ -14,6 +14,7 @@ from scenario import (
     PATIENCE,
     SERVICE,
     Scene,
+    Stack,
     ask,
     connect,
     echo,
@@ -28,10 +29,10 @@ from scenario import (
 
 
 @pytest.fixture(autouse=True)
-def _hand_over(scene: Scene) -> None:
+def _hand_over() -> None:
     """By pipes a connection ends with its daemon."""
-    if scene.stack:
-        scene.stack.needs_hand_over()
+    if stack := Stack.given():
+        stack.needs_hand_over()
 
 
 async def open_many(
