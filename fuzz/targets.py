@@ -442,6 +442,7 @@ def dom0_value(data: bytes) -> None:
     """Whatever QubesDB holds, no route is misread: each is one whose words
     stand in the value, in a unit and a file that say just that."""
     value = text(data)
+    said = {tuple(part.split()[:3]) for part in re.split("[;\n\r]", value)}
     for system in (False, True):
         given, bad = line.decide(
             {"connect-x": value}, {"t": "/run/u", "h": "/h"}, {}, system=system
@@ -451,11 +452,7 @@ def dom0_value(data: bytes) -> None:
             assert str(wrong).isprintable()
             assert len(str(wrong)) < 1000
         for one in given:
-            words = [part.split() for part in re.split("[;\n\r]", value)]
-            assert any(
-                part[:3] == [one.kind, one.argument, one.target]
-                for part in words
-            )
+            assert (one.kind, one.argument, one.target) in said
             assert _TARGET.fullmatch(one.target)
             assert _QREXEC_TEXT.fullmatch(one.argument)
             assert _is_unit_name(one.unit)
