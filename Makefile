@@ -117,8 +117,8 @@ install-client-python:
 
 install-client-data: man completions
 	install -d $(unit_dir)/user $(unit_dir)/system
-	$(INSTALL_DATA) units/*.service units/*.socket units/*.target units-user/*.service $(unit_dir)/user
-	$(INSTALL_DATA) units/*.service units/*.socket units/*.target units-user/qrexec-activate-dom0.service $(unit_dir)/system
+	$(INSTALL_DATA) units/* units-user/*.service $(unit_dir)/user
+	$(INSTALL_DATA) units/* units-user/qrexec-activate-dom0.service $(unit_dir)/system
 	set -e; for folder in units-system/*.d; do \
 	    install -d $(unit_dir)/system/$${folder##*/}; \
 	    $(INSTALL_DATA) $$folder/*.conf $(unit_dir)/system/$${folder##*/}; \

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import UsageProblem
 from ..given.address import parse_address
+from ..printable import printable
 from ..routing.names import parse_unit_name
 from ..routing.unitfile import (
     AddressKey,
@@ -78,6 +79,13 @@ def _route(context: Context, entry: Entry) -> Step:
             Level.ERROR,
             f"{route} is refused: {entry.refused}",
             *_mend_refused(context, entry),
+        )
+    if entry.active == "inactive" and (unmet := _unmet(context, entry)):
+        return Step(
+            "routes",
+            Level.OK,
+            f"{route}: {entry.unit} is off, as a condition of it is not met:"
+            f" {unmet}",
         )
     if entry.active in ("failed", "inactive"):
         why = _why_inactive(context, entry)
@@ -164,6 +172,26 @@ def _obstacle(context: Context, entry: Entry) -> Obstacle | None:
     ]
     others += [one for one in context.others if one.listens]
     return obstacle(address, others, context.now.listening)
+
+
+def _unmet(context: Context, entry: Entry) -> str:
+    """The conditions by which systemd left a unit off; empty where it met all
+    of them, or was not tried."""
+    (row,) = context.manager.unit_properties(
+        [entry.unit], "Unit", ["Conditions"]
+    )
+    # Its kind, whether one such will do, whether it is to be false, of what,
+    # and below zero where it was not met.
+    conditions = row["Conditions"] or []
+    one_is_met = any(
+        trigger and state > 0 for _, trigger, _, _, state in conditions
+    )
+    unmet = [
+        f"{kind}={'!' if negate else ''}{of_what}"
+        for kind, trigger, negate, of_what, state in conditions
+        if state < 0 and not (trigger and one_is_met)
+    ]
+    return printable(", ".join(sorted(unmet)))
 
 
 def _why_inactive(context: Context, entry: Entry) -> str:

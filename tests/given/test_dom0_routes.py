@@ -21,6 +21,7 @@ from qrexec_activate.loopback.machine import Machine
 from qrexec_activate.loopback.qubesdb import put, write_programs
 
 PATIENCE = 60.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,58 @@ def test_what_a_person_has_stopped_is_left_so(desk: Desk) -> None:
     machine.say("/vm-config/connect-b", f"tcp {other} gitweb")
     until("the other listens", lambda: listens(("127.0.0.1", other)))
     assert not listens(("127.0.0.1", port))
+
+
+def test_dom0_switches_on_some_of_what_a_template_holds(desk: Desk) -> None:
+    machine, port, other = desk.machine, desk.port, free_port()
+    allow(machine)
+    serve(machine, "gitweb")
+    services = machine.runtime / "qubes-service"
+    services.mkdir()
+    switched = machine.directory / "switched.conf"
+    switched.write_text(
+        (ROOT / "units" / "qrexec-connect-switched.conf")
+        .read_text()
+        .replace("/run/qubes-service", str(services))
+    )
+    units = []
+    for number in (port, other):
+        unit = f"qrexec-connect-tcp@{number}.socket"
+        lines = (
+            f"ListenStream=127.0.0.1:{number}",
+            "FileDescriptorName=gitweb",
+        )
+        desk.drop_in(unit, "gitweb", "[Socket]", *lines)
+        folder = machine.unit_dir / f"{unit}.d"
+        (folder / "switched.conf").symlink_to(switched)
+        units.append(unit)
+    machine.systemctl("daemon-reload")
+    machine.systemctl("enable", *units)
+    # qvm-service client qrexec-connect-tcp-PORT
+    (services / f"qrexec-connect-tcp-{port}").touch()
+    machine.systemctl("start", *units)
+    assert answer(port) == f"gitweb {port}"
+    assert not listens(("127.0.0.1", other))
+    assert desk.failed() == ""
+    # No fault, and no mend that would not help.
+    (step,) = (
+        one for one in steps_of(desk) if f"127.0.0.1:{other}" in one["text"]
+    )
+    assert step["level"] == "ok"
+    assert step["text"].endswith(
+        f"{units[1]} is off, as a condition of it is not met:"
+        f" ConditionPathExists={services}/qrexec-connect-tcp,"
+        f" ConditionPathExists={services}/qrexec-connect-tcp-{other}"
+    )
+    # qvm-service client qrexec-connect-tcp: all of the kind.
+    (services / "qrexec-connect-tcp").touch()
+    machine.systemctl("restart", *units)
+    assert answer(other) == f"gitweb {other}"
+    for path in services.iterdir():
+        path.unlink()
+    machine.systemctl("restart", *units)
+    assert not listens(("127.0.0.1", port))
+    assert not listens(("127.0.0.1", other))
 
 
 # ------------------------------------------------------------- the generator alone
