@@ -90,7 +90,6 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
     """Yield the lines after joining: a trailing backslash joins, comment lines
     inside are skipped."""
     joined = ""
-    number = 0
     had_bom = False
     for number, line in enumerate(_LINE_END.split(text), start=1):
         if line.lstrip(_WHITESPACE).startswith(("#", ";")):

@@ -130,6 +130,7 @@ def test_a_file_descriptor_name_is_ascii_without_colon_and_control_characters(
 
 
 @given(st.binary(max_size=60))
+@example(b" ~\x7f\x80")
 def test_an_escaped_path_is_printable_and_tells_its_bytes(raw: bytes) -> None:
     escaped = c_escape(raw)
     assert escaped.isascii()
@@ -449,6 +450,18 @@ def test_a_changed_file_only_adds_if_it_leaves_the_addresses_of_others_alone(
     now: str | None, adds: bool
 ) -> None:
     assert only_adds(SourceFile("/d/a.conf", None, "was changed", now)) is adds
+
+
+def test_what_a_file_holds_that_systemd_may_read_otherwise_is_kept() -> None:
+    """Whether it can do harm is decided on that."""
+    text = "[]\n" + lines("ListenStream=1", "FileDescriptorName=a")
+    (doubted,) = declared_listeners([SourceFile("/d/a.conf", text)]).untrusted
+    assert (doubted.path, doubted.text, doubted.now) == (
+        "/d/a.conf",
+        None,
+        text,
+    )
+    assert only_adds(doubted)
 
 
 def test_places_are_told_by_file_and_line() -> None:
