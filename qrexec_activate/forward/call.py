@@ -8,12 +8,25 @@ anything says that the service may have run.
 
 from __future__ import annotations
 
+import math
 import random
+import signal
 from dataclasses import dataclass, field
 
-from .outcome import Ending
+from .outcome import Ending, Outcome
 
-__all__ = ["Again", "Call", "Evidence", "LastBytes", "Pace", "has_run"]
+__all__ = [
+    "Again",
+    "Call",
+    "Evidence",
+    "Farewell",
+    "LastBytes",
+    "Pace",
+    "has_run",
+    "output_grace",
+    "signals",
+    "takes_socket",
+]
 
 #: A call that qrexec could not set up (exit code 1) is tried so often again. On
 #: Xen, setting up more than 10 to 25 calls at once fails in this way
@@ -48,6 +61,15 @@ HANG_UP_GRACE = 2.0
 #: which is what it does where the service sends on and on.
 STALL_GRACE = 10.0
 BUSY = 0.05
+#: At a stop of the daemon, a spliced one has so long between the two.
+STOP_GRACE = 0.2
+#: A spliced connection is half-closed so long after the output of
+#: qrexec-client-vm, unless that has ended by then; the longer time is for one
+#: that has said nothing: it may have ended because there is no such service.
+KILLED_GRACE, EMPTY_GRACE = 0.02, 0.5
+#: How long what was sent may take to reach a client that went on sending after
+#: the service had ended.
+FAREWELL = 30.0
 
 #: Exit codes by which qrexec-client-vm (4.2.18 to 4.4.2) says that no service
 #: was run; a service may exit with any of them, too. 125 and 127 are not among
@@ -81,6 +103,34 @@ def has_run(seen: Evidence) -> bool:
     return code is not None and code >= 0 and code not in _NOT_RUN
 
 
+def takes_socket(
+    said: bytes, code: int | None, established: bool
+) -> bool | None:
+    """What the end of a first call tells of --use-stdin-socket (since 4.2.19),
+    by what it said on stderr; None: nothing."""
+    if code is None or code < 0:
+        return None
+    if code != 2:
+        return True
+    unknown = b"unrecognized option" in said and b"use-stdin-socket" in said
+    return False if unknown and not established else None
+
+
+def signals(ending: Ending) -> list[tuple[signal.Signals, float]]:
+    """How to end a qrexec-client-vm that is of no use any more: one signal
+    after the other, and how many seconds it has after each."""
+    if ending is Ending.LOST:
+        return [(signal.SIGKILL, math.inf)]
+    grace = STOP_GRACE if ending is Ending.STOPPED else HANG_UP_GRACE
+    return [(signal.SIGTERM, grace), (signal.SIGKILL, math.inf)]
+
+
+def output_grace(said_anything: bool) -> float:
+    """How many seconds a qrexec-client-vm whose output is over has to end,
+    before the client is told of the end of a stream."""
+    return KILLED_GRACE if said_anything else EMPTY_GRACE
+
+
 @dataclass(frozen=True, slots=True)
 class Again:
     """The call is to be made again after so many seconds, if there is room."""
@@ -108,6 +158,10 @@ class Call:
     #: Tries whose answer was so slow that a person may have given it.
     prompts: int = 0
     interrupted: Ending | None = None
+    #: Whether an earlier daemon began this try.
+    adopted: bool = False
+    #: Whether the client hung up, having sent what is still to arrive.
+    client_left: bool = False
     random: random.Random = _RANDOM
 
     # ------------------------------------------------------------------ events
@@ -117,6 +171,13 @@ class Call:
         self.tries += 1
         self.began_at = now
         self.answered_at = None
+        self.adopted = False
+
+    def adopt(self, now: float, age: float) -> None:
+        """An earlier daemon has begun it, so many seconds ago."""
+        self.accepted_at = now - age
+        self.begins(self.accepted_at)
+        self.adopted = True
 
     def is_answered(self, now: float) -> None:
         """dom0 has answered: the data channel is open at this end."""
@@ -133,7 +194,57 @@ class Call:
         if self.interrupted is None:
             self.interrupted = ending
 
+    def hangs_up(self, left_nothing: bool) -> bool:
+        """The client hangs up: whether that ends the call now.
+
+        What it sent before waits until the call is set up, and is read.
+        """
+        if self.established_at is None and not left_nothing:
+            self.client_left = True
+            return False
+        return True
+
     # --------------------------------------------------------------- decisions
+
+    @property
+    def reason(self) -> Ending:
+        """Why it ends, or this try."""
+        return self.interrupted or Ending.CLIENT_EXITED
+
+    def ended_by_itself(self) -> Ending:
+        """Why it is over, where qrexec-client-vm has ended after its client had
+        gone."""
+        return (
+            self.reason if self.established_at is None else Ending.CLIENT_EXITED
+        )
+
+    def goes_on_alone(self, by_pipes: bool, all_sent: bool) -> bool:
+        """Whether a qrexec-client-vm that runs needs no daemon: it holds the
+        socket itself, or (by pipes) has all that the client will send."""
+        if self.interrupted is Ending.LOST:
+            # It is being ended, and the call is to be made again.
+            return False
+        return not by_pipes or (
+            self.interrupted is Ending.CLIENT_GONE and all_sent
+        )
+
+    def over(
+        self, now: float, ending: Ending, code: int | None, detail: str
+    ) -> Outcome:
+        """What became of it."""
+        setup = None
+        # When an earlier daemon's call was established, it knew.
+        if self.established_at is not None and not self.adopted:
+            setup = self.established_at - self.began_at
+        return Outcome(
+            ending,
+            self.established_at is not None,
+            duration=now - self.accepted_at,
+            setup=setup,
+            exit_code=code,
+            tries=self.tries,
+            detail=detail,
+        )
 
     def due(
         self, now: float, setup_timeout: float, overtaken: bool
@@ -238,3 +349,20 @@ class LastBytes:
             return True
         self.since, self.used = now, used
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class Farewell:
+    """How long a socket whose service has ended is kept, half-closed.
+
+    Closing a TCP socket with unread input, or input that comes later, sends a
+    reset that destroys what the client has not read yet. So what the client
+    still sends is dropped until it has everything.
+    """
+
+    began_at: float
+
+    def is_over(self, now: float, may_send: bool, unsent: int) -> bool:
+        """`may_send`: the client has not half-closed; `unsent`: so much it has
+        yet to acknowledge."""
+        return not may_send or not unsent or now - self.began_at >= FAREWELL

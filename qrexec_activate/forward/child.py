@@ -13,14 +13,10 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..routing.claim import Route
 from .settings import Relay
 from .watch import readable
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = [
     "STARVED",
@@ -239,17 +235,6 @@ class Child:
             if fd is not None:
                 os.close(fd)
         self._pidfd = self._stderr = None
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _listening(pid: int) -> set[str]:

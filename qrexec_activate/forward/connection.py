@@ -11,7 +11,6 @@ its pipes are spliced to it. What comes next is decided in call.py.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import select
@@ -26,12 +25,15 @@ import trio
 
 from ..routing.claim import Route
 from .call import (
-    HANG_UP_GRACE,
     Again,
     Call,
     Evidence,
+    Farewell,
     LastBytes,
     has_run,
+    output_grace,
+    signals,
+    takes_socket,
 )
 from .child import (
     STARVED,
@@ -41,8 +43,15 @@ from .child import (
     Starved,
     bounded_memory,
 )
-from .outcome import Ending, Outcome
-from .splice import RESET_AT_CLOSE, ClientGone, Splice, half_close, unread
+from .outcome import TCP_INFO, Ending, Outcome
+from .splice import (
+    NO_LINGER,
+    RESET_AT_CLOSE,
+    ClientGone,
+    Splice,
+    half_close,
+    unread,
+)
 from .watch import readable
 
 __all__ = ["Connection", "Host", "reset"]
@@ -52,33 +61,10 @@ __all__ = ["Connection", "Host", "reset"]
 STARVED_DELAY = 0.25
 #: How often to look whether the last bytes of a client that has gone move.
 HANG_UP_LOOK = 0.25
-#: How long what was sent may take to reach a client that went on sending after
-#: the service had ended.
-FAREWELL = 30.0
-
-#: A spliced connection is half-closed so long after the output of
-#: qrexec-client-vm, unless that has ended by then; the longer time is for one
-#: that has said nothing: it may have ended because there is no such service.
-KILLED_GRACE, EMPTY_GRACE = 0.02, 0.5
-#: At a stop of the daemon, a spliced qrexec-client-vm has so long between
-#: SIGTERM and SIGKILL.
-STOP_GRACE = 0.2
 #: How often the farewell looks whether everything has arrived.
 FAREWELL_LOOK = 0.05
 
-#: tcpi_state, tcpi_bytes_received, tcpi_bytes_sent and tcpi_bytes_retrans in
-#: struct tcp_info (linux/tcp.h, 4.19 up).
-_TCP_INFO = struct.Struct("=B127xQ64xQQ")
-#: States in which the peer's FIN has come, which the kernel counts as a byte:
-#: CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT.
-_FIN_RECEIVED = {6, 8, 9, 11}
-_TCP_CLOSE = 7
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
-#: An exit code that nobody knows (an earlier daemon's child), and the one with
-#: which qrexec-client-vm 4.4.2 ends at once where its data channel fails.
-_MAY_BE_CUT = (None, 1)
-_NO_OPTION = b"unrecognized option"
-_NO_LINGER = struct.pack("ii", 0, 0)
 
 
 class Host(Protocol):
@@ -143,7 +129,6 @@ class Connection:
         "_splice",
         "_watched",
         "call",
-        "client_left",
         "id",
         "peer",
         "route",
@@ -171,8 +156,6 @@ class Connection:
         self.id = number
         self.peer = peer
         self.call = Call(trio.current_time())
-        #: Whether the client hung up, having sent what is still to arrive.
-        self.client_left = False
         #: Whether a task sees it through, with carry().
         self.tended = False
 
@@ -195,12 +178,9 @@ class Connection:
         and holds the socket itself, or has all that the client will send."""
         if self._child is None or self._leaving:
             return False
-        if self.call.interrupted is Ending.LOST:
-            # It is being ended, and the call is to be made again.
-            return False
-        return self._splice is None or (
-            self.call.interrupted is Ending.CLIENT_GONE
-            and self._splice.all_sent
+        splice = self._splice
+        return self.call.goes_on_alone(
+            splice is not None, splice is not None and splice.all_sent
         )
 
     def look_if_established(self) -> bool:
@@ -223,7 +203,7 @@ class Connection:
             # not look like the end of the service. So SO_LINGER stays.
             self._splice.release_child_ends()
             return
-        self._linger(_NO_LINGER)
+        self._linger(NO_LINGER)
         if self._host.client.takes_socket is None:
             self._host.client.takes_socket = True
 
@@ -263,15 +243,12 @@ class Connection:
             return in_pipe
 
     def hangs_up(self) -> bool:
-        """The client has hung up: whether that ends the connection now.
-
-        What it sent before waits until the call is set up, and is read.
-        """
-        if not self.look_if_established() and not self.client_is_gone():
-            self.client_left = True
-            return False
-        self.interrupt(Ending.CLIENT_GONE)
-        return True
+        """The client has hung up: whether that ends the connection now."""
+        self.look_if_established()
+        ends = self.call.hangs_up(self.client_is_gone())
+        if ends:
+            self.interrupt(Ending.CLIENT_GONE)
+        return ends
 
     # ------------------------------------------------------------------- start
 
@@ -336,8 +313,7 @@ class Connection:
         """Take over from an earlier daemon: this qrexec-client-vm, `age`
         seconds old, holds the socket already."""
         self._child = Child(pid, None, pidfd)
-        self.call.accepted_at = trio.current_time() - age
-        self.call.begins(self.call.accepted_at)
+        self.call.adopt(trio.current_time(), age)
         self._host.setup_begins(self)
 
     def _linger(self, value: bytes) -> None:
@@ -349,7 +325,7 @@ class Connection:
         short of something."""
         while self._child is None:
             if not await self._unless_interrupted(self._host.turn, self):
-                return self._over(self._reason())
+                return self._over(self.call.reason)
             if self.client_is_gone():
                 self._host.place_back(self)
                 return self._over(Ending.CLIENT_GONE)
@@ -362,7 +338,7 @@ class Connection:
                 if not await self._unless_interrupted(
                     trio.sleep, STARVED_DELAY
                 ):
-                    return self._over(self._reason())
+                    return self._over(self.call.reason)
         return None
 
     # ---------------------------------------------------------- without a task
@@ -417,11 +393,7 @@ class Connection:
         self._count_bytes(outcome)
         if not outcome.ends_cleanly:
             return None
-        if (
-            half_close(self._sock)
-            and _drop_input(self._sock)
-            and _unsent(self._sock)
-        ):
+        if half_close(self._sock) and not self._is_heard(Farewell(0.0), 0.0):
             return None
         self._host.setup_ends(self)
         self.abandon()
@@ -497,9 +469,6 @@ class Connection:
         self._watched = False
         self.hangs_up()
 
-    def _reason(self) -> Ending:
-        return self.call.interrupted or Ending.CLIENT_EXITED
-
     async def _unless_interrupted(
         self, wait: Callable[..., Awaitable[object]], *arguments: object
     ) -> bool:
@@ -526,7 +495,6 @@ class Connection:
             if self._splice is None and self._learn(child, code):
                 # This qrexec-client-vm takes no socket. Nothing was read from
                 # the client, so pipes can do it.
-                self._host.client.takes_socket = False
                 self._drop_child()
                 self.call.tries = 0
                 continue
@@ -535,7 +503,7 @@ class Connection:
                 return self._over(ending, code)
             self._drop_child()
             if not await self._unless_interrupted(trio.sleep, again.delay):
-                return self._over(self._reason(), code)
+                return self._over(self.call.reason, code)
 
     def _after_try(self, ending: Ending, code: int | None) -> Again | None:
         """Whether to make the call again, now that qrexec-client-vm has
@@ -562,24 +530,15 @@ class Connection:
 
         What it said on stderr was kept back until now, and is passed on.
         """
-        said = child.said()
-        if (
-            # Not whether that is known by now: several first calls may be under
-            # way.
-            child.kept_stderr
-            and self.call.established_at is None
-            and code == 2
-            and _NO_OPTION in said
-            and b"use-stdin-socket" in said
-        ):
+        client, said = self._host.client, child.said()
+        learnt = takes_socket(said, code, self.call.established_at is not None)
+        # Not whether that is known by now: several first calls may be under
+        # way.
+        if learnt is False:
+            client.takes_socket = False
             return True
-        if (
-            self._host.client.takes_socket is None
-            and code is not None
-            and code >= 0
-            and code != 2
-        ):
-            self._host.client.takes_socket = True
+        if client.takes_socket is None:
+            client.takes_socket = learnt
         if said:
             with contextlib.suppress(OSError):
                 os.write(2, said)
@@ -601,7 +560,7 @@ class Connection:
             if self.call.takes_back(trio.current_time()):
                 # The answer came at the last moment.
                 continue
-            ending = await self._end(child, self._reason())
+            ending = await self._end(child, self.call.reason)
             break
         code = child.wait()
         self.look_if_established()
@@ -626,7 +585,7 @@ class Connection:
             with trio.move_on_after(STARVED_DELAY):
                 await child.ended()
                 return
-            if not self.client_left:
+            if not self.call.client_left:
                 self._watch_client()
             else:
                 break
@@ -636,16 +595,13 @@ class Connection:
         """End a qrexec-client-vm that is of no use any more, and tell whether
         it did so by itself."""
         if ending is Ending.CLIENT_GONE and await self._last_bytes(child):
-            established = self.look_if_established()
-            return Ending.CLIENT_EXITED if established else ending
-        if ending is not Ending.LOST:
-            child.signal(signal.SIGTERM)
-            stopped = ending is Ending.STOPPED
-            with trio.move_on_after(STOP_GRACE if stopped else HANG_UP_GRACE):
+            self.look_if_established()
+            return self.call.ended_by_itself()
+        for number, grace in signals(ending):
+            child.signal(number)
+            with trio.move_on_after(grace):
                 await child.ended()
-                return ending
-        child.signal(signal.SIGKILL)
-        await child.ended()
+                break
         return ending
 
     async def _last_bytes(self, child: Child) -> bool:
@@ -681,27 +637,10 @@ class Connection:
     def _over(
         self, ending: Ending, code: int | None = None, detail: str = ""
     ) -> Outcome:
-        call, now = self.call, trio.current_time()
-        established = call.established_at
-        setup = None
-        adopted = self._child is not None and self._child.adopted
-        # When an earlier daemon's call was established, it knew.
-        if established is not None and not adopted:
-            setup = established - call.began_at
-        return Outcome(
-            ending,
-            established is not None,
-            duration=now - call.accepted_at,
-            setup=setup,
-            exit_code=code,
-            tries=call.tries,
-            detail=detail,
-            cut=ending is Ending.CLIENT_EXITED
-            and established is not None
-            and self._splice is None
-            and code in _MAY_BE_CUT
-            and not self._stream_is_ended(),
-        )
+        outcome = self.call.over(trio.current_time(), ending, code, detail)
+        if self._splice is None and outcome.may_be_cut:
+            outcome.cut = not self._stream_is_ended()
+        return outcome
 
     # ---------------------------------------------------------------- by pipes
 
@@ -733,16 +672,13 @@ class Connection:
             pumps.start_soon(pump_down)
             outcome = await self._tries()
             assert outcome is not None
-            over = (
-                outcome.established and outcome.ending is Ending.CLIENT_EXITED
-            )
             # What qrexec-client-vm wrote last is still in the pipe. Once that
             # is delivered, both sides are done, which looks like a hang-up.
-            if over and not (
+            if outcome.has_run and not (
                 await self._unless_interrupted(delivered.wait)
                 or delivered.is_set()
             ):
-                outcome.ending = self._reason()
+                outcome.ending = self.call.reason
             pumps.cancel_scope.cancel()
         outcome.bytes_to_qube, outcome.bytes_from_qube = (
             splice.to_qube,
@@ -756,8 +692,7 @@ class Connection:
         child, over = self._child, self._child_over
         if child is None or over is None:
             return True
-        grace = KILLED_GRACE if splice.from_qube else EMPTY_GRACE
-        with trio.move_on_after(grace):
+        with trio.move_on_after(output_grace(splice.from_qube > 0)):
             await over.wait()
         if child.is_ending():
             await over.wait()
@@ -772,35 +707,33 @@ class Connection:
             return
         if self._sock.family not in _INTERNET:
             return
-        with contextlib.suppress(OSError, struct.error):
-            info = self._sock.getsockopt(
-                socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size
+        with contextlib.suppress(OSError):
+            outcome.count(
+                self._sock.getsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size
+                )
             )
-            state, received, sent, sent_again = _TCP_INFO.unpack(info)
-            closed = (
-                state == _TCP_CLOSE and outcome.ending is Ending.CLIENT_EXITED
-            )
-            fin = state in _FIN_RECEIVED or closed
-            outcome.bytes_to_qube = max(received - fin, 0)
-            outcome.bytes_from_qube = sent - sent_again
 
     async def _farewell(self) -> None:
         """Half-close, and see what was sent last to the client before closing.
 
-        Closing a TCP socket with unread input, or input that comes later, sends
-        a reset that destroys what the client has not read yet. So what the
-        client still sends is dropped here until it has everything. (Where
-        qrexec-client-vm held the socket, it has shut down both ways itself;
-        then the kernel answers what the client sends with a reset, whatever is
-        done here.)
+        (Where qrexec-client-vm held the socket, it has shut down both ways
+        itself; then the kernel answers what the client sends with a reset,
+        whatever is done here.)
         """
         self._leaving = True
         if not half_close(self._sock):
             return
-        with trio.move_on_after(FAREWELL), contextlib.suppress(OSError):
-            while _drop_input(self._sock) and _unsent(self._sock):
+        farewell = Farewell(trio.current_time())
+        with contextlib.suppress(OSError):
+            while not self._is_heard(farewell, trio.current_time()):
                 with trio.move_on_after(FAREWELL_LOOK):
                     await readable(self._sock.fileno())
+
+    def _is_heard(self, farewell: Farewell, now: float) -> bool:
+        """Whether the client has all that it will have."""
+        may_send = _drop_input(self._sock)
+        return farewell.is_over(now, may_send, _unsent(self._sock))
 
 
 #: Where dropped bytes go.
@@ -808,15 +741,16 @@ _NOWHERE = bytearray(1 << 16)
 
 
 def _drop_input(sock: socket.socket) -> bool:
-    """Take and drop what has come; False once the client has half-closed."""
+    """Take and drop what has come; False once the client has half-closed, or is
+    gone."""
     try:
         for _ in range(64):
             if not sock.recv_into(_NOWHERE, 0, socket.MSG_DONTWAIT):
                 return False
     except BlockingIOError:
-        return True
-    except OSError as error:
-        return error.errno == errno.EINTR
+        pass
+    except OSError:
+        return False
     return True
 
 

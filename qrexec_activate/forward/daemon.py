@@ -4,7 +4,7 @@ One trio process for all listeners of an RPC prefix. It accepts a connection
 only when it can start the call at once, so that what waits, waits in the
 kernel's backlog, which systemd keeps: this process may stop at any time, and
 the next one goes on where it left off. Who may begin is decided in
-admission.py, what becomes of a call in call.py.
+admission.py, what becomes of a call in call.py, when to end in lifetime.py.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .call import HANG_UP_GRACE
 from .census import Census
 from .child import STARVED, Client, StartProblem, Starved
 from .connection import HANG_UP_LOOK, Connection, reset
+from .lifetime import STOP_MARGIN, Idleness, Stop
 from .orphans import (
     Orphan,
     find_caretakers,
@@ -52,12 +53,8 @@ from .watch import Watch, readable
 
 __all__ = ["Daemon"]
 
-#: A stop waits so long for set-ups that may yet need another try. Less than
-#: TimeoutStopSec= in the units.
-STOP_PATIENCE = 4.0
-#: The margin before systemd's SIGKILL in which spliced connections are reset
-#: and reported.
-STOP_MARGIN = 0.6
+#: An earlier daemon's caretaker has so long to end.
+CARETAKER_PATIENCE = 4.0
 #: How long accept pauses when the machine is short of descriptors or memory.
 STARVED_PAUSE = 0.25
 #: A shortage is over, and the next one worth a line in the log, after so long
@@ -99,8 +96,6 @@ class Listener:
 
     sock: socket.socket
     claim: Claim
-    #: When the log last spoke of connections reset here.
-    spoke_at: float = -math.inf
 
 
 @dataclass(slots=True)
@@ -149,10 +144,10 @@ class Daemon:
         self._status_changed = trio.Event()
         self._last_status = ""
         self._starved_at = -math.inf
-        self._spoke_of: dict[str, float] = {}
+        self._spoke_of: dict[object, float] = {}
         self._looks_often = False
         self._nap = trio.CancelScope()
-        self._idle_since = 0.0
+        self._idleness = Idleness(settings.exit_idle_time, 0.0)
         self._unusable = 0
         pid = os.getpid()
         self._numbers = (f"{pid:x}-{number}" for number in itertools.count(1))
@@ -224,7 +219,7 @@ class Daemon:
     async def run(self) -> None:
         """Serve until told to stop, or idle for long enough; connections that
         were handed over outlive this."""
-        self._idle_since = trio.current_time()
+        self._idleness.since = trio.current_time()
         raise_descriptor_limit()
         with trio.open_signal_receiver(signal.SIGINT, *STOP_SIGNALS) as signals:
             # They were blocked until there was somebody to receive them.
@@ -296,18 +291,12 @@ class Daemon:
     async def _wind_up(self) -> int:
         """Stop without losing what was accepted: see set-ups through, let
         spliced connections end, leave the rest; returns how many."""
-        deadline = trio.current_time() + max(
-            self.settings.stop_timeout - STOP_MARGIN, 0
-        )
-        patience = min(deadline, trio.current_time() + STOP_PATIENCE)
-        while (now := trio.current_time()) < deadline:
-            waiting = self._kept_by_daemon()
-            if now < patience:
-                waiting += [
-                    one for one in self._setups.soon(now) if one.outlives_daemon
-                ]
-            if not waiting:
-                break
+        stop = Stop(trio.current_time(), self.settings.stop_timeout)
+        while stop.waits(
+            now := trio.current_time(),
+            self._kept_by_daemon(),
+            self._setups.soon(now),
+        ):
             await self._connection_ends(LOOK_INTERVAL)
         cut = self._kept_by_daemon()
         for connection in cut:
@@ -485,8 +474,7 @@ class Daemon:
                 )
             # Said before it is done: whoever sees the reset finds the reason in
             # the log.
-            if trio.current_time() - listener.spoke_at >= REFUSAL_LOG_INTERVAL:
-                listener.spoke_at = trio.current_time()
+            if self._is_news(listener, REFUSAL_LOG_INTERVAL):
                 self.log(
                     Priority.WARNING,
                     f"reset a connection: {refusal}",
@@ -506,8 +494,7 @@ class Daemon:
         self.tally.reset += 1
         self._status_changed.set()
         # Whoever is kept out decides how often there is something to say.
-        if trio.current_time() - listener.spoke_at >= KEPT_OUT_LOG_INTERVAL:
-            listener.spoke_at = trio.current_time()
+        if self._is_news(listener, KEPT_OUT_LOG_INTERVAL):
             self.log(
                 Priority.WARNING,
                 f"reset a connection of {peer} on {listener.claim.address}:"
@@ -518,37 +505,24 @@ class Daemon:
             )
 
     def _idle(self) -> bool:
-        limit = self.settings.exit_idle_time
-        if (
-            limit is None
-            or self.connections
-            or not self._first_round.is_set()
-            or trio.current_time() - self._idle_since < limit
-        ):
+        if self._idle_for() > 0:
             return False
+        limit = format_seconds(self.settings.exit_idle_time or 0)
         self.log(
             Priority.INFO,
-            f"no connection for {format_seconds(limit)}; the next one starts"
-            " the daemon again",
+            f"no connection for {limit}; the next one starts the daemon again",
         )
         return True
 
+    def _idle_for(self) -> float:
+        """How long to stay if nothing comes."""
+        busy = bool(self.connections) or not self._first_round.is_set()
+        return self._idleness.left(trio.current_time(), busy)
+
     def _tick(self) -> float:
         """How long the accept loop may sleep at most."""
-        tick = self._watchdog or math.inf
-        if self._unheard:
-            tick = min(tick, STARVED_PAUSE)
-        if self.settings.exit_idle_time is not None and not self.connections:
-            tick = min(
-                tick,
-                max(
-                    self._idle_since
-                    + self.settings.exit_idle_time
-                    - trio.current_time(),
-                    0,
-                ),
-            )
-        return tick
+        starved = STARVED_PAUSE if self._unheard else math.inf
+        return min(self._watchdog or math.inf, starved, self._idle_for())
 
     def _feed_watchdog(self) -> None:
         if self._watchdog is not None:
@@ -579,10 +553,17 @@ class Daemon:
 
     def _say_once(self, about: str, text: str, **fields: object) -> None:
         """Say it, unless it was said a moment ago."""
-        now = trio.current_time()
-        if now - self._spoke_of.get(about, -math.inf) >= LIMIT_LOG_INTERVAL:
-            self._spoke_of[about] = now
+        if self._is_news(about, LIMIT_LOG_INTERVAL):
             self.log(Priority.NOTICE, text, **fields)
+
+    def _is_news(self, about: object, interval: float) -> bool:
+        """Whether the log, which is spoken to now, last heard of this so many
+        seconds ago."""
+        now = trio.current_time()
+        if now - self._spoke_of.get(about, -math.inf) < interval:
+            return False
+        self._spoke_of[about] = now
+        return True
 
     def _next_turns(self) -> None:
         """Let those go on who wait for room, as far as there is some."""
@@ -666,7 +647,7 @@ class Daemon:
         self._some_ended.set()
         if not self.connections:
             # The accept loop is to count from now.
-            self._idle_since = trio.current_time()
+            self._idleness.since = trio.current_time()
             self._nap.cancel()
         self.admission.closes(connection)
         self._next_turns()
@@ -805,7 +786,7 @@ class Daemon:
         for pidfd in find_caretakers():
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-                with trio.move_on_after(STOP_PATIENCE):
+                with trio.move_on_after(CARETAKER_PATIENCE):
                     await readable(pidfd)
                     any_gone = True
             except ProcessLookupError:
@@ -864,7 +845,7 @@ class Daemon:
             return
         if established:
             self._status_changed.set()
-            if connection.client_left:
+            if connection.call.client_left:
                 self.client_gone(connection)
         self._next_turns()
 

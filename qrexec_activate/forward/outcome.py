@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import enum
 import signal
+import struct
 from dataclasses import dataclass
 
 __all__ = [
     "DISCONNECT",
+    "TCP_INFO",
     "Ending",
     "Outcome",
     "format_bytes",
@@ -23,6 +25,18 @@ __all__ = [
 #: else sends this signal to a qrexec-client-vm, which dies of it.
 DISCONNECT = signal.SIGHUP
 _DISCONNECTED = "ended by a person, with qrexec-activate disconnect"
+
+
+#: tcpi_state, tcpi_bytes_received, tcpi_bytes_sent and tcpi_bytes_retrans in
+#: struct tcp_info (linux/tcp.h, 4.19 up).
+TCP_INFO = struct.Struct("=B127xQ64xQQ")
+#: States in which the peer's FIN has come, which the kernel counts as a byte:
+#: CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT.
+_FIN_RECEIVED = {6, 8, 9, 11}
+_TCP_CLOSE = 7
+#: An exit code that nobody knows (an earlier daemon's child), and the one with
+#: which qrexec-client-vm 4.4.2 ends at once where its data channel fails.
+_MAY_BE_CUT = (None, 1)
 
 
 class Ending(enum.Enum):
@@ -108,6 +122,28 @@ class Outcome:
     #: is killed.
     cut: bool = False
 
+    def count(self, info: bytes) -> None:
+        """Take what the kernel moved on a TCP socket from its TCP_INFO; older
+        kernels tell less."""
+        if len(info) < TCP_INFO.size:
+            return
+        state, received, sent, sent_again = TCP_INFO.unpack(info)
+        closed = state == _TCP_CLOSE and self.ending is Ending.CLIENT_EXITED
+        fin = state in _FIN_RECEIVED or closed
+        self.bytes_to_qube = max(received - fin, 0)
+        self.bytes_from_qube = sent - sent_again
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it was established, and qrexec-client-vm ended by itself."""
+        return self.established and self.ending is Ending.CLIENT_EXITED
+
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether a qrexec-client-vm that held the socket may have left its
+        stream without an end."""
+        return self.has_run and self.exit_code in _MAY_BE_CUT
+
     @property
     def failed(self) -> bool:
         """Whether the client did not get what it came for, as far as can be
@@ -136,8 +172,7 @@ class Outcome:
         """Whether the client may see the end of a stream: all others see a
         reset, where that is still possible."""
         return (
-            self.ending is Ending.CLIENT_EXITED
-            and self.established
+            self.has_run
             and not (self.exit_code is not None and self.exit_code < 0)
             and not self.cut
             and not self.without_a_byte

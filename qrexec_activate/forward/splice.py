@@ -32,7 +32,7 @@ PIPE_SIZE = 1 << 18
 PIPE_BUDGET = 16 << 20
 #: struct linger: what close() does. A reset destroys what the client has not
 #: read yet, so not where all went well.
-RESET_AT_CLOSE, _NO_LINGER = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
+RESET_AT_CLOSE, NO_LINGER = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 _enlarged = 0
@@ -252,7 +252,7 @@ def half_close(sock: socket.socket) -> bool:
     """Send FIN; False where the socket is closed both ways already. A client
     that is gone is no error here."""
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         sock.shutdown(socket.SHUT_WR)
     except OSError:
         return False

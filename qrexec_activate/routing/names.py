@@ -304,10 +304,6 @@ class UnitName:
         return f"{self.prefix}{at}.{self.suffix}"
 
     @property
-    def is_template(self) -> bool:
-        return self.instance == ""
-
-    @property
     def argument(self) -> str:
         """The RPC's argument, with its escapes; empty where there is none."""
         return (self.instance or "").partition(":")[0]

@@ -455,3 +455,15 @@ def test_only_an_exit_of_its_own_tells_of_room() -> None:
                 lacking.append(code)
         expected = [1, 126] if ending is Ending.CLIENT_EXITED else []
         assert lacking == expected
+
+
+def test_the_ceiling_that_may_be_tried_first_is_looked_at_first() -> None:
+    door = Door()
+    door.establish()
+    for _ in range(FAILURES_IN_A_ROW):
+        fail(door, "first")
+    for _ in range(FAILURES_IN_A_ROW):
+        fail(door, "second", FIRST_PROBE / 2)
+    door.admission.waits("listener", "second")
+    assert door.admission.next_look(FIRST_PROBE / 2) == FIRST_PROBE
+    assert door.admission.next_look(FIRST_PROBE) == 1.5 * FIRST_PROBE

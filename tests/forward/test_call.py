@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import random
+from signal import SIGKILL, SIGTERM
 
 import pytest
 
 from qrexec_activate.forward.call import (
     BUSY,
+    EMPTY_GRACE,
+    FAREWELL,
     HANG_UP_GRACE,
+    KILLED_GRACE,
     OVERTAKEN_AGE,
     PROMPT_AGE,
     QUICK,
     RETRIES,
     RETRY_DELAY,
     STALL_GRACE,
+    STOP_GRACE,
     VCHAN_PATIENCE,
     Again,
     Call,
     Evidence,
+    Farewell,
     LastBytes,
     Pace,
     has_run,
+    output_grace,
+    signals,
+    takes_socket,
 )
 from qrexec_activate.forward.outcome import Ending
 
@@ -76,6 +86,137 @@ def test_with_pipes_bytes_and_the_exit_code_tell_too(
     seen: Evidence, run: bool
 ) -> None:
     assert has_run(seen) is run
+
+
+# ------------------------------------------------------ does it take a socket?
+
+UNKNOWN = b"qrexec-client-vm: unrecognized option '--use-stdin-socket'\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "established", "takes"),
+    [
+        (UNKNOWN, 2, False, False),
+        # A service may end and say so, too.
+        (UNKNOWN, 2, True, None),
+        (UNKNOWN, 1, False, True),
+        (b"unrecognized option '-x'", 2, False, None),
+        (b"--use-stdin-socket: bad usage", 2, False, None),
+        (b"", 2, False, None),
+        (b"", 0, True, True),
+        (b"Request refused\n", 126, False, True),
+        (b"", -9, False, None),
+        (UNKNOWN, None, False, None),
+    ],
+)
+def test_a_first_call_tells_whether_sockets_are_known(
+    said: bytes, code: int | None, established: bool, takes: bool | None
+) -> None:
+    assert takes_socket(said, code, established) is takes
+
+
+# -------------------------------------------------------------- how it ends
+
+
+def test_what_is_of_no_use_is_asked_to_end_and_then_made_to() -> None:
+    for ending in (Ending.CLIENT_GONE, Ending.TIMED_OUT):
+        assert signals(ending) == [
+            (SIGTERM, HANG_UP_GRACE),
+            (SIGKILL, math.inf),
+        ]
+    assert signals(Ending.STOPPED) == [
+        (SIGTERM, STOP_GRACE),
+        (SIGKILL, math.inf),
+    ]
+
+
+def test_what_is_lost_has_nothing_to_end_in_order() -> None:
+    assert signals(Ending.LOST) == [(SIGKILL, math.inf)]
+
+
+def test_one_that_has_said_nothing_has_longer_to_say_why() -> None:
+    assert output_grace(False) == EMPTY_GRACE > output_grace(True)
+    assert output_grace(True) == KILLED_GRACE
+
+
+def test_a_client_that_goes_ends_what_runs_and_leaves_what_is_set_up() -> None:
+    call = begun()
+    assert not call.hangs_up(left_nothing=False)
+    assert call.client_left
+    for established, left_nothing in (
+        (True, True),
+        (True, False),
+        (False, True),
+    ):
+        call = begun()
+        if established:
+            call.is_established(1)
+        assert call.hangs_up(left_nothing)
+        assert not call.client_left
+
+
+def test_one_that_ends_after_its_client_has_gone_ends_well_if_it_has_run() -> (
+    None
+):
+    call = begun()
+    call.interrupt(Ending.CLIENT_GONE)
+    assert call.ended_by_itself() is Ending.CLIENT_GONE
+    call.is_established(1)
+    assert call.ended_by_itself() is EXITED
+    assert call.reason is Ending.CLIENT_GONE
+    assert begun().reason is EXITED
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "by_pipes", "all_sent", "alone"),
+    [
+        (None, False, False, True),
+        (Ending.CLIENT_GONE, False, False, True),
+        (Ending.LOST, False, False, False),
+        # By pipes the daemon brings the bytes, but for those already sent by
+        # a client that has gone.
+        (None, True, True, False),
+        (Ending.CLIENT_GONE, True, True, True),
+        (Ending.CLIENT_GONE, True, False, False),
+        (Ending.STOPPED, True, True, False),
+        (Ending.LOST, True, True, False),
+    ],
+)
+def test_a_daemon_that_goes_leaves_what_needs_none(
+    interrupted: Ending | None, by_pipes: bool, all_sent: bool, alone: bool
+) -> None:
+    call = begun()
+    if interrupted is not None:
+        call.interrupt(interrupted)
+    assert call.goes_on_alone(by_pipes, all_sent) is alone
+
+
+def test_the_end_of_a_call_tells_its_times_and_tries() -> None:
+    call = begun(10)
+    call.begins(12)
+    outcome = call.over(20, EXITED, 126, "why")
+    assert (outcome.ending, outcome.exit_code) == (EXITED, 126)
+    assert (outcome.detail, outcome.tries) == ("why", 2)
+    assert (outcome.duration, outcome.established) == (10, False)
+    assert outcome.setup is None
+    call.is_established(15)
+    outcome = call.over(20, EXITED, 0, "")
+    assert (outcome.setup, outcome.established) == (3, True)
+
+
+def test_how_long_an_adopted_call_was_set_up_is_not_known() -> None:
+    call = Call(100)
+    call.adopt(100, 30)
+    call.is_established(101)
+    outcome = call.over(120, EXITED, None, "")
+    assert (outcome.duration, outcome.setup) == (50, None)
+    # Of another try of it, it is.
+    call = Call(100)
+    call.adopt(100, 30)
+    call.begins(110)
+    call.is_established(111)
+    assert call.over(120, EXITED, 0, "").setup == 1
+    assert call.tries == 2
 
 
 # ------------------------------------------------------------- another try?
@@ -268,3 +409,17 @@ def test_one_that_was_busy_while_bytes_moved_may_rest() -> None:
     assert not last.are_over(50, 5 + STALL_GRACE, 5)
     assert not last.are_over(50, 5 + 2 * STALL_GRACE - 0.1, 100)
     assert last.are_over(50, 5 + 2 * STALL_GRACE, 100)
+
+
+# ----------------------------------------------------------------- the farewell
+
+
+def test_a_client_that_goes_on_sending_is_heard_until_it_has_everything() -> (
+    None
+):
+    farewell = Farewell(10)
+    assert not farewell.is_over(10, True, 1)
+    assert farewell.is_over(10, True, 0)
+    assert farewell.is_over(10, False, 1)
+    assert not farewell.is_over(9.9 + FAREWELL, True, 1)
+    assert farewell.is_over(10 + FAREWELL, True, 1)

@@ -44,7 +44,7 @@ def running(program: str) -> Iterator[Child]:
     )
     assert process.stdout is not None
     process.stdout.readline()
-    with process, Child(process.pid, None) as child:
+    with process, contextlib.closing(Child(process.pid, None)) as child:
         yield child
         process.kill()
 
@@ -97,7 +97,9 @@ def test_work_is_told_from_idleness() -> None:
 
 
 def test_what_it_said_is_kept_as_far_as_there_is_room() -> None:
-    with Child(os.getpid(), bounded_memory("test")) as child:
+    with contextlib.closing(
+        Child(os.getpid(), bounded_memory("test"))
+    ) as child:
         assert child.kept_stderr
         assert child._stderr is not None
         os.write(child._stderr, b"unrecognized option\n")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qrexec_activate.forward.outcome import (
     DISCONNECT,
+    TCP_INFO,
     Ending,
     Outcome,
     format_bytes,
@@ -275,3 +276,61 @@ def test_an_answer_that_qrexec_cut_off_says_so() -> None:
     assert outcome.words().startswith(
         "cut off: qrexec-client-vm failed with exit code 1"
     )
+
+
+ESTABLISHED, FIN_WAIT_2, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING = (
+    1,
+    5,
+    6,
+    7,
+    8,
+    9,
+    11,
+)
+
+
+def counted(
+    state: int, received: int, ending: Ending = Ending.CLIENT_EXITED
+) -> tuple[int | None, int | None]:
+    outcome = Outcome(ending, True, 1.5)
+    outcome.count(TCP_INFO.pack(state, received, 5000, 1000))
+    return outcome.bytes_to_qube, outcome.bytes_from_qube
+
+
+def test_what_tcp_sent_twice_counts_once() -> None:
+    assert counted(ESTABLISHED, 10) == (10, 4000)
+
+
+@pytest.mark.parametrize("state", [TIME_WAIT, CLOSE_WAIT, LAST_ACK, CLOSING])
+def test_the_end_of_what_the_client_sends_is_no_byte_of_it(state: int) -> None:
+    assert counted(state, 10) == (9, 4000)
+    assert counted(FIN_WAIT_2, 10) == (10, 4000)
+
+
+def test_a_closed_socket_has_had_an_end_unless_its_client_was_reset() -> None:
+    assert counted(CLOSE, 10) == (9, 4000)
+    assert counted(CLOSE, 10, Ending.CLIENT_GONE) == (10, 4000)
+
+
+def test_a_client_that_was_reset_before_a_byte_has_sent_none() -> None:
+    assert counted(CLOSE, 0) == (0, 4000)
+
+
+def test_a_kernel_that_does_not_count_is_no_reason_to_guess() -> None:
+    outcome = Outcome(Ending.CLIENT_EXITED, True, 1.5)
+    outcome.count(bytes(TCP_INFO.size - 1))
+    assert outcome.bytes_to_qube is None
+    assert outcome.bytes_from_qube is None
+
+
+@pytest.mark.parametrize(
+    ("code", "may"), [(None, True), (1, True), (0, False), (255, False)]
+)
+def test_only_what_may_have_been_killed_is_looked_at_for_a_cut(
+    code: int | None, may: bool
+) -> None:
+    assert ended(code).may_be_cut is may
+    assert not ended(code, established=False).may_be_cut
+    gone = Outcome(Ending.CLIENT_GONE, True, 1.5, exit_code=code)
+    assert not gone.may_be_cut
+    assert not gone.has_run

@@ -382,7 +382,6 @@ def test_a_unit_name_comes_back_from_its_parts(
 ) -> None:
     name = UnitName(prefix, instance, suffix)
     assert {parse_unit_name(str(name))} == {name}
-    assert name.is_template is (instance == "")
 
 
 def test_units_are_one_only_if_their_names_are() -> None:
@@ -404,7 +403,7 @@ def test_a_unit_name_falls_into_prefix_and_instance() -> None:
         "my-rpc", None, "socket"
     )
     assert parse_unit_name(r"x@a@b\x2f.c.service").instance == r"a@b\x2f.c"
-    assert parse_unit_name("x@.socket").is_template
+    assert parse_unit_name("x@.socket").instance == ""
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,18 @@ descriptors and tasks, this does with pretend ones. Keep the two alike.
 
 from __future__ import annotations
 
+from signal import SIGKILL
 from typing import TYPE_CHECKING
 
 from qrexec_activate.forward.admission import Admission, Verdict
-from qrexec_activate.forward.call import Call, Evidence, has_run
+from qrexec_activate.forward.call import (
+    HANG_UP_GRACE,
+    Call,
+    Evidence,
+    has_run,
+    signals,
+)
+from qrexec_activate.forward.lifetime import Idleness, Stop
 from qrexec_activate.forward.outcome import Ending
 from qrexec_activate.forward.setups import LOOK_INTERVAL, Setups
 
@@ -21,7 +29,8 @@ if TYPE_CHECKING:
 #: Of connection.py, which holds descriptors and cannot be imported for less.
 STARVED_DELAY = 0.25
 HANG_UP_LOOK = 0.25
-HANG_UP_GRACE = 2.0
+#: TimeoutStopSec= of the units.
+STOP_TIMEOUT = 10.0
 
 
 class Shell:
@@ -38,6 +47,8 @@ class Shell:
         self.setups: Setups[Conn] = Setups(self.admission, timeout)
         self.ours: set[Conn] = set()
         self.accepts = True
+        self.stop: Stop | None = None
+        self.idleness = Idleness(world.idle_time, world.now)
         self.woken: list[Conn] = []
         self.ready: list[RouteOf] = list(world.routes)
         self.look_id = 0
@@ -45,6 +56,7 @@ class Shell:
         self.up_at = world.now
         for route in world.routes:
             route.parked = False
+        self.is_idle()
 
     # ------------------------------------------------------------------ accept
 
@@ -171,6 +183,8 @@ class Shell:
         self.world.over(conn)
         self.admission.closes(conn)
         self.next_turns()
+        if not self.ours:
+            self.is_idle()
 
     def look_if_established(self, conn: Conn) -> bool:
         call, child = conn.call, conn.child
@@ -230,10 +244,11 @@ class Shell:
                 return
             child = conn.child
             assert child is not None
-            if ending is Ending.LOST:
+            (number, grace), *_ = signals(ending)
+            if number == SIGKILL:
                 self.world.kill(child, 0.005)
             elif ending is not Ending.CLIENT_GONE or not child.established:
-                self.world.kill(child, HANG_UP_GRACE)
+                self.world.kill(child, grace)
             else:
                 # _last_bytes(): nearly always it ends by itself.
                 self.world.kill(child, 5 * HANG_UP_GRACE)
@@ -260,10 +275,9 @@ class Shell:
     def hangs_up(self, conn: Conn) -> None:
         if conn.place == OVER:
             return
-        if not self.look_if_established(conn) and conn.sent:
-            conn.client_left = True
-            return
-        self.interrupt(conn, Ending.CLIENT_GONE)
+        self.look_if_established(conn)
+        if conn.call.hangs_up(not conn.sent):
+            self.interrupt(conn, Ending.CLIENT_GONE)
 
     # ----------------------------------------------------------------- set-ups
 
@@ -271,7 +285,7 @@ class Shell:
         established = self.setups.ends(conn)
         if established is None:
             return
-        if established and conn.client_left:
+        if established and conn.call.client_left:
             self.hung_up(conn)
         self.next_turns()
 
@@ -325,11 +339,11 @@ class Shell:
         child = conn.child
         assert child is not None
         age = self.world.now - child.started_at
-        conn.call = Call(self.world.now - age, random=self.world.random)
+        conn.call = Call(self.world.now, random=self.world.random)
         self.opens(conn)
-        conn.call.begins(conn.call.accepted_at)
+        conn.call.adopt(self.world.now, age)
         conn.place = STARTED
-        conn.client_left = conn.tended = False
+        conn.tended = False
         self.setups.begins(conn, conn.call, conn.route.target, "service")
         if not self.looks_often:
             self.changed()
@@ -345,9 +359,22 @@ class Shell:
         self.next_turns()
         return True
 
+    def is_idle(self) -> None:
+        """_closes(): the accept loop is to count from now."""
+        self.idleness.since = self.world.now
+        left = self.idleness.left(self.world.now, False)
+        if left < 1e6:
+            self.world.at(left, self.world.goes, self, 0)
+
+    def waits(self) -> bool:
+        """_wind_up(): whether a stop is not over yet."""
+        assert self.stop is not None
+        kept = [one for one in self.ours if not self.outlives_daemon(one)]
+        now = self.world.now
+        return self.stop.waits(now, kept, self.setups.soon(now))
+
     def outlives_daemon(self, conn: Conn) -> bool:
-        return (
-            conn.place == STARTED
-            and not conn.by_pipes
-            and conn.call.interrupted is not Ending.LOST
+        # What is sent by pipes is never all there here.
+        return conn.place == STARTED and conn.call.goes_on_alone(
+            conn.by_pipes, False
         )

@@ -17,8 +17,11 @@ from heapq import heappop, heappush
 from typing import Any
 
 from qrexec_activate.forward.admission import FIRST_PLACES, Verdict
+from qrexec_activate.forward.call import PROMPT_AGE
+from qrexec_activate.forward.lifetime import STOP_PATIENCE, Stop
+from qrexec_activate.forward.setups import LOOK_INTERVAL
 
-from .driver import Shell
+from .driver import STOP_TIMEOUT, Shell
 from .world import (
     ASLEEP,
     BACKLOG,
@@ -85,6 +88,8 @@ class Simulation:
         #: A healthy qube answers within so many seconds.
         self.answer = rng.choice((0.004, 0.06))
         self.life = rng.choice((0.01, 0.3, 5.0))
+        #: A daemon without connections ends after so many seconds.
+        self.idle_time = rng.choice((0.01, 0.5)) if "idle" in faults else None
         self.alive = 0
         self.others = 0
         #: Connections that are neither in a backlog nor over.
@@ -418,19 +423,52 @@ class Simulation:
         self.at(self.random.choice((0.0, 0.1, 1.0)), self.starts, None, 0)
 
     def stops(self, _: None, number: int) -> bool:
-        """_wind_up(): accept no more, and after a while let go."""
+        """_wind_up(): accept no more, and let go when nobody is waited for."""
         if self.calm:
             return False
         self.at(self.random.expovariate(self.change), self.stops, None, 0)
-        if self.shell is None or not self.shell.accepts:
+        shell = self.shell
+        if shell is None or not shell.accepts:
             return False
-        self.shell.accepts = False
-        self.at(self.random.random() * 4.0, self.lets_go, self.shell, 0)
+        shell.accepts = False
+        shell.stop = Stop(self.now, STOP_TIMEOUT)
+        return self.winds_up(shell, 0)
+
+    def winds_up(self, shell: Shell, number: int) -> bool:
+        if self.shell is not shell or shell.stop is None:
+            return False
+        if shell.waits():
+            self.at(LOOK_INTERVAL, self.winds_up, shell, 0)
+            return False
+        waited = self.now - shell.stop.at
+        hold(waited < STOP_TIMEOUT, "systemd kills it")
+        for conn in shell.ours:
+            hold(
+                waited > STOP_TIMEOUT - 1 or shell.outlives_daemon(conn),
+                "cut off by a stop that had time",
+                conn,
+            )
+            hold(
+                waited > STOP_PATIENCE - 1
+                or conn.call.established_at is not None
+                or self.now - conn.call.began_at > PROMPT_AGE - 0.1,
+                "left, and may yet need another try",
+                conn,
+            )
+        self.is_gone()
         return True
 
-    def lets_go(self, shell: Shell, number: int) -> bool:
-        if self.shell is not shell:
+    def goes(self, shell: Shell, number: int) -> bool:
+        """_idle(): nothing has come for long enough."""
+        busy = bool(shell.ours)
+        if (
+            self.calm
+            or self.shell is not shell
+            or not shell.accepts
+            or shell.idleness.left(self.now, busy) > 0
+        ):
             return False
+        hold(not shell.ours, "ends with connections")
         self.is_gone()
         return True
 

@@ -11,6 +11,7 @@ import pytest
 from qrexec_activate.forward import admission
 from qrexec_activate.forward.admission import Admission, Verdict
 from qrexec_activate.forward.call import Again, Call
+from qrexec_activate.forward.lifetime import Idleness, Stop
 from tests.simulation.simulation import Simulation, failure, shrunk
 from tests.simulation.world import Scenario
 
@@ -106,6 +107,18 @@ def accepts_before_it_knows_all(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def stops_at_once(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Stop, "waits", lambda *_: False)
+
+
+def stops_too_late(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Stop, "waits", lambda _, now, kept, soon: kept or soon)
+
+
+def ends_while_it_is_busy(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Idleness, "left", lambda self, *_: 0.0 if self.limit else 1e9)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -115,8 +128,11 @@ def accepts_before_it_knows_all(patch: pytest.MonkeyPatch) -> None:
         (never_gives_up, "hang"),
         (closes_twice, "the core counts others"),
         (takes_a_failure_for_everybodys, "its share|a place is free"),
-        (counts_others_once, "for ever|a place is free"),
+        (counts_others_once, "for ever|a place is free|hang"),
         (accepts_before_it_knows_all, "more than may be open"),
+        (stops_at_once, "had time|another try"),
+        (stops_too_late, "systemd kills"),
+        (ends_while_it_is_busy, "ends with connections"),
     ],
 )
 def test_what_does_not_hold_is_found(

@@ -17,6 +17,7 @@ from qrexec_activate.forward.call import Call
 FAULTS = (
     "crash",
     "stop",
+    "idle",
     "vanish",
     "pipes",
     "starved",
@@ -158,7 +159,6 @@ class Conn:
         "by_pipes",
         "call",
         "child",
-        "client_left",
         "gone",
         "place",
         "prompts",
@@ -180,7 +180,6 @@ class Conn:
         self.gone = False
         #: A unix client that has sent something before it goes.
         self.sent = False
-        self.client_left = False
         self.tended = False
         self.ran = 0
         self.prompts = 0
