@@ -12,7 +12,12 @@ from typing import Any
 import click
 
 from ..errors import BadName, ManagerError, UsageProblem
-from ..systemd.journalreader import Record, records, unit_records
+from ..systemd.journalreader import (
+    Record,
+    control_groups_of,
+    records,
+    unit_records,
+)
 from .daemons import declared_daemon
 from .options import complete_routes, system_option
 from .publications import managers, published, services_of
@@ -218,7 +223,7 @@ def _published(
                 for socket in sockets
                 for service in services_of(manager, socket)
             ]
-            groups = manager.control_groups([*sockets, *services])
+            groups = control_groups_of(manager, [*sockets, *services])
             return partial(unit_records, groups, user=manager.user)
     return None
 

@@ -7,16 +7,19 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ActivateError
 from ..routing.unitfile import plain_address
 from .journal import IDENTIFIER
 
-__all__ = ["Record", "records", "unit_records"]
+if TYPE_CHECKING:
+    from .manager import Manager
+
+__all__ = ["Record", "control_groups_of", "records", "unit_records"]
 
 FIELDS = (
     "MESSAGE",
@@ -119,6 +122,24 @@ def records(
             if (daemons is None or record.unit in daemons)
             and _is_of(record, user, control_group)
         )
+
+
+def control_groups_of(
+    manager: Manager, services: Sequence[str]
+) -> dict[str, str]:
+    """In which control group each service runs, or would."""
+    (top,) = manager.manager_properties("ControlGroup")
+    rows = manager.unit_properties(services, "Service", ["Slice"])
+    return {
+        unit: "/".join([top or "", *_slices(row["Slice"] or ""), unit])
+        for unit, row in zip(services, rows, strict=True)
+    }
+
+
+def _slices(name: str) -> list[str]:
+    """A slice, and before it those that it is in, as its name says."""
+    parts = name.removesuffix(".slice").split("-")
+    return [f"{'-'.join(parts[: at + 1])}.slice" for at in range(len(parts))]
 
 
 @contextmanager

@@ -71,7 +71,6 @@ _BY_SET_PROPERTY = re.compile(r"/systemd/(user|system)\.control/")
 
 _SERVICE = "org.freedesktop.systemd1"
 _ROOT = "/org/freedesktop/systemd1"
-_UNIT = "org.freedesktop.systemd1.Unit"
 _MANAGER = "org.freedesktop.systemd1.Manager"
 _SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
 
@@ -396,15 +395,6 @@ class Manager:
         values = iter(self.properties(wanted))
         return [{name: next(values) for name in names} for _ in units]
 
-    def control_groups(self, services: Sequence[str]) -> dict[str, str]:
-        """In which control group each service runs, or would."""
-        (top,) = self.manager_properties("ControlGroup")
-        rows = self.unit_properties(services, "Service", ["Slice"])
-        return {
-            unit: "/".join([top or "", *_slices(row["Slice"] or ""), unit])
-            for unit, row in zip(services, rows, strict=True)
-        }
-
     def list_units(self, *patterns: str) -> list[LoadedUnit]:
         """Return the units that systemd has loaded and whose names match any of
         the patterns, as with `*.socket`."""
@@ -439,9 +429,8 @@ class Manager:
 
     def trigger_units(self, service: str) -> list[str]:
         """Return the names of the socket units that start a service, sorted."""
-        (names,) = self.properties(
-            [(_unit_path(service), _UNIT, "TriggeredBy")]
-        )
+        (row,) = self.unit_properties([service], "Unit", ["TriggeredBy"])
+        names = row["TriggeredBy"]
         if names is None:
             raise ManagerError(
                 f"systemd does not know {service}; start the daemon with"
@@ -505,23 +494,15 @@ class Manager:
     def stop_timeout(self, service: str) -> float | None:
         """How long a service may take to stop, in seconds; None where systemd
         does not say."""
-        (value,) = self.properties(
-            [
-                (
-                    _unit_path(service),
-                    "org.freedesktop.systemd1.Service",
-                    "TimeoutStopUSec",
-                )
-            ]
-        )
+        name = "TimeoutStopUSec"
+        (row,) = self.unit_properties([service], "Service", [name])
+        value = row[name]
         return None if value is None else min(value / 1e6, 86400.0)
 
     def is_stopping(self, service: str) -> bool:
         """Whether it has been told to stop, and has yet to do so."""
-        (state,) = self.properties(
-            [(_unit_path(service), _UNIT, "ActiveState")]
-        )
-        return bool(state == "deactivating")
+        (row,) = self.unit_properties([service], "Unit", ["ActiveState"])
+        return bool(row["ActiveState"] == "deactivating")
 
     def reset_start_limit(self, service: str) -> None:
         """Start counting anew how often a service was started.
@@ -541,12 +522,6 @@ class Manager:
                 )
             ]
         )
-
-
-def _slices(name: str) -> list[str]:
-    """A slice, and before it those that it is in, as its name says."""
-    parts = name.removesuffix(".slice").split("-")
-    return [f"{'-'.join(parts[: at + 1])}.slice" for at in range(len(parts))]
 
 
 def _value(path: str, name: str, body: tuple[Any, ...] | None) -> Any:
