@@ -27,12 +27,15 @@ DISCONNECT = signal.SIGHUP
 _DISCONNECTED = "ended by a person, with qrexec-activate disconnect"
 
 
-#: tcpi_state, tcpi_bytes_received, tcpi_bytes_sent and tcpi_bytes_retrans in
-#: struct tcp_info (linux/tcp.h, 4.19 up).
-TCP_INFO = struct.Struct("=B127xQ64xQQ")
+#: tcpi_state, tcpi_bytes_received, tcpi_notsent_bytes, tcpi_bytes_sent and
+#: tcpi_bytes_retrans in struct tcp_info (linux/tcp.h, 4.19 up).
+TCP_INFO = struct.Struct("=B127xQ8xI52xQQ")
 #: States in which the peer's FIN has come, which the kernel counts as a byte:
 #: CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT.
 _FIN_RECEIVED = {6, 8, 9, 11}
+#: ... and in which ours waits behind what is yet to be sent, and counts among
+#: it: FIN_WAIT1, LAST_ACK, CLOSING.
+_FIN_QUEUED = {4, 9, 11}
 _TCP_CLOSE = 7
 #: An exit code that nobody knows (an earlier daemon's child), and the one with
 #: which qrexec-client-vm 4.4.2 ends at once where its data channel fails.
@@ -127,11 +130,14 @@ class Outcome:
         kernels tell less."""
         if len(info) < TCP_INFO.size:
             return
-        state, received, sent, sent_again = TCP_INFO.unpack(info)
+        state, received, unsent, sent, sent_again = TCP_INFO.unpack(info)
         closed = state == _TCP_CLOSE and self.ending is Ending.CLIENT_EXITED
         fin = state in _FIN_RECEIVED or closed
         self.bytes_to_qube = max(received - fin, 0)
         self.bytes_from_qube = sent - sent_again
+        # A client that has half-closed is not waited for: the kernel goes on.
+        if unsent and state != _TCP_CLOSE:
+            self.bytes_from_qube += unsent - (state in _FIN_QUEUED)
 
     @property
     def has_run(self) -> bool:

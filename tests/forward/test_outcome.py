@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import socket
 
 import pytest
 from hypothesis import given
@@ -278,8 +280,18 @@ def test_an_answer_that_qrexec_cut_off_says_so() -> None:
     )
 
 
-ESTABLISHED, FIN_WAIT_2, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING = (
+(
+    ESTABLISHED,
+    FIN_WAIT_1,
+    FIN_WAIT_2,
+    TIME_WAIT,
+    CLOSE,
+    CLOSE_WAIT,
+    LAST_ACK,
+    CLOSING,
+) = (
     1,
+    4,
     5,
     6,
     7,
@@ -290,10 +302,13 @@ ESTABLISHED, FIN_WAIT_2, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING = (
 
 
 def counted(
-    state: int, received: int, ending: Ending = Ending.CLIENT_EXITED
+    state: int,
+    received: int,
+    ending: Ending = Ending.CLIENT_EXITED,
+    unsent: int = 0,
 ) -> tuple[int | None, int | None]:
     outcome = Outcome(ending, True, 1.5)
-    outcome.count(TCP_INFO.pack(state, received, 5000, 1000))
+    outcome.count(TCP_INFO.pack(state, received, unsent, 5000, 1000))
     return outcome.bytes_to_qube, outcome.bytes_from_qube
 
 
@@ -314,6 +329,63 @@ def test_a_closed_socket_has_had_an_end_unless_its_client_was_reset() -> None:
 
 def test_a_client_that_was_reset_before_a_byte_has_sent_none() -> None:
     assert counted(CLOSE, 0) == (0, 4000)
+
+
+@pytest.mark.parametrize(
+    ("state", "sent"),
+    [
+        (ESTABLISHED, 4300),
+        (CLOSE_WAIT, 4300),
+        # The end of the stream is the last of them.
+        (FIN_WAIT_1, 4299),
+        (LAST_ACK, 4299),
+        (CLOSING, 4299),
+        # It was reset, and never had them.
+        (CLOSE, 4000),
+    ],
+)
+def test_what_is_yet_to_be_sent_counts_if_it_will_be(
+    state: int, sent: int
+) -> None:
+    _, from_qube = counted(state, 10, unsent=300)
+    assert from_qube == sent
+
+
+def test_a_slow_client_that_half_closes_gets_all_that_is_counted() -> None:
+    """The last of it is sent when nobody looks any more."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    with client, ours:
+        client.sendall(b"question")
+        client.shutdown(socket.SHUT_WR)
+        client.settimeout(60)
+        ours.settimeout(60)
+        while ours.recv(100):
+            pass
+        ours.setblocking(False)
+        given = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                given += ours.send(bytes(1 << 20))
+
+        def counts() -> tuple[int | None, int | None]:
+            outcome = Outcome(Ending.CLIENT_EXITED, True, 1.5)
+            outcome.count(
+                ours.getsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size
+                )
+            )
+            return outcome.bytes_to_qube, outcome.bytes_from_qube
+
+        assert counts() == (8, given)
+        ours.shutdown(socket.SHUT_WR)
+        assert counts() == (8, given)
+        got = 0
+        while data := client.recv(1 << 20):
+            got += len(data)
+        assert got == given
+        assert counts() == (8, given)
 
 
 def test_a_kernel_that_does_not_count_is_no_reason_to_guess() -> None:
