@@ -18,6 +18,7 @@ import click
 from ..errors import ActivateError, BadName, UsageProblem
 from ..given.address import Address, parse_address
 from ..given.kinds import default_listen, port_of, unit_of
+from ..routing.address import AddressKey, address_key
 from ..routing.claim import Refusal
 from ..routing.names import (
     call_name,
@@ -27,7 +28,7 @@ from ..routing.names import (
     escape_target,
     parse_unit_name,
 )
-from ..routing.unitfile import AddressKey, SourceFile, address_key
+from ..routing.unitfile import SourceFile
 from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..given.address import Address, parse_address
-from ..routing.unitfile import AddressKey, address_key
+from ..routing.address import AddressKey, address_key
 from .netproc import Listening, holders, is_wildcard, overlaps
 from .survey import Entry
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import click
 
 from ..errors import ActivateError
-from ..routing.unitfile import address_key
+from ..routing.address import address_key
 from ..systemd.journalreader import records
 from .checks import Level, Step, walk
 from .options import json_option, managers_option

@@ -15,13 +15,9 @@ from typing import Any
 from ..errors import UsageProblem
 from ..given.address import parse_address
 from ..printable import printable
+from ..routing.address import AddressKey, address_key
 from ..routing.names import parse_unit_name
-from ..routing.unitfile import (
-    AddressKey,
-    address_key,
-    assignments,
-    declared_listeners,
-)
+from ..routing.unitfile import assignments, declared_listeners
 from .address import (
     Obstacle,
     Trouble,

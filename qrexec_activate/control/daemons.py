@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from ..routing.address import expand_specifiers
 from ..routing.names import parse_unit_name
 from ..routing.routes import unit_specifiers
-from ..routing.unitfile import SourceFile, assignments, expand_specifiers
+from ..routing.unitfile import SourceFile, assignments
 from ..systemd.unitdirs import UnitFiles
 
 __all__ = ["Daemon", "declared_daemon", "find_daemon", "is_mask", "read_file"]

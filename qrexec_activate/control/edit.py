@@ -17,8 +17,9 @@ import click
 
 from ..errors import ActivateError, UsageProblem
 from ..given.address import parse_address
+from ..routing.address import address_key
 from ..routing.claim import Claim, Refusal, Route
-from ..routing.unitfile import SourceFile, address_key, assignments
+from ..routing.unitfile import SourceFile, assignments
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder

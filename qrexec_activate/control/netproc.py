@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..routing.unitfile import AddressKey, address_key
+from ..routing.address import AddressKey, address_key
 from .sockdiag import listening_unix
 
 __all__ = [

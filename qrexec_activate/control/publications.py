@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ActivateError, BadName, ManagerError
+from ..routing.address import address_key, expand_specifiers
 from ..routing.names import check_argument
 from ..routing.routes import SocketUnit, unit_specifiers
-from ..routing.unitfile import address_key, assignments, expand_specifiers
+from ..routing.unitfile import assignments
 from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder, scan

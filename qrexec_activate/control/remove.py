@@ -11,15 +11,10 @@ from pathlib import Path
 import click
 
 from ..errors import ActivateError, UsageProblem
+from ..routing.address import address_key, expand_specifiers
 from ..routing.claim import Claim, Route
 from ..routing.routes import unit_specifiers
-from ..routing.unitfile import (
-    SourceFile,
-    address_key,
-    assignments,
-    declared_listeners,
-    expand_specifiers,
-)
+from ..routing.unitfile import SourceFile, assignments, declared_listeners
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder

@@ -11,9 +11,10 @@ from pathlib import Path
 import click
 
 from ..errors import ActivateError, UsageProblem
+from ..routing.address import address_key
 from ..routing.claim import Route
 from ..routing.names import check_target, escape_target
-from ..routing.unitfile import address_key, assignments
+from ..routing.unitfile import assignments
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder

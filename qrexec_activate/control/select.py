@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from ..errors import ActivateError, ManagerError, UsageProblem
 from ..given.kinds import unit_of
+from ..routing.address import address_key
 from ..routing.claim import Route
 from ..routing.names import parse_unit_name
-from ..routing.unitfile import address_key
 from .survey import Entry, Survey, Unit, survey, written_claims
 
 __all__ = ["means", "select", "the_routes", "whole_units", "written"]

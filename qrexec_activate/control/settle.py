@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 from ..errors import ActivateError, ManagerError
-from ..routing.unitfile import address_key
+from ..routing.address import address_key
 from ..systemd.systemctl import Systemctl
 from .dropins import file_shown, remove_files, write_files
 from .netproc import holders, listening, owner

@@ -19,21 +19,23 @@ from typing import Any
 
 from ..errors import BadName
 from ..given.line import is_of_dom0
+from ..routing.address import (
+    AddressKey,
+    address_key,
+    expand_specifiers,
+    plain_address,
+    shown_address,
+    written_key,
+)
 from ..routing.claim import Claim, PassedSocket, Refusal, Route
 from ..routing.names import call_name, decode_escapes, parse_unit_name
 from ..routing.routes import SocketUnit, by_name, claims, unit_specifiers
 from ..routing.unitfile import (
     LISTEN_KINDS,
-    AddressKey,
     Declaration,
     SourceFile,
-    address_key,
     assignments,
     declared_listeners,
-    expand_specifiers,
-    plain_address,
-    shown_address,
-    written_key,
 )
 from ..systemd.manager import LoadedUnit, Manager, open_manager
 from ..systemd.unitdirs import UnitFiles, scan

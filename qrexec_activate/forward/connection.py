@@ -19,6 +19,7 @@ import socket
 import struct
 import termios
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -352,20 +353,15 @@ class Connection:
         if self._child is None or self._splice is not None:
             return False
         try:
-            pidfd = self._child.open()
-            self._host.watch(pidfd, select.EPOLLIN, self._call_child_ended)
-            self._host.watch(self._sock.fileno(), 0, self._call_client_gone)
+            host, pidfd = self._host, self._child.open()
+            host.watch(pidfd, select.EPOLLIN, partial(host.child_ended, self))
+            gone = partial(host.client_gone, self)
+            host.watch(self._sock.fileno(), 0, gone)
         except OSError:
             # Short of descriptors or memory: carry() waits until it can.
             self._end_untended()
             return False
         return True
-
-    def _call_child_ended(self) -> None:
-        self._host.child_ended(self)
-
-    def _call_client_gone(self) -> None:
-        self._host.client_gone(self)
 
     def _end_untended(self) -> None:
         self._host.forget(self._sock.fileno())

@@ -326,7 +326,8 @@ class Daemon:
     async def _accept(self) -> None:
         """Accept until there was nothing to do for long enough."""
         while not self._idle():
-            self._feed_watchdog()
+            if self._watchdog is not None:
+                self._notifier.tell("WATCHDOG=1")
             if self._first_round.is_set():
                 with trio.move_on_after(self._tick()) as self._nap:
                     await readable(self._ready.fileno())
@@ -523,10 +524,6 @@ class Daemon:
         """How long the accept loop may sleep at most."""
         starved = STARVED_PAUSE if self._unheard else math.inf
         return min(self._watchdog or math.inf, starved, self._idle_for())
-
-    def _feed_watchdog(self) -> None:
-        if self._watchdog is not None:
-            self._notifier.tell("WATCHDOG=1")
 
     # -------------------------------------------------- what waits for its turn
 

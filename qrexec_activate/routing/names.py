@@ -41,21 +41,10 @@ MAX_QUBE_NAME = 31
 #: the terminating zero).
 MAX_UNIT_NAME = 255
 
-UNIT_TYPES = frozenset(
-    (
-        "automount",
-        "device",
-        "mount",
-        "path",
-        "scope",
-        "service",
-        "slice",
-        "socket",
-        "swap",
-        "target",
-        "timer",
-    )
+_TYPES = (
+    "automount device mount path scope service slice socket swap target timer"
 )
+UNIT_TYPES = frozenset(_TYPES.split())
 
 _DIGITS = frozenset("0123456789")
 _HEX = _DIGITS | frozenset("abcdefABCDEF")

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from ..errors import BadName
+from .address import AddressKey, address_key, expand_specifiers, written_key
 from .claim import Claim, PassedSocket, Refusal, Route
 from .names import (
     check_argument,
@@ -24,16 +25,12 @@ from .names import (
     parse_unit_name,
 )
 from .unitfile import (
-    AddressKey,
     Declaration,
     FdName,
     SourceFile,
-    address_key,
     declared_listeners,
-    expand_specifiers,
     is_fd_name,
     only_adds,
-    written_key,
 )
 
 __all__ = [

@@ -14,33 +14,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from .address import (
-    AddressKey,
-    address_key,
-    expand_specifiers,
-    plain_address,
-    shown_address,
-    written_key,
-)
-
 __all__ = [
     "LISTEN_KINDS",
-    "AddressKey",
     "Assignment",
     "Declaration",
     "Declared",
     "FdName",
     "SourceFile",
-    "address_key",
     "assignments",
     "declared_listeners",
-    "expand_specifiers",
     "is_fd_name",
     "is_silent",
     "only_adds",
-    "plain_address",
-    "shown_address",
-    "written_key",
 ]
 
 #: The settings that add a listener, and the kind by which systemd's D-Bus

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ActivateError
-from ..routing.unitfile import plain_address
+from ..routing.address import plain_address
 from .journal import IDENTIFIER
 
 if TYPE_CHECKING:

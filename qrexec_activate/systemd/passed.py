@@ -23,7 +23,6 @@ _KINDS = {
     socket.SOCK_DGRAM: "Datagram",
     socket.SOCK_SEQPACKET: "SequentialPacket",
 }
-_VMADDR_ANY = 0xFFFFFFFF
 
 
 def format_address(family: int, name: object) -> str:
@@ -35,7 +34,8 @@ def format_address(family: int, name: object) -> str:
         case socket.AF_INET6, (str(host), int(port), _, int(scope)):
             return f"[{host}]:{port}{_interface(scope)}"
         case socket.AF_VSOCK, (int(cid), int(port)):
-            return f"vsock:{'' if cid == _VMADDR_ANY else cid}:{port}"
+            any_cid = cid == socket.VMADDR_CID_ANY
+            return f"vsock:{'' if any_cid else cid}:{port}"
         case socket.AF_UNIX, bytes(raw):
             return (
                 f"@{c_escape(raw[1:])}" if raw else "unix socket without a name"

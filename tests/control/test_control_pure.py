@@ -37,12 +37,9 @@ from qrexec_activate.control.survey import Daemon, Entry, find_daemon, foresee
 from qrexec_activate.control.table import lay_out
 from qrexec_activate.errors import ActivateError, BadName, UsageProblem
 from qrexec_activate.given.kinds import unit_of
+from qrexec_activate.routing.address import address_key
 from qrexec_activate.routing.claim import Refusal, Route
-from qrexec_activate.routing.unitfile import (
-    SourceFile,
-    address_key,
-    assignments,
-)
+from qrexec_activate.routing.unitfile import SourceFile, assignments
 from qrexec_activate.systemd.unitdirs import own_folder, scan
 
 SPECIFIERS = {"t": "/run/user/1000", "h": "/home/user"}

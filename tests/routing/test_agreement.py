@@ -15,16 +15,18 @@ from pathlib import Path
 import pytest
 
 from qrexec_activate.loopback.machine import Machine
+from qrexec_activate.routing.address import (
+    AddressKey,
+    address_key,
+    expand_specifiers,
+    written_key,
+)
 from qrexec_activate.routing.claim import Refusal
 from qrexec_activate.routing.routes import SocketUnit, claims, unit_specifiers
 from qrexec_activate.routing.unitfile import (
-    AddressKey,
-    address_key,
     assignments,
     declared_listeners,
-    expand_specifiers,
     is_fd_name,
-    written_key,
 )
 from qrexec_activate.systemd.manager import Manager, open_manager
 from qrexec_activate.systemd.passed import describe

@@ -10,21 +10,23 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from qrexec_activate.routing.address import (
+    address_key,
+    expand_specifiers,
+    plain_address,
+    shown_address,
+    written_key,
+)
 from qrexec_activate.routing.names import c_escape
 from qrexec_activate.routing.unitfile import (
     LISTEN_KINDS,
     Declaration,
     SourceFile,
-    address_key,
     assignments,
     declared_listeners,
-    expand_specifiers,
     is_fd_name,
     is_silent,
     only_adds,
-    plain_address,
-    shown_address,
-    written_key,
 )
 
 ANY_TEXT = st.text(st.characters(blacklist_categories=()), max_size=80)
