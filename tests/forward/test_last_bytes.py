@@ -31,7 +31,7 @@ def add_reader(
 ) -> Path:
     """Let the qube have a service that reads slowly, and then writes how much
     it has read into a file."""
-    qube = scene.machine.add_qube("work")
+    qube = scene.add_qube("work")
     result = qube / "count"
     script = qube / "rpc" / "qubes.ConnectTCP"
     script.write_text(
