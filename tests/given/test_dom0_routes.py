@@ -182,18 +182,25 @@ def test_what_the_qube_has_itself_comes_first(desk: Desk) -> None:
     assert desk.routes() == {f"127.0.0.1:{port}": "gitweb"}
 
 
-def test_an_own_address_takes_dom0s_place(desk: Desk) -> None:
+def test_an_own_address_takes_dom0s_place_at_once(desk: Desk) -> None:
     machine, address = desk.machine, f"127.0.0.1:{desk.port}"
+    allow(machine)
+    serve(machine, "gitweb")
+    serve(machine, "work")
     machine.say("/vm-config/connect-a", f"tcp {desk.port} gitweb")
     until("it is dom0's", lambda: dom0_units(machine))
-    lines = (f"ListenStream={address}", "FileDescriptorName=work")
-    desk.drop_in(desk.tcp, "work", "[Socket]", *lines)
-    machine.systemctl("daemon-reload")
-    machine.systemctl("enable", desk.tcp)
-    machine.systemctl("restart", "qrexec-activate-dom0.service")
-    until("dom0's is gone", lambda: not dom0_units(machine))
-    machine.systemctl("start", desk.tcp)
-    assert desk.routes() == {address: "work"}
+    with socket.create_connection(("127.0.0.1", desk.port), PATIENCE) as sock:
+        # Now the daemon runs, and has the address, too.
+        file = sock.makefile()
+        assert file.readline() == f"gitweb {desk.port}\n"
+        lines = (f"ListenStream={address}", "FileDescriptorName=work")
+        desk.drop_in(desk.tcp, "work", "[Socket]", *lines)
+        machine.systemctl("enable", "--now", desk.tcp)
+        assert answer(desk.port) == f"work {desk.port}"
+        assert desk.routes() == {address: "work"}
+        sock.sendall(b"still there\n")
+        assert file.readline() == "still there\n"
+    assert desk.failed() == ""
 
 
 def test_what_a_person_has_stopped_is_left_so(desk: Desk) -> None:
