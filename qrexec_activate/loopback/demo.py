@@ -8,6 +8,7 @@ that is not the expected one is an error, and so is anything left behind.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import http.server
 import shutil
@@ -30,6 +31,9 @@ PORT = 1234
 LISTENERS = {"gitweb": "127.0.0.1", "work": "127.0.0.2"}
 UNIX_QUBE = "vault"
 UNIX_NAME = "notes"
+#: What dom0 opens, for the second of the qubes, and by which feature.
+GIVEN_HOST = "127.0.0.3"
+GIVEN_FEATURE = "connect-web"
 
 DROP_IN = """\
 [Socket]
@@ -44,6 +48,8 @@ qubes.ConnectUnix +notes client vault allow
 #: An answer takes some 0.2 s, most of it the start of the daemon; a busy
 #: machine may need far longer.
 ANSWER_TIMEOUT = 30.0
+#: How often to look whether dom0's address is there, or gone.
+LOOK = 0.02
 #: The last connection is logged when its qrexec-client-vm has ended, which
 #: takes some 10 ms.
 LOG_TIMEOUT = 3.0
@@ -68,7 +74,7 @@ def demo() -> int:
         raise MachineError(
             "qubes.ConnectUnix needs socat: install the package socat"
         )
-    with Machine() as machine:
+    with Machine(qubesdb=True) as machine:
         wrong = _show(machine)
     if machine.directory.exists():
         wrong.append(f"{machine.directory} is left behind")
@@ -94,7 +100,9 @@ def _show(machine: Machine) -> list[str]:
         f" {', '.join(LISTENERS)} and {UNIX_QUBE}."
     )
 
-    port = _free_port([*LISTENERS.values(), *map(machine.address, LISTENERS)])
+    port = _free_port(
+        [*LISTENERS.values(), GIVEN_HOST, *map(machine.address, LISTENERS)]
+    )
     if port != PORT:
         print(f"Port {PORT} is taken on this machine, so this uses {port}.")
     unix_socket = machine.runtime / UNIX_NAME
@@ -134,6 +142,7 @@ def _show(machine: Machine) -> list[str]:
             socket.AF_UNIX,
             str(unix_socket),
         )
+        wrong += _from_dom0(machine, port)
 
         print("\nWhat the daemons logged:")
         print("".join(f"  {line}\n" for line in _log_lines(machine)))
@@ -145,6 +154,29 @@ def _write(machine: Machine, unit: str, qube: str, address: str) -> None:
     machine.write_drop_in(unit, qube, text)
     print(f"\n~/.config/systemd/user/{unit}.d/{qube}.conf")
     print("".join(f"    {line}\n" for line in text.splitlines()), end="")
+
+
+def _from_dom0(machine: Machine, port: int) -> list[str]:
+    """Let the pretend dom0 open an address in the running qube, and take it
+    away again; what went wrong, a line each."""
+    qube = [*LISTENERS][-1]
+    line = f"tcp {port} {qube} {GIVEN_HOST}:{port}"
+    feature = f"client vm-config.{GIVEN_FEATURE}"
+    print(f"\nIn dom0:\n$ qvm-features {feature} '{line}'")
+    machine.say(f"/vm-config/{GIVEN_FEATURE}", line)
+    wrong = _check(
+        f"http://{GIVEN_HOST}:{port}/", qube, socket.AF_INET, (GIVEN_HOST, port)
+    )
+    print(f"$ qvm-features --unset {feature}")
+    machine.say(f"/vm-config/{GIVEN_FEATURE}", None)
+    deadline = time.monotonic() + ANSWER_TIMEOUT
+    while not (closed := _is_free(GIVEN_HOST, port)) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(LOOK)
+    what = f"http://{GIVEN_HOST}:{port}/"
+    print(f"  {what:<40} {'closed' if closed else 'still open'}")
+    return wrong if closed else [*wrong, f"{what} was not closed"]
 
 
 def _check(
@@ -168,9 +200,7 @@ def _check(
 
 
 def _get(family: socket.AddressFamily, address: str | tuple[str, int]) -> str:
-    with socket.socket(family) as sock:
-        sock.settimeout(ANSWER_TIMEOUT)
-        sock.connect(address)
+    with _connected(family, address) as sock:
         connection = http.client.HTTPConnection("qube")
         connection.sock = sock
         connection.request("GET", "/", headers={"Connection": "close"})
@@ -180,6 +210,26 @@ def _get(family: socket.AddressFamily, address: str | tuple[str, int]) -> str:
             .decode(errors="backslashreplace")
             .strip()
         )
+
+
+def _connected(
+    family: socket.AddressFamily, address: str | tuple[str, int]
+) -> socket.socket:
+    """A connection, tried again while it is refused: what dom0 opens takes its
+    time to be there."""
+    deadline = time.monotonic() + ANSWER_TIMEOUT
+    while True:
+        sock = socket.socket(family)
+        sock.settimeout(ANSWER_TIMEOUT)
+        try:
+            sock.connect(address)
+        except OSError as error:
+            sock.close()
+            if error.errno != errno.ECONNREFUSED or time.monotonic() > deadline:
+                raise
+            time.sleep(LOOK)
+        else:
+            return sock
 
 
 def _page(qube: str) -> str:
@@ -226,19 +276,22 @@ def _web_server(qube: str, address: tuple[str, int] | Path) -> Iterator[None]:
 def _free_port(hosts: list[str]) -> int:
     """PORT, or the next one that is free on all these addresses."""
     for port in range(PORT, 65536):
-        with ExitStack() as stack:
-            try:
-                for host in hosts:
-                    sock = stack.enter_context(socket.socket())
-                    # As systemd and the web servers do: connections of an
-                    # earlier run that linger do not count.
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    sock.bind((host, port))
-                    sock.listen()
-            except OSError:
-                continue
+        if all(_is_free(host, port) for host in hosts):
             return port
     raise MachineError(f"no port from {PORT} up is free on {', '.join(hosts)}")
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as sock:
+        # As systemd and the web servers do: connections of an earlier run that
+        # linger do not count.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+            sock.listen()
+        except OSError:
+            return False
+        return True
 
 
 def _log_lines(machine: Machine) -> list[str]:

@@ -474,6 +474,14 @@ def test_the_demo_tells_the_qubes_apart(short_folder: Path) -> None:
     )
     assert re.search(r"http://127\.0\.0\.2:\d+/ +This is work\.", result.stdout)
     assert re.search(r"unix socket \S+ +This is vault\.", result.stdout)
+    assert re.search(
+        r"\$ qvm-features client vm-config\.connect-web 'tcp (\d+) work"
+        r" 127\.0\.0\.3:\1'\n"
+        r"  http://127\.0\.0\.3:\1/ +This is work\.\n"
+        r"\$ qvm-features --unset client vm-config\.connect-web\n"
+        r"  http://127\.0\.0\.3:\1/ +closed\n",
+        result.stdout,
+    )
     logged = result.stdout.partition("What the daemons logged:")[2]
     for qube in ("gitweb", "work", "vault"):
         assert re.search(rf"→ {qube} .*ended", logged)
