@@ -175,7 +175,7 @@ def _words(words: list[str]) -> tuple[str, str, str, list[str]]:
     kind = words[0]
     if kind not in KINDS:
         raise UsageProblem(
-            f"{kind[:40]!r} is no kind of route: {', '.join(KINDS)}"
+            f"{kind[:40]!r} is no kind of route from dom0: {', '.join(KINDS)}"
         )
     if len(words) < 3:
         raise UsageProblem(
