@@ -258,6 +258,12 @@ def test_dom0_switches_on_some_of_what_a_template_holds(desk: Desk) -> None:
     (services / "qrexec-connect-tcp").touch()
     machine.systemctl("restart", *units)
     assert answer(other) == f"gitweb {other}"
+    # It is on, and a person has stopped it.
+    machine.systemctl("stop", units[1])
+    (step,) = (
+        one for one in steps_of(desk) if f"127.0.0.1:{other}" in one["text"]
+    )
+    assert step["text"].endswith(f"{units[1]} is not started")
     for path in services.iterdir():
         path.unlink()
     machine.systemctl("restart", *units)
