@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -48,16 +48,17 @@ def means(word: str, entry: Entry) -> bool:
     )
 
 
-def written(now: Survey) -> list[Entry]:
+def written(now: Survey, among: Container[str] | None = None) -> list[Entry]:
     """Return the routes as the files have them now, whether or not systemd has
     read them yet, and after these what only systemd still has: it is the
-    files that a command changes."""
+    files that a command changes. `among`: only those of these units."""
     entries: list[Entry] = []
     loaded: dict[str, list[Entry]] = {}
     for entry in now.entries:
         loaded.setdefault(entry.unit, []).append(entry)
     for unit in now.units.values():
-        entries += _written(unit, loaded.get(unit.name, []), now)
+        if among is None or unit.name in among:
+            entries += _written(unit, loaded.get(unit.name, []), now)
     return entries
 
 

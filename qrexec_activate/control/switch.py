@@ -41,7 +41,8 @@ def switch(
         with open_manager(user=not system) as manager:
             now = take_survey(manager)
         meant = the_routes(now, words, all_of_them)
-        units = whole_units(meant, written(now))
+        changed = {entry.unit for entry in meant}
+        units = whole_units(meant, written(now, changed))
         change = change_of(list(units), at_once)
         if change.enable or change.disable:
             refuse(meant)
