@@ -93,6 +93,20 @@ def test_help_waits_for_no_slow_part_of_the_standard_library(
     assert not slow & ({*modules_of(desk, "--help")} - {*needed})
 
 
+def test_help_looks_for_no_garbage(desk: Desk) -> None:
+    code = IMPORTED_BY.replace(
+        'print("imported", *sys.modules)',
+        'print("collected", gc.get_stats()[0]["collections"] - before)',
+    )
+    code = f"import gc; before = gc.get_stats()[0]['collections']{code}"
+    output = subprocess.check_output(
+        [sys.executable, "-c", code, "--help"],
+        env=desk.machine.environment,
+        text=True,
+    )
+    assert int(output.rpartition("collected ")[2]) < 5
+
+
 def test_list_imports_neither_the_daemon_nor_what_draws_tables(
     desk: Desk,
 ) -> None:
