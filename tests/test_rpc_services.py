@@ -28,6 +28,8 @@ from pretend import (
     wait_until,
 )
 
+from qrexec_activate.publish.counts import parse_calls
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -338,6 +340,13 @@ def test_a_call_to_a_unix_socket_is_one_line_of_the_journal(
     assert there.endswith("work: connected to there, exit code 0")
     assert dead.endswith("work: could not connect to dead, exit code 1")
     assert "work: failed: cannot connect to" in none
+    # As `published` understands them.
+    lines = [line.partition(" -- ")[2] for line in (there, dead, none)]
+    assert parse_calls([*lines, lines[0]]) == {
+        "there": (2, 0),
+        "dead": (1, 1),
+        "none": (1, 1),
+    }
 
 
 @pytest.fixture(params=["unix", "tcp"])

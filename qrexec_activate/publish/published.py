@@ -23,13 +23,15 @@ from ..control.publications import (
     where_installed,
 )
 from ..control.table import BAD, GOOD, print_json, print_rows, short_path
-from ..errors import ActivateError
+from ..errors import ActivateError, UsageProblem
 from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from .caddy import NotAllowed, known_routes
 from .change import end_unused
+from .counts import Calls, count_calls, count_failures
 from .services import (
     Service,
+    caller,
     is_service,
     pause_problem,
     state_and_memory,
@@ -51,7 +53,7 @@ SETTLED = 10.0
 TRIED_AT_ONCE = 8
 #: How long a program may take to see that a trial is over.
 END_TIMEOUT = 5.0
-HEADER = ("name", "state", "socket", "made by")
+HEADER = ("name", "state", "socket", "made by", "calls")
 
 
 def complete_names(
@@ -81,8 +83,8 @@ def style(column: int, text: str) -> str:
     epilog="""\b
 Example:
     $ qrexec-activate published
-    NAME           STATE  SOCKET                  MADE BY
-    gpg-agent-ssh  alive  …/gnupg/S.gpg-agent.ssh  gpg-agent-ssh.socket
+    NAME           STATE  SOCKET                   MADE BY               CALLS
+    gpg-agent-ssh  alive  …/gnupg/S.gpg-agent.ssh  gpg-agent-ssh.socket  12
 """,
 )
 @click.option(
@@ -99,11 +101,16 @@ def command(ctx: click.Context, walk: bool, as_json: bool) -> None:
     qubes.ConnectUnix, and whether they are alive. What --check has started, and
     nobody else uses, it ends again.
 
-    Of programs that were published with --exec it says whether they run, and
-    how much memory they use.
+    CALLS are those that have ended since the qube was started, as far as the
+    journal has them, and how many of these failed; what comes through Caddy is
+    none. Of programs that were published with --exec it says whether they run,
+    how often they have failed since then, and how much memory they use.
     """
+    calls = _calls()
     with managers() as found:
-        seen = [one for manager in found for one in _look(manager, walk=walk)]
+        seen = [
+            one for manager in found for one in _look(manager, calls, walk=walk)
+        ]
     seen.sort(key=lambda one: one.publication.name)
     if as_json:
         print_json([one.json() for one in seen])
@@ -131,6 +138,9 @@ class Seen:
     state: str | None = None
     memory: int | None = None
     service: Service | None = None
+    #: Since the qube was started; None where the journal does not tell.
+    calls: Calls | None = None
+    failures: int | None = None
 
     def json(self) -> dict[str, Any]:
         one, service = self.publication, self.service
@@ -144,6 +154,9 @@ class Seen:
             "problem": self.problem or None,
             "state": self.state,
             "memory": self.memory,
+            "calls": None if self.calls is None else self.calls.ended,
+            "calls_failed": None if self.calls is None else self.calls.failed,
+            "program_failed": self.failures,
             "user": (service and service.user) or None,
             "database": service.user if service and service.database else None,
             "domain": (service and service.domain) or None,
@@ -156,16 +169,31 @@ class Seen:
             "alive" if one.alive else "dead",
             short_path(one.socket) or "-",
             one.unit or "by hand",
+            "-"
+            if self.calls is None
+            else f"{self.calls.ended}"
+            + f", {self.calls.failed} failed" * bool(self.calls.failed),
         ]
 
     def program(self) -> list[str]:
+        times = self.failures or 0
         return [
-            self.state or "-",
+            (self.state or "-")
+            + f", failed {times} time{'s' * (times > 1)}" * bool(times),
             "-" if self.memory is None else f"{self.memory / 2**20:.1f} MiB",
         ]
 
 
-def _look(manager: Manager, *, walk: bool) -> Iterator[Seen]:
+def _calls() -> dict[str, Calls] | None:
+    try:
+        return count_calls(caller() if os.geteuid() == 0 else "")
+    except UsageProblem:
+        return count_calls("")
+
+
+def _look(
+    manager: Manager, calls: dict[str, Calls] | None, *, walk: bool
+) -> Iterator[Seen]:
     found = published(manager)
     services = {
         one.unit: Service.read(one.name, for_system=one.for_system)
@@ -184,15 +212,21 @@ def _look(manager: Manager, *, walk: bool) -> Iterator[Seen]:
         zip(services, state_and_memory(manager, list(services)), strict=True)
     )
     lost = _lost_domains([one for one in services.values() if one])
+    failed = count_failures(user=manager.user) if services else None
     for one, problem in zip(found, problems, strict=True):
+        called = None if calls is None else calls.get(one.name, Calls())
         if one.unit not in states:
-            yield Seen(one, problem)
+            yield Seen(one, problem, calls=called)
             continue
         yield Seen(
             one,
             pauses[one.unit] or problem or lost.get(one.name, ""),
             *states[one.unit],
             services[one.unit],
+            called,
+            None
+            if failed is None
+            else sum(failed[unit] for unit in units_of(one.unit)[:2]),
         )
 
 

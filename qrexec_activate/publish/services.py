@@ -63,6 +63,7 @@ from .steps import Step, file_step
 
 __all__ = [
     "Service",
+    "caller",
     "check",
     "creation",
     "domain_step",

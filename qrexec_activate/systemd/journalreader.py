@@ -19,7 +19,13 @@ from .journal import IDENTIFIER
 if TYPE_CHECKING:
     from .manager import Manager
 
-__all__ = ["Record", "control_groups_of", "records", "unit_records"]
+__all__ = [
+    "Record",
+    "control_groups_of",
+    "messages",
+    "records",
+    "unit_records",
+]
 
 FIELDS = (
     "MESSAGE",
@@ -45,6 +51,8 @@ FIELDS = (
 _WARNING = 4
 #: What journalctl says to whom it does not show all (systemd 252 to 257; it has
 #: no translations).
+_NO_JOURNALCTL = "journalctl is not installed: the log is in the journal"
+_NO_JOURNAL = "No journal files were found"
 _CLOSED = ("You are currently not seeing messages", "insufficient permissions")
 
 
@@ -220,9 +228,7 @@ def _journal(choice: list[str], *, user: bool) -> Iterator[Iterator[Record]]:
                 errors="backslashreplace",
             )
         except FileNotFoundError:
-            raise ActivateError(
-                "journalctl is not installed: the log is in the journal"
-            ) from None
+            raise ActivateError(_NO_JOURNALCTL) from None
 
         def found() -> Iterator[Record]:
             assert process.stdout is not None
@@ -239,6 +245,27 @@ def _journal(choice: list[str], *, user: bool) -> Iterator[Iterator[Record]]:
                 yield found()
             finally:
                 process.kill()
+
+
+def messages(*matches: str, user: bool) -> list[str]:
+    """The text of what matches, since this machine was started; raises
+    ActivateError where the journal cannot be read."""
+    words = ["journalctl", "--no-pager", "--boot", "--output=cat", *matches]
+    try:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="backslashreplace",
+            check=False,
+        )
+    except FileNotFoundError:
+        raise ActivateError(_NO_JOURNALCTL) from None
+    _complain(done.returncode, done.stderr, user)
+    if _NO_JOURNAL in done.stderr:
+        raise ActivateError("there is no journal")
+    return done.stdout.splitlines()
 
 
 def _complain(code: int, said: str, user: bool) -> None:

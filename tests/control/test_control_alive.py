@@ -36,6 +36,8 @@ from schema import problems
 
 from qrexec_activate.loopback.machine import Machine, start_journald
 
+RPC_FOLDER = Path(__file__).resolve().parents[2] / "rpc"
+
 
 class Echo(socketserver.BaseRequestHandler):
     def handle(self) -> None:
@@ -461,6 +463,64 @@ def test_the_log_of_a_name_is_that_of_its_program(desk: Desk) -> None:
         desk.run("unpublish", name)
     # Nor is it taken for what became of a connection.
     assert "forged" not in desk.run("logs", "--everything")
+
+
+#: Fails where it is told to.
+FAILING = """\
+import socket, sys
+with socket.socket(fileno=3).accept()[0] as client:
+    line = client.recv(100)
+    client.sendall(line)
+sys.exit(line == b"fail")
+"""
+
+
+def call_name(desk: Desk, name: str, said: bytes) -> None:
+    """What qrexec does when another qube calls it."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        process = subprocess.Popen(
+            [str(RPC_FOLDER / "qubes.ConnectUnix"), name],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.DEVNULL,
+            env={**desk.machine.environment, "QREXEC_REMOTE_DOMAIN": "work"},
+        )
+        theirs.close()
+        ours.settimeout(PATIENCE)
+        with contextlib.suppress(ConnectionError):
+            ours.sendall(said)
+            ours.shutdown(socket.SHUT_WR)
+            while ours.recv(100):
+                pass
+        process.wait(PATIENCE)
+
+
+def test_calls_and_failures_are_counted(desk: Desk) -> None:
+    program = desk.machine.home / "failing.py"
+    program.write_text(FAILING)
+    name = f"count-{secrets.token_hex(4)}"
+
+    def counted(at: int = 0) -> list[int | None]:
+        keys = ("calls", "calls_failed", "program_failed")
+        one = desk.json("published")[at]
+        return [one[key] for key in keys]
+
+    desk.run("publish", name, "--exec", f"{sys.executable} {program}")
+    try:
+        assert counted() == [0, 0, 0]
+        for said in (b"well", b"fail", b"well"):
+            call_name(desk, name, said)
+        until("all are counted", lambda: counted() == [3, 0, 1])
+        desk.machine.systemctl("stop", f"qrexec-publish-{name}.socket")
+        call_name(desk, name, b"well")
+        until("it is counted", lambda: counted() == [4, 1, 1])
+        said = desk.run("published")
+        assert "4, 1 failed" in said
+        assert "failed 1 time\n" not in said
+        assert ", failed 1 time " in said
+    finally:
+        desk.run("unpublish", name)
 
 
 def test_who_has_no_unit_has_no_log_here(desk: Desk) -> None:

@@ -313,8 +313,17 @@ def test_publishing_the_socket_of_a_unit_needs_no_restart_and_lasts(
     desk.machine.systemctl("start", "my-agent.socket")
     assert link.resolve() == socket_path
     desk.run("publish", "agent", "--unit", "my-agent.socket")
-    desk.is_golden("published.txt", desk.run("published"))
-    desk.is_golden("published.json", desk.run("published", "--json"))
+    # Whether there is a journal differs from machine to machine.
+    desk.is_golden(
+        "published.txt",
+        desk.run("published"),
+        lambda text: re.sub(r" 0$", " -", text, flags=re.MULTILINE),
+    )
+    desk.is_golden(
+        "published.json",
+        desk.run("published", "--json"),
+        lambda text: re.sub(r'("calls\w*"): 0', r"\1: null", text),
+    )
 
 
 def test_a_name_can_be_taken_back(desk: Desk) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qrexec_activate.publish.counts import failures, parse_calls
 from qrexec_activate.publish.published import SETTLED, SETTLING, Sight, stays
 
 #: Between two looks at a program.
@@ -51,3 +52,38 @@ def test_however_seldom_one_looks(sights: list[Sight]) -> None:
 
 def test_one_look_is_too_few() -> None:
     assert stays([(0.0, ONE)]) == "running"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("work: connected to wiki, exit code 0", (1, 0)),
+        ("unknown caller: connected to wiki, exit code 0", (1, 0)),
+        # Its caller has gone.
+        ("work: connected to wiki, exit code 143", (1, 0)),
+        ("work: connected to wiki, exit code 1", (1, 1)),
+        ("work: could not connect to wiki, exit code 1", (1, 1)),
+        (
+            "work: failed: cannot connect to /run/user/1/a:b/wiki: there is no"
+            " folder /run/user/1/a:b",
+            (1, 1),
+        ),
+        ("work: refused: the argument begins with a dot", None),
+        ("connected to wiki, exit code 0", None),
+        ("a b: connected to wiki, exit code 0", None),
+        ("work: connected to wiki, exit code 0 and more", None),
+        ("", None),
+    ],
+)
+def test_a_call_is_counted_by_its_line(
+    line: str, told: tuple[int, int] | None
+) -> None:
+    assert parse_calls([line]) == ({"wiki": told} if told else {})
+
+
+def test_a_failure_is_counted_by_its_unit() -> None:
+    said = "a.service: Failed with result 'exit-code'."
+    assert failures([said, said, "b.service: x"]) == {
+        "a.service": 2,
+        "b.service": 1,
+    }
