@@ -30,6 +30,7 @@ __all__ = [
     "check_domain",
     "known_routes",
     "remove_route",
+    "status_problem",
 ]
 
 #: Where the admin API is, unless CADDY_ADMIN says otherwise, as for Caddy
@@ -42,6 +43,11 @@ LONGEST_ANSWER = 8 << 20
 #: A connection without a request is closed soon, as it keeps a program from
 #: being idle. Caddy's own choice is two minutes.
 KEEP_ALIVE = "1s"
+#: What a server answers first is one line, by which it is known how it went;
+#: from 500 on it is the server, or what is behind it, that has failed.
+LONGEST_STATUS = 4096
+FIRST_FAILURE = 500
+_STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b")
 _DOMAIN = re.compile(
     r"(?!-)[a-z0-9-]+(?<!-)(\.(?!-)[a-z0-9-]+(?<!-))*", re.ASCII | re.IGNORECASE
 )
@@ -139,8 +145,8 @@ def _silent(address: str, error: Exception) -> str:
     )
 
 
-def _servers() -> dict[str, list[dict[str, Any]]]:
-    """The routes of each of Caddy's servers."""
+def _servers() -> dict[str, tuple[list[str], list[dict[str, Any]]]]:
+    """Where each of Caddy's servers listens, and its routes."""
     status, said = _ask("GET", "/config/apps/http/servers")
     match said:
         case None:
@@ -149,11 +155,14 @@ def _servers() -> dict[str, list[dict[str, Any]]]:
             isinstance(server, dict) for server in said.values()
         ):
             return {
-                name: [
-                    route
-                    for route in _list(server.get("routes"))
-                    if isinstance(route, dict)
-                ]
+                name: (
+                    [str(one) for one in _list(server.get("listen"))],
+                    [
+                        route
+                        for route in _list(server.get("routes"))
+                        if isinstance(route, dict)
+                    ],
+                )
                 for name, server in said.items()
             }
     raise ActivateError(
@@ -181,7 +190,7 @@ def add_route(unit: str, domain: str, path: Path) -> None:
             "Caddy serves nothing yet: give it a server first, for example"
             " `:80` in its Caddyfile"
         )
-    for route in (one for routes in servers.values() for one in routes):
+    for route in (one for _, routes in servers.values() for one in routes):
         if route.get("@id") == unit:
             return
         if domain.lower() in _hosts(route):
@@ -206,7 +215,7 @@ def add_route(unit: str, domain: str, path: Path) -> None:
     }
     first = sorted(servers)[0]
     place = f"/config/apps/http/servers/{quote(first, safe='')}/routes"
-    if servers[first]:
+    if servers[first][1]:
         # Before all others, as one of these may take every host.
         status, said = _ask("PUT", f"{place}/0", new)
     else:
@@ -218,15 +227,81 @@ def add_route(unit: str, domain: str, path: Path) -> None:
         )
 
 
-def known_routes() -> set[str]:
-    """The units of the services that Caddy has routes to, and other ids;
-    raises ActivateError if it does not answer, NotAllowed if it must not be
-    asked."""
+def known_routes() -> dict[str, list[str]]:
+    """The units of the services that Caddy has routes to, and other ids, and
+    where it listens for each; raises ActivateError if it does not answer,
+    NotAllowed if it must not be asked."""
     return {
-        str(route.get("@id"))
-        for routes in _servers().values()
+        str(route.get("@id")): listens
+        for listens, routes in _servers().values()
         for route in routes
     }
+
+
+def status_problem(domain: str, listens: list[str], timeout: float) -> str:
+    """Ask Caddy for a domain's first page, as a browser does, and return what
+    is wrong with the answer, of which only the status counts."""
+    for address in listens[:1]:
+        try:
+            status = _status(address, domain, timeout)
+            if status == http.client.BAD_REQUEST:
+                # So Caddy says that it wants TLS; the page itself may, too.
+                with contextlib.suppress(OSError):
+                    status = _status(address, domain, timeout, tls=True)
+        except (OSError, ValueError) as error:
+            return (
+                f"Caddy at {printable(address)} does not answer for {domain}:"
+                f" {printable(str(error))}"
+            )
+        if status >= FIRST_FAILURE:
+            return f"{domain} answers {status} through Caddy"
+    return ""
+
+
+def _status(
+    address: str, domain: str, timeout: float, *, tls: bool = False
+) -> int:
+    deadline = time.monotonic() + timeout
+    answer = b""
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(_connect(_reached(address)))
+        sock.settimeout(timeout)
+        if tls:
+            sock = stack.enter_context(_unchecked(sock, domain))
+        sock.sendall(
+            f"GET / HTTP/1.1\r\nHost: {domain}\r\nUser-Agent: qrexec-activate"
+            f"\r\nConnection: close\r\n\r\n".encode()
+        )
+        while b"\n" not in answer and len(answer) < LONGEST_STATUS:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            if not (data := sock.recv(LONGEST_STATUS)):
+                break
+            answer += data
+    if not (match := _STATUS.match(answer)):
+        raise ValueError("what it says is no HTTP")
+    return int(match[1])
+
+
+def _unchecked(sock: socket.socket, domain: str) -> socket.socket:
+    """TLS to this qube's own Caddy, whose certificates nobody else may know; no
+    secret goes there."""
+    import ssl
+
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context.wrap_socket(sock, server_hostname=domain)
+
+
+def _reached(listens: str) -> str:
+    """Where one connects to what Caddy listens on: `tcp/:80`, `[::]:80-90`,
+    `unix//path|0600`."""
+    if listens.startswith("unix/"):
+        return listens.partition("|")[0]
+    host, _, ports = listens.rpartition("/")[2].rpartition(":")
+    if host.strip("[]") in ("", "0.0.0.0", "::"):
+        host = "localhost"
+    return f"{host}:{ports.partition('-')[0]}"
 
 
 def remove_route(unit: str) -> None:

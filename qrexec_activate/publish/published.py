@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,7 @@ from ..control.table import BAD, GOOD, print_json, print_rows, short_path
 from ..errors import ActivateError, UsageProblem
 from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
-from .caddy import NotAllowed, known_routes
+from .caddy import NotAllowed, known_routes, status_problem
 from .change import end_unused
 from .counts import Calls, count_calls, count_failures
 from .services import (
@@ -203,15 +204,15 @@ def _look(
     pauses = dict(
         zip(services, pause_problem(manager, list(services)), strict=True)
     )
+    in_caddy, lost = _domains([one for one in services.values() if one])
     if walk:
         with ThreadPoolExecutor(TRIED_AT_ONCE) as pool:
-            problems = list(pool.map(_try, found))
+            problems = list(pool.map(partial(_try, in_caddy=in_caddy), found))
     else:
         problems = [one.problem for one in found]
     states = dict(
         zip(services, state_and_memory(manager, list(services)), strict=True)
     )
-    lost = _lost_domains([one for one in services.values() if one])
     failed = count_failures(user=manager.user) if services else None
     for one, problem in zip(found, problems, strict=True):
         called = None if calls is None else calls.get(one.name, Calls())
@@ -251,9 +252,10 @@ def _print(seen: list[Seen]) -> None:
             click.echo(f"{one.publication.name}: {one.problem}")
 
 
-def _try(one: Publication) -> str:
-    """Go the way that a call goes, and leave all as it was; returns what is
-    wrong."""
+def _try(one: Publication, in_caddy: dict[str, tuple[str, list[str]]]) -> str:
+    """Go the way that a call goes, and that of a browser, and leave all as it
+    was; returns what is wrong. `in_caddy` has the domain of a unit, and where
+    Caddy listens for it."""
     if one.problem:
         return one.problem
     if not is_service(one.unit):
@@ -268,6 +270,10 @@ def _try(one: Publication) -> str:
             return problem
         with client:
             problem = _walk_on(one, manager, client)
+        # No sooner: it may serve one connection at a time.
+        if not problem and one.unit in in_caddy:
+            problem = status_problem(*in_caddy[one.unit], TRY_TIMEOUT)
+            problem += f": qrexec-activate logs {one.name}" * bool(problem)
         if slept:
             _end(one)
     return problem
@@ -388,18 +394,25 @@ def _has_answered(client: socket.socket) -> bool:
         return False
 
 
-def _lost_domains(services: list[Service]) -> dict[str, str]:
-    """What is wrong with the names in Caddy, by service."""
+def _domains(
+    services: list[Service],
+) -> tuple[dict[str, tuple[str, list[str]]], dict[str, str]]:
+    """The domains of these services that Caddy has, by unit, with where it
+    listens for them; and what is wrong with others, by service."""
     if not (named := [one for one in services if one.domain]):
-        return {}
+        return {}, {}
     try:
         known = known_routes()
     except NotAllowed:
         # Not everyone who lists names may also change them.
-        return {}
+        return {}, {}
     except ActivateError as error:
-        return {one.name: str(error) for one in named}
+        return {}, {one.name: str(error) for one in named}
     return {
+        one.socket_unit: (one.domain, known[one.socket_unit])
+        for one in named
+        if one.socket_unit in known
+    }, {
         one.name: f"Caddy has lost {one.domain}: qrexec-activate publish"
         f" {one.name} --domain {one.domain}"
         for one in named

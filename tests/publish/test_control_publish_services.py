@@ -68,9 +68,17 @@ class Caddy(http.server.BaseHTTPRequestHandler):
     the real one."""
 
     routes: list[Any]
+    #: What it answers to browsers, which it hears where its admin API is.
+    status = 200
 
     def do_GET(self) -> None:
-        self.answer(200, {"main": {"routes": self.routes}})
+        if self.path == "/":
+            assert self.headers["Host"] == "notes.localhost"
+            self.answer(self.status)
+            return
+        listens = f"tcp/:{self.server.server_address[1]}"
+        server = {"listen": [listens], "routes": self.routes}
+        self.answer(200, {"main": server})
 
     def do_PUT(self) -> None:
         self.routes.insert(
@@ -522,6 +530,21 @@ def test_a_name_in_caddy_comes_and_goes(desk: Desk) -> None:
                 {"dial": f"unix/{address(desk, 'notes')}"}
             ]
             assert only(desk)["domain"] == "notes.localhost"
+
+            def checked() -> str:
+                return desk.try_(
+                    "published", "--check", environment=caddy
+                ).stdout
+
+            for status in (400, 404):
+                handler.status = status
+                assert "\nnotes: " not in checked()
+            for status in (502,):
+                handler.status = status
+                assert (
+                    f"\nnotes: notes.localhost answers {status} through Caddy:"
+                    " qrexec-activate logs notes\n" in checked()
+                )
             routes.clear()
             mend = ("publish", "notes", "--domain", "notes.localhost")
             said = desk.try_("published", "--check", environment=caddy).stdout
