@@ -26,6 +26,7 @@ from ..control.policy import this_qube
 from ..control.publications import (
     FOLDER,
     RPC,
+    Publication,
     check_name,
     folder,
     managers,
@@ -37,15 +38,25 @@ from ..control.rule import policy_line
 from ..control.table import short_path
 from ..errors import UsageProblem
 from ..routing.names import parse_unit_name
-from ..systemd.manager import open_manager
+from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from .caddy import known_routes
 from .change import alteration, check_change, touched
 from .details import MEMORY, TASKS, details
-from .services import Service, creation, domain_step
-from .steps import Step, audit, do_all, do_own, file_step, link_step, show
+from .services import Service, creation, domain_step, is_service
+from .steps import (
+    Step,
+    audit,
+    do_all,
+    do_own,
+    file_step,
+    link_step,
+    relink_step,
+    show,
+)
 from .steps import command as command_step
+from .unpublish import without_step
 
 __all__ = ["command"]
 
@@ -193,8 +204,9 @@ def command(
     for those of each of --count services. --domain alone gives Caddy once more
     what it has forgotten.
 
-    Said again with --exec, it changes what differs, and ends what runs as soon
-    as nobody is connected to it. A database that is not wanted any more is
+    Said again with other words, it changes what differs: a name leads elsewhere
+    from then on, and what --exec has started ends as soon as nobody is
+    connected to it. A database that is not wanted any more is
     deleted, after asking.
     """
     check_name(name)
@@ -237,6 +249,8 @@ def command(
             " --exec COMMAND"
         )
     socket = unit and unit.removesuffix(".socket") + ".socket"
+    link = folder() / name
+    before = os.readlink(link) if link.is_symlink() else ""
     steps, notes = (
         _unit_steps(name, socket) if socket else _path_steps(name, path or "")
     )
@@ -248,6 +262,8 @@ def command(
     )
     for note in notes:
         click.echo(note)
+    if before and before != (os.readlink(link) if link.is_symlink() else ""):
+        click.echo(f"{name} led to {before} before")
     _report(name)
 
 
@@ -439,7 +455,8 @@ def _ask_for_databases(
 
 
 def _unit_steps(name: str, unit: str) -> tuple[list[Step], list[str]]:
-    """What makes the name by a drop-in of the unit, and what to say of it."""
+    """What makes the name by a drop-in of the unit, in place of what makes it
+    now, and what to say of it."""
     parse_unit_name(unit)
     drop_in = own_folder(user=True) / f"{unit}.d" / f"qrexec-{name}.conf"
     with open_manager(user=True) as manager:
@@ -453,28 +470,27 @@ def _unit_steps(name: str, unit: str) -> tuple[list[Step], list[str]]:
             )
         (socket,) = manager.unit_properties([unit], "Socket", ["Listen"])
         target = socket_path(socket, unit)
-        for one in published(manager):
-            if one.name == name and one.unit not in ("", unit):
-                raise UsageProblem(
-                    f"{name} is made by {one.unit}: qrexec-activate unpublish"
-                    f" {name} first"
-                )
-            if one.name == name and one.unit == unit and one.file:
-                click.echo(f"{short_path(one.file)} makes it already", err=True)
-                drop_in = Path(one.file)
+        before = _before(name, manager)
+        steps, notes = _away_steps(before, manager, stays=unit)
+    if before and before.unit == unit and before.file:
+        click.echo(f"{short_path(before.file)} makes it already", err=True)
+        drop_in = Path(before.file)
     warn_of_loss(drop_in)
-    notes = [f"File: {short_path(str(drop_in))}"]
-    steps = []
+    notes.append(f"File: {short_path(str(drop_in))}")
     if not drop_in.exists():
         text = f"[Socket]\nSymlinks={FOLDER}/{name}\n"
         steps.append(file_step(drop_in, text))
-    reload = Systemctl(user=True)
-    steps.append(command_step(*reload.words, "daemon-reload"))
+    steps.append(_reload())
+    link = folder() / name
     if row["ActiveState"] == "active":
         # systemd makes the link when the socket starts, but does not start it
         # again while its service runs.
-        steps += _link_steps(folder() / name, target)
+        steps += _link_steps(link, target)
     else:
+        if os.path.lexists(link) and _target(link) != target:
+            # systemd makes none where there is one.
+            gone = link_step(link, _target(link))
+            steps.append(Step(gone.undone, gone.undo, gone.do))
         notes.append(
             f"It comes when the socket starts: systemctl --user enable --now"
             f" {unit}"
@@ -483,7 +499,8 @@ def _unit_steps(name: str, unit: str) -> tuple[list[Step], list[str]]:
 
 
 def _path_steps(name: str, path: str) -> tuple[list[Step], list[str]]:
-    """What makes the name a link to this path."""
+    """What makes the name a link to this path, in place of what makes it now,
+    and what to say of it."""
     target = os.path.abspath(path)
     if not os.path.isabs(path):
         raise UsageProblem(f"{path!r} is no path from / on: give {target}")
@@ -491,7 +508,11 @@ def _path_steps(name: str, path: str) -> tuple[list[Step], list[str]]:
         raise UsageProblem(
             f"{target} is no socket: --unix takes one that a program listens on"
         )
-    steps = _link_steps(folder() / name, target)
+    with open_manager(user=True) as manager:
+        before = _before(name, manager)
+        steps, notes = _away_steps(before, manager)
+    steps += [_reload()] * bool(steps)
+    steps += _link_steps(folder() / name, target)
     if (
         os.path.exists(target)
         and listening().holds(os.path.realpath(target)) is not True
@@ -499,25 +520,52 @@ def _path_steps(name: str, path: str) -> tuple[list[Step], list[str]]:
         click.echo(f"Nobody listens on {target} yet", err=True)
     elif not os.path.exists(target):
         click.echo(f"{target} is not there yet", err=True)
-    return steps, []
+    return steps, notes
+
+
+def _before(name: str, manager: Manager) -> Publication | None:
+    """What has the name now; raises UsageProblem for a program that was
+    published with it."""
+    one = next((one for one in published(manager) if one.name == name), None)
+    if one is not None and is_service(one.unit):
+        raise UsageProblem(
+            f"{name} is published already, with a program: qrexec-activate"
+            f" unpublish {name} first"
+        )
+    return one
+
+
+def _away_steps(
+    before: Publication | None, manager: Manager, *, stays: str = ""
+) -> tuple[list[Step], list[str]]:
+    """What keeps another unit than the one that stays from making the name, and
+    what to say of it."""
+    if before is None or not before.unit or before.unit == stays:
+        return [], []
+    step, said = without_step(before, manager.specifiers())
+    return [step], [said]
+
+
+def _reload() -> Step:
+    return command_step(*Systemctl(user=True).words, "daemon-reload")
 
 
 def _link_steps(link: Path, target: str) -> list[Step]:
-    """What makes a symbolic link, if it is not there; raises UsageProblem where
-    something else has its name, be it a link that leads nowhere: who made it
-    may come back."""
+    """What makes a symbolic link, or lets it lead elsewhere; raises
+    UsageProblem where something else has its name."""
     if not os.path.lexists(link):
         return [link_step(link, target)]
+    if _target(link) == target:
+        return []
+    return [relink_step(link, _target(link), target)]
+
+
+def _target(link: Path) -> str:
     if not link.is_symlink():
         raise UsageProblem(
             f"{link} is there already, and no symbolic link: remove it first"
         )
-    if os.readlink(link) != target:
-        raise UsageProblem(
-            f"{link.name} leads to {os.readlink(link)} already:"
-            f" qrexec-activate unpublish {link.name} first"
-        )
-    return []
+    return os.readlink(link)
 
 
 def _report(name: str) -> None:

@@ -299,6 +299,8 @@ class Service:
         )
         return (
             f"[Service]\nType=exec\nExecStart={command_line(self.command)}\n"
+            # By which the journal knows it, also if it ends at once.
+            "SyslogIdentifier=%N\n"
             + (
                 TELL_PID.format(folder=f"{PROGRAM_PREFIX}{self.name}")
                 if self._is_apart

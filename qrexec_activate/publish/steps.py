@@ -7,6 +7,7 @@ A person could type every one of them, and is shown them by --dry-run.
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ __all__ = [
     "do_own",
     "file_step",
     "link_step",
+    "relink_step",
     "show",
     "undo_all",
 ]
@@ -130,6 +132,28 @@ def link_step(link: Path, target: str) -> Step:
         make,
         remove,
         f"$ {shlex.join(['rm', str(link)])}",
+    )
+
+
+def relink_step(link: Path, old: str, new: str) -> Step:
+    """A symbolic link that leads elsewhere from one moment to the next."""
+
+    def lead(before: str, after: str) -> None:
+        with _in_words("change", link):
+            if os.readlink(link) != before:
+                raise ActivateError(
+                    f"{link} was changed by somebody else just now: try again"
+                )
+            # No name of a service begins so.
+            new_one = link.with_name(f".{link.name}")
+            new_one.unlink(missing_ok=True)
+            new_one.symlink_to(after)
+            new_one.replace(link)
+
+    return Step(
+        f"$ {shlex.join(['ln', '-sfT', new, str(link)])}",
+        lambda: lead(old, new),
+        lambda: lead(new, old),
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from ..control.dropins import (
+    create_file,
     file_shown,
     is_idle,
     locked,
@@ -35,7 +37,7 @@ from .services import Service, removal
 from .steps import Step, audit, do_own, link_step, show, undo_all
 from .steps import command as command_step
 
-__all__ = ["command"]
+__all__ = ["command", "without_step"]
 
 
 @click.command(
@@ -165,8 +167,7 @@ def _take_back(one: Publication, *, dry_run: bool) -> None:
         )
     steps, said = [], ""
     if one.file:
-        lines = symlink_lines(one.file, one.unit, one.link, specifiers)
-        step, said = _without(one, lines)
+        step, said = without_step(one, specifiers)
         steps.append(step)
     if os.path.lexists(link):
         away = link_step(link, "")
@@ -181,8 +182,11 @@ def _take_back(one: Publication, *, dry_run: bool) -> None:
         click.echo(said)
 
 
-def _without(one: Publication, lines: set[int]) -> tuple[Step, str]:
-    """What takes these lines out of the file, and what to say of it."""
+def without_step(
+    one: Publication, specifiers: Mapping[str, str]
+) -> tuple[Step, str]:
+    """What takes a name out of the file that makes it, and what to say of
+    it."""
     if not one.file.startswith(f"{own_folder(user=True)}/"):
         raise UsageProblem(
             f"{one.file}, which makes {one.name}, is not among your own"
@@ -190,13 +194,23 @@ def _without(one: Publication, lines: set[int]) -> tuple[Step, str]:
             " an empty file of the same name"
         )
     path = Path(one.file)
-    text = without_lines(read_file(one.file).text or "", lines)
+    lines = symlink_lines(one.file, one.unit, one.link, specifiers)
+    before = read_file(one.file).text or ""
+    text = without_lines(before, lines)
     if is_idle(text) and ".d/" in one.file:
         return (
-            Step(file_shown(path, None), lambda: remove_file(path)),
+            Step(
+                file_shown(path, None),
+                lambda: remove_file(path),
+                lambda: create_file(path, before),
+            ),
             f"Removed: {short_path(one.file)}",
         )
     return (
-        Step(file_shown(path, text), lambda: replace_file(path, text)),
+        Step(
+            file_shown(path, text),
+            lambda: replace_file(path, text),
+            lambda: replace_file(path, before),
+        ),
         f"Changed: {short_path(one.file)}",
     )

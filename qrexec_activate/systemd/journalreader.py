@@ -165,6 +165,13 @@ def unit_records(
         of_unit = (
             [f"_SYSTEMD_USER_UNIT={unit}", f"_UID={os.getuid()}"],
             [f"USER_UNIT={unit}", f"_UID={os.getuid()}"],
+            # Of a program that has ended before the journal looked at it, which
+            # it takes from root alone that it is of this unit.
+            [
+                f"SYSLOG_IDENTIFIER={unit.removesuffix('.service')}",
+                f"_UID={os.getuid()}",
+                "_TRANSPORT=stdout",
+            ],
         )
         of_system = [f"_SYSTEMD_UNIT={unit}"], [f"UNIT={unit}", "_PID=1"]
         for words in (

@@ -456,6 +456,13 @@ def test_the_log_of_a_name_is_that_of_its_program(desk: Desk) -> None:
         )
         assert forged["daemon"] == f"qrexec-program-{name}.service"
         assert (forged["id"], forged["target"], forged["unit"]) == (None,) * 3
+        # As is what the journal has of a program that ended too soon for it to
+        # see which unit that was of.
+        tag = f"qrexec-program-{name}"
+        identifier = desk.machine.property(f"{tag}.service", "SyslogIdentifier")
+        assert identifier == tag
+        desk.machine.run(["systemd-cat", f"--identifier={tag}", "echo", "late"])
+        until("it is there", lambda: "late\n" in desk.run("logs", name))
         for other in ("work", "nobody"):
             assert "one by one" in desk.fails("logs", name, other, code=2)
         assert desk.run("logs", "-n1", name).count("\n") == 1

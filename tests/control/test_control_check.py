@@ -401,13 +401,55 @@ def test_what_cannot_be_published_is_refused(desk: Desk) -> None:
     assert desk.files() == set()
 
 
-def test_a_name_that_leads_elsewhere_is_not_bent(desk: Desk) -> None:
+def test_a_name_that_is_published_again_leads_elsewhere(desk: Desk) -> None:
     agent(desk)
-    desk.run("publish", "agent", "--unit", "my-agent.socket")
+    socket_path = str(desk.machine.runtime / "agent")
     bus = str(desk.machine.runtime / "bus")
-    assert "unpublish agent first" in desk.fails(
-        "publish", "agent", "--unix", bus, code=2
+    other = str(desk.machine.runtime / "other")
+    desk.machine.write_unit(
+        "my-other.socket", "[Socket]\nListenStream=%t/other\n"
     )
+    desk.machine.write_unit("my-other.service", "[Service]\nExecStart=/bin/cat")
+    desk.machine.systemctl("daemon-reload")
+
+    def leads(target: str, unit: str | None, *words: str) -> str:
+        said = desk.run("publish", "agent", *words)
+        (one,) = desk.json("published")
+        assert (one["socket"], one["unit"]) == (target, unit)
+        drop_ins = [name for name in desk.files() if "qrexec-agent" in name]
+        assert drop_ins == ([f"{unit}.d/qrexec-agent.conf"] if unit else [])
+        return said
+
+    leads(bus, None, "--unix", bus)
+    assert f"agent led to {bus} before" in leads(
+        socket_path, "my-agent.socket", "--unit", "my-agent.socket"
+    )
+    started = desk.machine.property(
+        "my-agent.socket", "ActiveEnterTimestampMonotonic"
+    )
+    assert "led to" not in leads(
+        socket_path, "my-agent.socket", "--unit", "my-agent"
+    )
+    said = leads(bus, None, "--unix", bus)
+    assert "Removed: " in said
+    assert f"agent led to {socket_path} before" in said
+    leads(socket_path, "my-agent.socket", "--unit", "my-agent.socket")
+    # It does not listen yet, and nobody else is reached until then.
+    desk.run("publish", "agent", "--unit", "my-other.socket")
+    assert desk.json("published")[0]["socket"] is None
+    desk.machine.systemctl("start", "my-other.socket")
+    leads(other, "my-other.socket", "--unit", "my-other.socket")
+    # Nothing of the old one is restarted.
+    assert started == desk.machine.property(
+        "my-agent.socket", "ActiveEnterTimestampMonotonic"
+    )
+    desk.run("unpublish", "agent")
+    assert desk.json("published") == []
+
+
+def test_what_is_no_link_is_not_bent(desk: Desk) -> None:
+    bus = str(desk.machine.runtime / "bus")
+    (desk.machine.runtime / "qubes.ConnectUnix").mkdir(exist_ok=True)
     (desk.machine.runtime / "qubes.ConnectUnix" / "file").touch()
     assert "no symbolic link" in desk.fails(
         "publish", "file", "--unix", bus, code=2

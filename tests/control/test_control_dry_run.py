@@ -114,8 +114,8 @@ def understood(
             path, _, gone = line[2:].strip().partition(": ")
             assert gone in ("", "removed")
             changes[path] = None if gone else ""
-        elif line.startswith("$ ln -s "):
-            target, path = shlex.split(line[len("$ ln -s ") :])
+        elif line.startswith(("$ ln -s ", "$ ln -sfT ")):
+            target, path = shlex.split(line)[3:]
             changes[path] = f"-> {target}"
         elif line.startswith("$ rm "):
             (path,) = shlex.split(line[len("$ rm ") :])
@@ -276,21 +276,35 @@ def test_what_is_shown_of_a_published_program_is_done(
     clerk.rehearse("unpublish", "notes")
 
 
+def test_what_is_shown_of_a_name_that_is_led_elsewhere_is_done(
+    desk: Desk, clerk: Clerk
+) -> None:
+    agent(desk)
+    clerk.rehearse("publish", "agent", "--unix", "/nowhere/a path")
+    clerk.rehearse("publish", "agent", "--unix", "/nowhere/another")
+    clerk.rehearse("publish", "agent", "--unit", "my-agent")
+    clerk.rehearse("publish", "agent", "--unix", "/nowhere/one")
+    desk.machine.systemctl("stop", "my-agent.socket")
+    clerk.rehearse("publish", "agent", "--unit", "my-agent")
+    clerk.rehearse("unpublish", "agent")
+
+
 def test_what_would_be_refused_is_refused_when_it_is_rehearsed(
     desk: Desk,
 ) -> None:
-    """A name that leads nowhere now is somebody's all the same."""
+    """A link and a program are never made of each other in place."""
     desk.run("publish", "agent", "--unix", "/nowhere/one")
     desk.run("publish", "agent", "--unix", "/nowhere/one")
+    desk.run("publish", "notes", "--exec", "/bin/cat")
     for more in ([], ["--dry-run"]):
         said = desk.fails(
-            "publish", "agent", "--unix", "/nowhere/two", *more, code=2
+            "publish", "notes", "--unix", "/nowhere/two", *more, code=2
         )
-        assert "agent leads to /nowhere/one already" in said
-        assert "unpublish agent first" in said
+        assert "unpublish notes first" in said
         assert "published already" in desk.fails(
             "publish", "agent", "--exec", "/bin/cat", *more, code=2
         )
-    (one,) = desk.json("published")
+    one, notes = desk.json("published")
     assert one["socket"] == "/nowhere/one"
-    desk.run("unpublish", "agent")
+    assert notes["state"] == "idle"
+    desk.run("unpublish", "agent", "notes")
