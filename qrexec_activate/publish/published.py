@@ -92,7 +92,8 @@ Example:
     "--check",
     "walk",
     is_flag=True,
-    help="Connect to each, which starts its program, and say what is wrong.",
+    help="Connect to each, which starts its program, ask Caddy for those with"
+    " a domain, and say what is wrong.",
 )
 @json_option
 @debug_option

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ INSTALL = f"""{SERVICE_QUBE}
 cp -r {ROOT}/qrexec_activate {{top}}/root/usr/lib/python3/dist-packages/
 printf '#!/bin/sh\\nexec python3 -m qrexec_activate "$@"\\n' >{{top}}/root/usr/bin/qrexec-activate
 chmod 755 {{top}}/root/usr/bin/qrexec-activate
-cp {ROOT}/tests/publish/hostile.py {ROOT}/tests/publish/look.py {{top}}/root/etc/
+cp {ROOT}/tests/publish/hostile.py {ROOT}/tests/publish/look.py {ROOT}/tests/publish/crowd.py {{top}}/root/etc/
 """
 APP = "guestbook"
 
@@ -192,6 +192,27 @@ def test_what_is_there(apps: Container, recipe: Recipe) -> None:
         f"qrexec-activate publish {APP} --domain guestbook.localhost &&"
         f" qrexec-activate published --check",
     )
+    # A program that stays, and is no web server.
+    apps.run(
+        "qrexec-activate publish mute --user mute --domain mute.localhost"
+        " --exec 'python3 /etc/hostile.py'"
+    )
+    said = as_user(apps, "qrexec-activate published --check", check=False)
+    assert (
+        "mute: mute.localhost answers 502 through Caddy: qrexec-activate logs"
+        " mute" in said
+    )
+    assert "\nguestbook: " not in said
+    apps.run("qrexec-activate unpublish mute --yes")
+    # What another qube has called is counted; what came through Caddy is not.
+    # The journal is open to root.
+    (one,) = json.loads(apps.run("qrexec-activate published --json"))
+    assert (one["name"], one["calls"], one["calls_failed"]) == (APP, 1, 0)
+    assert one["program_failed"] == 0
+    # Its log is the system's, which not everyone may read.
+    said = apps.run(f"qrexec-activate logs {APP}")
+    assert "Started" in said
+    assert '"GET / HTTP/1.1" 200' in said
     assert "sudo qrexec-activate unpublish" in as_user(
         apps, "qrexec-activate unpublish guestbook 2>&1", check=False
     )
@@ -662,3 +683,115 @@ def test_many(apps: Container, recipe: Recipe) -> None:
     assert [one["state"] for one in published(apps).values()] == ["idle"] * 50
     recipe.type(unpublish)
     assert published(apps) == {}
+
+
+#: Asks each of many programs, all at once, by its own socket or by its name in
+#: Caddy; with ways, common ones and its own, what of them is open to it.
+ASK_MANY = """\
+import concurrent.futures, http.client, json, socket, sys
+def ask(where):
+    name, place, own = where
+    body = own and ways + own
+    connection = http.client.HTTPConnection(name, timeout=600)
+    if place:
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(place)
+    else:
+        connection.sock = socket.create_connection(("localhost", 80))
+    connection.request("POST" if body else "GET", "/", body and json.dumps(body))
+    return json.load(connection.getresponse())
+ways, wheres = json.load(sys.stdin)
+with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    print(json.dumps(list(pool.map(ask, wheres))))
+"""
+FIFTY = 50
+
+
+def ask_many(
+    apps: Container,
+    wheres: list[tuple[str, str, list[str]]],
+    ways: Iterable[str] = (),
+) -> list[list[str]]:
+    return list(
+        json.loads(
+            apps.run(
+                f"cat >/etc/ask_many.py <<'EOF'\n{ASK_MANY}\nEOF\n"
+                f"cat >/root/wheres <<'EOF'\n{json.dumps([list(ways), wheres])}\nEOF\n"
+                "chmod 644 /etc/ask_many.py; runuser -u user -- python3"
+                " /etc/ask_many.py </root/wheres"
+            )
+        )
+    )
+
+
+def test_fifty_and_no_one_can_touch_another(
+    apps: Container, recipe: Recipe
+) -> None:
+    """Each a Linux user, a database and a name; made, changed and removed by a
+    command each."""
+    publish = (
+        f"qrexec-activate publish crowd --count {FIFTY} --user crowd --database"
+        " --domain crowd.localhost --exec 'python3 /etc/crowd.py'"
+    )
+    names = [f"crowd-{number}" for number in range(1, FIFTY + 1)]
+    sockets = {name: f"/run/qubes.ConnectUnix/{name}" for name in names}
+    apps.run(publish)
+    # Each is itself, by its socket and by its name in Caddy.
+    domains = [f"{number}.crowd.localhost" for number in range(1, FIFTY + 1)]
+    selves = [[name] * 3 for name in names]
+    assert ask_many(apps, [(n, sockets[n], []) for n in names]) == selves
+    assert ask_many(apps, [(one, "", []) for one in domains]) == selves
+    # All run. What each has, it has alone: of all that is there, nothing else is
+    # open to it but PostgreSQL.
+    units = [f"qrexec-publish-{name}.service" for name in names]
+    pids = apps.run(
+        f"systemctl show --value --property=MainPID {' '.join(units)}"
+    ).split()
+    postgresql = "unix /run/postgresql/.s.PGSQL.5432"
+    everybody = [
+        *all_ways(apps),
+        *(f"home /var/lib/qrexec-publish/{name}" for name in names),
+        *(f"process {pid}" for pid in pids),
+    ]
+    assert {f"unix {path}" for path in sockets.values()} < set(everybody)
+    # Of the databases, some of the others; PostgreSQL says it of all.
+    tried = [
+        (
+            name,
+            sockets[name],
+            [f"database {names[at - other]}" for other in range(4)],
+        )
+        for at, name in enumerate(names)
+    ]
+    found = ask_many(apps, tried, everybody)
+    for name, pid, ways in zip(names, pids, found, strict=True):
+        assert set(ways) == {
+            *(postgresql, f"home /var/lib/qrexec-publish/{name}"),
+            *(f"process {pid}", f"database {name}"),
+        }, name
+    said = apps.run(
+        'runuser -u postgres -- psql -At -c "select rolname, datname from'
+        " pg_roles, pg_database where rolname like 'crowd-%' and"
+        " has_database_privilege(rolname, datname, 'connect') and datname like"
+        " 'crowd-%'\""
+    )
+    assert sorted(said.split()) == sorted(f"{name}|{name}" for name in names)
+    # Changed in place, and all of it is as it was.
+    stat = f"stat --format=%i {' '.join(sockets.values())}"
+    inodes = apps.run(stat)
+    assert f"{names[-1]} starts" in apps.run(f"{publish} --memory 300M")
+    assert apps.run(stat) == inodes
+    assert ask_many(apps, [(one, "", []) for one in domains]) == selves
+    limits = apps.run(
+        f"systemctl show --value --property=MemoryMax {' '.join(units)}"
+    ).split()
+    assert set(limits) == {str(300 << 20)}
+    apps.run(f"qrexec-activate unpublish --yes {' '.join(names)}")
+    assert traces(apps, "crowd") == traces(apps, "crowd-1") == ""
+    assert "crowd" not in apps.run(
+        "getent passwd; getent group; ls /var/lib/qrexec-publish;"
+        " runuser -u postgres -- psql -At -c 'select rolname from pg_roles'"
+        " -c 'select datname from pg_database';"
+        " curl --silent http://localhost:2019/config/"
+        " 2>/dev/null; true"
+    )
