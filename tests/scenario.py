@@ -522,7 +522,9 @@ class Scene:
             if self.stack
             else self.machine.loopback / "calls"
         )
-        lines = path.read_text().splitlines() if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        # One that is being written is not yet there.
+        lines = text[: text.rfind("\n") + 1].splitlines()
         return [
             record
             for record in map(json.loads, lines)
