@@ -165,7 +165,9 @@ class Container:
                     self.leader = int(pid)
         return self.leader
 
-    def run(self, command: str, *, check: bool = True) -> str:
+    def run(
+        self, command: str, *, check: bool = True, patience: float = PATIENCE
+    ) -> str:
         argv = [
             "nsenter",
             f"--target={self.leader}",
@@ -175,7 +177,7 @@ class Container:
             command,
         ]
         result = subprocess.run(
-            argv, capture_output=True, text=True, timeout=PATIENCE, check=False
+            argv, capture_output=True, text=True, timeout=patience, check=False
         )
         assert not check or result.returncode == 0, (
             f"{self.qube}# {command}: {result.stderr}"
