@@ -248,7 +248,7 @@ def status_problem(domain: str, listens: list[str], timeout: float) -> str:
                 # So Caddy says that it wants TLS; the page itself may, too.
                 with contextlib.suppress(OSError):
                     status = _status(address, domain, timeout, tls=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             return (
                 f"Caddy at {printable(address)} does not answer for {domain}:"
                 f" {printable(str(error))}"

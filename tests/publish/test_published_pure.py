@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qrexec_activate.publish.caddy import status_problem
 from qrexec_activate.publish.counts import failures, parse_calls
 from qrexec_activate.publish.published import SETTLED, SETTLING, Sight, stays
 
@@ -87,3 +88,13 @@ def test_a_failure_is_counted_by_its_unit() -> None:
         "a.service": 2,
         "b.service": 1,
     }
+
+
+@pytest.mark.parametrize(
+    "listens",
+    ["127.0.0.1:99999", "127.0.0.1:x", "", "unix/", "unix/\0", f"{'x' * 99}:1"],
+)
+def test_wherever_caddy_says_that_it_listens(listens: str) -> None:
+    assert "does not answer for wiki.localhost" in status_problem(
+        "wiki.localhost", [listens], 1.0
+    )
