@@ -92,7 +92,14 @@ def test_a_failure_is_counted_by_its_unit() -> None:
 
 @pytest.mark.parametrize(
     "listens",
-    ["127.0.0.1:99999", "127.0.0.1:x", "", "unix/", "unix/\0", f"{'x' * 99}:1"],
+    [
+        f"127.0.0.1:{2**70}",
+        "127.0.0.1:x",
+        "",
+        "unix/",
+        "unix/\0",
+        f"{'x' * 99}:1",
+    ],
 )
 def test_wherever_caddy_says_that_it_listens(listens: str) -> None:
     assert "does not answer for wiki.localhost" in status_problem(
