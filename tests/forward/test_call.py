@@ -207,6 +207,7 @@ def test_the_end_of_a_call_tells_its_times_and_tries() -> None:
 def test_how_long_an_adopted_call_was_set_up_is_not_known() -> None:
     call = Call(100)
     call.adopt(100, 30)
+    assert (call.accepted_at, call.began_at, call.tries) == (70, 70, 1)
     call.is_established(101)
     outcome = call.over(120, EXITED, None, "")
     assert (outcome.duration, outcome.setup) == (50, None)

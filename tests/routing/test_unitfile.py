@@ -220,11 +220,29 @@ def test_a_link_local_address_belongs_to_its_interface() -> None:
         "[::1]:80%",
         "[::1%lo]:80",
         "vsock::4294967296",
+        "vsock:",
+        "vsock:80",
+        "vsock:3:",
+        "vsock:3:80:1",
+        "vsock::80:",
+        "vsock:3:x",
+        "vsock:3:080",
+        "vsock:x:80",
+        "vsock:03:80",
+        "vsock:12345678901:80",
     ],
 )
 def test_an_address_that_is_not_understood_is_known_as_none(text: str) -> None:
     assert address_key(text) is None
     assert written_key(text) is None
+
+
+def test_a_vsock_address_is_that_of_one_machine_or_of_all() -> None:
+    assert address_key("vsock::80") == ("vsock", "", 80)
+    assert address_key("vsock:4294967295:80") == ("vsock", "", 80)
+    assert address_key("vsock:3:80") == ("vsock", "3", 80)
+    assert address_key("vsock:0:4294967295") == ("vsock", "0", 2**32 - 1)
+    assert address_key("vsock:1234567890:0") == ("vsock", "1234567890", 0)
 
 
 def test_an_address_in_a_file_and_on_the_bus_are_one() -> None:
@@ -490,6 +508,8 @@ def test_places_are_told_by_file_and_line() -> None:
         (r"/run/a\b", r"/run/a\\b"),
         ("127.0.0.1:80", "127.0.0.1:80"),
         ("vsock::80", "vsock::80"),
+        # What is no name of a unix socket has no escapes.
+        (r"no\\such", r"no\\such"),
     ],
 )
 def test_an_address_is_shown_as_systemd_shows_it_and_read_back(
