@@ -435,6 +435,7 @@ def test_a_unit_name_that_is_too_long_for_systemd_is_refused() -> None:
 
 
 @given(REAL_TEXT)
+@example("/\a\b\f\n\r\t\v\\\"'\x1b")
 def test_an_address_is_written_back_as_a_person_wrote_it(text: str) -> None:
     assert c_unescape(c_escape(text.encode())) == text
 
