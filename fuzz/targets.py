@@ -29,6 +29,7 @@ from qrexec_activate.errors import (
 from qrexec_activate.forward import serve
 from qrexec_activate.given import line, qubesdb
 from qrexec_activate.loopback import client_vm, faults, policy, rpc_config
+from qrexec_activate.routing import address as addresses
 from qrexec_activate.routing import names, routes, unitfile
 from qrexec_activate.routing.claim import PassedSocket, Refusal
 from qrexec_activate.routing.unitfile import SourceFile
@@ -77,8 +78,8 @@ def unit_file(data: bytes) -> None:
             item.key.strip(" \t\n\r"),
             item.value.strip(" \t\n\r"),
         )
-        unitfile.expand_specifiers(item.value, {"i": "x"})
-        key = unitfile.address_key(item.value)
+        addresses.expand_specifiers(item.value, {"i": "x"})
+        key = addresses.address_key(item.value)
         assert key is None or (
             key[0] in ("path", "abstract", "vsock", "ip") and key[2] >= 0
         )
@@ -182,7 +183,7 @@ def _may_be_named(unit: routes.SocketUnit, own: str) -> Iterator[str]:
                 if item.key == "FileDescriptorName":
                     with contextlib.suppress(BadName):
                         # What other specifiers stand for, systemd says.
-                        expanded = unitfile.expand_specifiers(
+                        expanded = addresses.expand_specifiers(
                             item.value, specifiers
                         )
                         yield names.decode_escapes(
@@ -374,7 +375,7 @@ def address(data: bytes) -> None:
     passed.format_address(socket.AF_UNIX, word)
     passed.format_address(socket.AF_UNIX, text(word))
     passed.format_address(socket.AF_INET6, (text(word), family, 0, 0))
-    unitfile.address_key(text(data))
+    addresses.address_key(text(data))
 
 
 # -- the loopback qrexec
