@@ -176,7 +176,7 @@ def pytest_terminal_summary(
         say(
             f"{left_out} that are slow or that only show more of the same,"
             " recipes and packages were left out: make check-all runs them,"
-            " too."
+            " too, and with all libraries what uses any."
         )
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ")
