@@ -689,7 +689,7 @@ def _steps(
         systemctl.daemon_reload()
         systemctl.run("reset-failed", *everything, check=False)
 
-    there = [one for one in (*sockets, *domains) if one in files]
+    there = [one for one in sockets if one in files]
 
     def stop() -> None:
         if there:
@@ -720,11 +720,15 @@ def _steps(
     )
     steps += [domain_step(service) for service in services if service.domain]
     if domains:
+        # The first that goes, as it would put back what is taken out then.
         put_back = ("enable", "--now", *domains)
+        leave_out = ("disable", "--now", *domains)
         steps.append(
             Step(
                 f"$ {systemctl.written(*put_back)}",
                 lambda: systemctl.run(*put_back),
+                lambda: systemctl.run(*leave_out),
+                f"$ {systemctl.written(*leave_out)}",
             )
         )
     return steps

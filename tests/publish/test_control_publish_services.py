@@ -70,6 +70,8 @@ class Caddy(http.server.BaseHTTPRequestHandler):
     routes: list[Any]
     #: What it answers to browsers, which it hears where its admin API is.
     status = 200
+    #: Called before a route is taken out.
+    deletes: Callable[[], object]
 
     def do_GET(self) -> None:
         if self.path == "/":
@@ -93,6 +95,7 @@ class Caddy(http.server.BaseHTTPRequestHandler):
         self.answer(200)
 
     def do_DELETE(self) -> None:
+        type(self).deletes()
         self.routes[:] = [
             route
             for route in self.routes
@@ -507,7 +510,17 @@ def test_each_act_is_in_the_journal(desk: Desk) -> None:
 @pytest.mark.slow
 def test_a_name_in_caddy_comes_and_goes(desk: Desk) -> None:
     routes: list[Any] = [{"@id": "other"}]
-    handler = type("Routes", (Caddy,), {"routes": routes})
+    states = []
+
+    def deletes() -> None:
+        unit = "qrexec-domain-notes.service"
+        states.append(desk.machine.systemctl("is-active", unit, check=False))
+
+    handler = type(
+        "Routes",
+        (Caddy,),
+        {"routes": routes, "deletes": staticmethod(deletes)},
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
@@ -563,6 +576,8 @@ def test_a_name_in_caddy_comes_and_goes(desk: Desk) -> None:
             routes.append({"@id": "other"})
             desk.run("unpublish", "notes", environment=caddy)
             assert [route["@id"] for route in routes] == ["other"]
+            # What puts it back has ended by then.
+            assert [state.strip() for state in states] == ["inactive"]
             desk.run(*words, environment=caddy)
         finally:
             server.shutdown()
