@@ -306,5 +306,10 @@ def _reached(listens: str) -> str:
 
 def remove_route(unit: str) -> None:
     """Take a route out; one that is not there is no error. Raises ActivateError
-    if Caddy does not answer."""
-    _ask("DELETE", f"/id/{quote(unit, safe='')}")
+    if Caddy does not answer, or does not do it."""
+    status, said = _ask("DELETE", f"/id/{quote(unit, safe='')}")
+    if status != http.client.OK and "unknown object ID" not in str(said):
+        raise ActivateError(
+            f"Caddy does not take out the route of {unit}:"
+            f" {printable(str(said)[:200])}"
+        )

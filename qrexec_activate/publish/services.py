@@ -769,12 +769,12 @@ def domain_step(service: Service) -> Step:
     def remove() -> None:
         try:
             caddy.remove_route(unit)
-        except ActivateError:
+        except ActivateError as error:
             # It has nothing where it does not run, unless it keeps that for the
             # next time; all else can go.
             click.echo(
-                f"Caddy does not answer: if it is run with --resume, take"
-                f" {domain} out of it by hand",
+                f"{error}; if it runs, or is run with --resume, take {domain}"
+                f" out of it by hand",
                 err=True,
             )
 

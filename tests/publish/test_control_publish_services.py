@@ -70,8 +70,8 @@ class Caddy(http.server.BaseHTTPRequestHandler):
     routes: list[Any]
     #: What it answers to browsers, which it hears where its admin API is.
     status = 200
-    #: Called before a route is taken out.
-    deletes: Callable[[], object]
+    #: Called before a route is taken out, which is not done if it says why.
+    deletes: Callable[[], str]
 
     def do_GET(self) -> None:
         if self.path == "/":
@@ -95,7 +95,9 @@ class Caddy(http.server.BaseHTTPRequestHandler):
         self.answer(200)
 
     def do_DELETE(self) -> None:
-        type(self).deletes()
+        if error := type(self).deletes():
+            self.answer(500, {"error": error})
+            return
         self.routes[:] = [
             route
             for route in self.routes
@@ -511,10 +513,12 @@ def test_each_act_is_in_the_journal(desk: Desk) -> None:
 def test_a_name_in_caddy_comes_and_goes(desk: Desk) -> None:
     routes: list[Any] = [{"@id": "other"}]
     states = []
+    errors = []
 
-    def deletes() -> None:
+    def deletes() -> str:
         unit = "qrexec-domain-notes.service"
         states.append(desk.machine.systemctl("is-active", unit, check=False))
+        return errors.pop() if errors else ""
 
     handler = type(
         "Routes",
@@ -578,6 +582,16 @@ def test_a_name_in_caddy_comes_and_goes(desk: Desk) -> None:
             assert [route["@id"] for route in routes] == ["other"]
             # What puts it back has ended by then.
             assert [state.strip() for state in states] == ["inactive"]
+            # It is said where it is not done, and no error where it was.
+            desk.run(*words, environment=caddy)
+            errors.append("listening: in use")
+            said = desk.try_("unpublish", "notes", environment=caddy).stderr
+            assert "notes.socket: {'error': 'listening: in use'}; if" in said
+            assert len(routes) == 2
+            desk.run(*words, environment=caddy)
+            errors.append("unknown object ID 'x'")
+            said = desk.try_("unpublish", "notes", environment=caddy).stderr
+            assert "Caddy" not in said
             desk.run(*words, environment=caddy)
         finally:
             server.shutdown()

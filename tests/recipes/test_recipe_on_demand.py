@@ -792,10 +792,11 @@ def test_fifty_and_no_one_can_touch_another(
         f"systemctl show --value --property=MemoryMax {' '.join(units)}"
     ).split()
     assert set(limits) == {str(300 << 20)}
-    apps.run(
-        f"qrexec-activate unpublish --yes {' '.join(names)}",
+    said = apps.run(
+        f"qrexec-activate unpublish --yes {' '.join(names)} 2>&1",
         patience=FIFTY_TIMES,
     )
+    assert "Caddy" not in said, said
     assert traces(apps, "crowd") == traces(apps, "crowd-1") == ""
     assert "crowd" not in apps.run(
         "getent passwd; getent group; ls /var/lib/qrexec-publish;"
