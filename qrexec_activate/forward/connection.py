@@ -245,8 +245,9 @@ class Connection:
 
     def hangs_up(self) -> bool:
         """The client has hung up: whether that ends the connection now."""
-        self.look_if_established()
-        ends = self.call.hangs_up(self.client_is_gone())
+        ends = self.call.hangs_up(
+            self.look_if_established() or self.client_is_gone()
+        )
         if ends:
             self.interrupt(Ending.CLIENT_GONE)
         return ends
@@ -729,7 +730,8 @@ class Connection:
     def _is_heard(self, farewell: Farewell, now: float) -> bool:
         """Whether the client has all that it will have."""
         may_send = _drop_input(self._sock)
-        return farewell.is_over(now, may_send, _unsent(self._sock))
+        unsent = _unsent(self._sock) if may_send else 0
+        return farewell.is_over(now, may_send, unsent)
 
 
 #: Where dropped bytes go.
