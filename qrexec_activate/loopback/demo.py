@@ -162,11 +162,10 @@ def _from_dom0(machine: Machine, port: int) -> list[str]:
     qube = [*LISTENERS][-1]
     line = f"tcp {port} {qube} {GIVEN_HOST}:{port}"
     feature = f"client vm-config.{GIVEN_FEATURE}"
+    url = f"http://{GIVEN_HOST}:{port}/"
     print(f"\nIn dom0:\n$ qvm-features {feature} '{line}'")
     machine.say(f"/vm-config/{GIVEN_FEATURE}", line)
-    wrong = _check(
-        f"http://{GIVEN_HOST}:{port}/", qube, socket.AF_INET, (GIVEN_HOST, port)
-    )
+    wrong = _check(url, qube, socket.AF_INET, (GIVEN_HOST, port))
     print(f"$ qvm-features --unset {feature}")
     machine.say(f"/vm-config/{GIVEN_FEATURE}", None)
     deadline = time.monotonic() + ANSWER_TIMEOUT
@@ -174,9 +173,8 @@ def _from_dom0(machine: Machine, port: int) -> list[str]:
         time.monotonic() < deadline
     ):
         time.sleep(LOOK)
-    what = f"http://{GIVEN_HOST}:{port}/"
-    print(f"  {what:<40} {'closed' if closed else 'still open'}")
-    return wrong if closed else [*wrong, f"{what} was not closed"]
+    print(f"  {url:<40} {'closed' if closed else 'still open'}")
+    return wrong if closed else [*wrong, f"{url} was not closed"]
 
 
 def _check(
