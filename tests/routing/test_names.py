@@ -97,6 +97,7 @@ def test_an_escaped_argument_is_what_systemd_allows_in_a_unit_name(
 
 
 def test_escapes_are_written_as_systemd_escape_writes_them() -> None:
+    assert escape_instance("1234", "work") == "1234:work"
     assert escape_instance("a/b", "c+d") == r"a\x2fb:c\x2bd"
     assert escape_target("@dispvm:web") == r"@dispvm\x3aweb"
 
@@ -215,6 +216,13 @@ def test_a_target_that_qrexec_would_misread_is_refused(
 ) -> None:
     with pytest.raises(BadName, match=re.escape(words)):
         check_target(target)
+
+
+@pytest.mark.parametrize(
+    "target", ["work", "dom0", "@default", "@dispvm", "@dispvm:web"]
+)
+def test_a_target_passes(target: str) -> None:
+    assert check_target(target) == target
 
 
 def test_a_target_may_be_as_long_as_a_qubes_name() -> None:

@@ -745,6 +745,12 @@ def test_a_file_that_not_every_systemd_reads_alike_is_in_doubt() -> None:
         assert "/d/odd.conf has a section without a name" in reason(claim)
 
 
+def test_brackets_that_are_no_section_leave_no_doubt() -> None:
+    plain = SourceFile("/d/work.conf", f"# [] is no section here\n{WORK.text}")
+    found = decide(unit(GITWEB, plain, listen=BOTH, fd_name="work"))
+    assert [target(claim) for claim in found] == ["gitweb", "work"]
+
+
 # --------------------------------------------------------------- passed sockets
 
 
