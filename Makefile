@@ -13,11 +13,11 @@
 #
 # make deb, make rpm                    the packages, in dist/
 # make check-installed                  install the debs in Debian 12 and 13, boot these, and try everything
-# make check-sid                        the same in the Debian to come, and all other tests in there; an hour
+# make check-trixie, make check-sid     the same in one Debian, and all other tests in there; an hour each
 # make install-client, install-services without a package manager; with DESTDIR= for one
 # make uninstall                        what these two have installed
 
-.PHONY: demo check check-all clean bench bench-quick compare fuzz simulate mutants soak deb rpm check-installed check-sid
+.PHONY: demo check check-all clean bench bench-quick compare fuzz simulate mutants soak deb rpm check-installed check-trixie check-sid
 
 demo:
 	@tools/setup demo
@@ -86,11 +86,11 @@ check-installed:
 	@tools/packages-setup
 	@CHECK_INSTALLED=yes .venv/bin/python -m pytest tests/installed tests/test_packaging.py tests/test_man.py
 
-# By the ids of the tests: all that is done in a sid, and only that.
-check-sid:
+# By the ids of the tests: all that is done in one Debian, and only that.
+check-trixie check-sid: check-%:
 	@tools/setup check
 	@tools/packages-setup
-	@CHECK_INSTALLED=yes CHECK_SUITES=sid .venv/bin/python -m pytest tests/installed -k '[sid]'
+	@CHECK_INSTALLED=yes CHECK_INSIDE=yes CHECK_SUITES=$* .venv/bin/python -m pytest tests/installed -k '[$*]'
 
 # What decides where a byte goes is pure, and tested where a package is built. All else needs a systemd user manager.
 .PHONY: check-pure
