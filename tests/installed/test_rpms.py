@@ -170,14 +170,18 @@ class Machine:
         }
 
 
-@pytest.fixture(scope="module")
-def machine(
-    possible: None,
-    stand_ins: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Machine:
-    machine = Machine(tmp_path_factory.mktemp("machine"))
+@pytest.fixture
+def machine(possible: None, stand_ins: Path, tmp_path: Path) -> Machine:
+    """A root of a test's own, with nothing installed."""
+    machine = Machine(tmp_path)
     machine.offer(stand_ins)
+    return machine
+
+
+@pytest.fixture
+def ready(machine: Machine, stand_ins: Path) -> Machine:
+    """One that has all that ours need."""
+    machine.rpm("--install", *stand_ins.glob("*.noarch.rpm"))
     return machine
 
 
@@ -211,47 +215,46 @@ def test_dnf_finds_all_that_an_upgrade_needs(
 
 
 def test_files_that_moved_to_another_package_conflict_with_an_old_one(
-    first_rpms: Path, rpms: Path, machine: Machine
+    ready: Machine, first_rpms: Path, rpms: Path
 ) -> None:
     # Of publish without the client of its version.
     new = next(rpms.glob("qrexec-activate-publish-*.noarch.rpm"))
     said = run("rpm", "--query", "--package", "--conflicts", new)
     assert said == "qrexec-activate < 0.2.0\n"
-    machine.rpm("--erase", "--nodeps", *OURS)
     old = next(first_rpms.glob("qrexec-activate-0*.noarch.rpm"))
-    machine.rpm("--install", old)
-    assert "conflicts with" in machine.rpm(
+    ready.rpm("--install", old)
+    assert "conflicts with" in ready.rpm(
         "--install", "--test", "--nofiledigest", new, check=False
     )
-    machine.rpm("--erase", "qrexec-activate")
 
 
 def test_a_removal_stops_all_and_leaves_nothing(
-    machine: Machine, rpms: Path
+    ready: Machine, rpms: Path
 ) -> None:
     paths = [
         path
         for path in rpms.glob("qrexec-activate*.noarch.rpm")
         if "dom0" not in path.name
     ]
-    machine.rpm("--install", *paths)
-    machine.asked()
+    ready.rpm("--install", *paths)
+    ready.asked()
     # Once more, as `dnf reinstall` does it.
-    machine.rpm("--upgrade", "--replacepkgs", *paths)
-    told = machine.asked()
+    ready.rpm("--upgrade", "--replacepkgs", *paths)
+    told = ready.asked()
     assert not [line for line in told if ".socket" in line]
-    machine.rpm("--erase", *OURS)
-    told = machine.asked()
+    ready.rpm("--erase", *OURS)
+    told = ready.asked()
     for manager in MANAGERS:
         sockets = "qrexec-connect-tcp@1234.socket qrexec-connect-tcp.service"
         assert f"{manager} stop -- {sockets}" in told
-    assert machine.ours() == set()
-    assert machine.left() == set()
+    assert ready.ours() == set()
+    assert ready.left() == set()
 
 
 def test_dom0_has_all_that_its_packages_need(
     machine: Machine, rpms: Path
 ) -> None:
+    machine.offer(rpms)
     names = ("qrexec-activate-dom0", "qubes-mgmt-salt-dom0-qrexec-activate")
     machine.dnf("install", *names)
     assert machine.ours() == {f"{name} {VERSION}" for name in names}
