@@ -166,7 +166,9 @@ def test_qubes_builder_can_fill_in_what_a_spec_leaves_open(spec: Path) -> None:
 
 
 def test_qubes_ci_builds_for_dom0_and_for_qubes() -> None:
-    text = (ROOT / ".gitlab-ci.yml").read_text()
+    text, _, jobs = (
+        (ROOT / ".gitlab-ci.yml").read_text().partition("\n# The rest")
+    )
     entry = (
         r"- file: /(r4\.\d)/gitlab-(\w+)\.yml\n"
         r"  project: QubesOS/qubes-continuous-integration\n"
@@ -179,6 +181,11 @@ def test_qubes_ci_builds_for_dom0_and_for_qubes() -> None:
         for release in releases
         for part in ("base", "host", "vm")
     }
+    # What it calls is there.
+    targets = re.findall(r"^  - make (\S+)$", jobs, re.MULTILINE)
+    assert targets
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in targets)
 
 
 def test_rpms_need_the_agent_of_the_qube() -> None:

@@ -22,7 +22,8 @@ PACKAGES = "git make socat zsh fish dbus-user-session python3-pytest python3-hyp
 LIBRARIES = ("trio", "click", "systemd", "jeepney", "psutil")
 #: Which tests; those of recipes and packages run on a machine, not in there.
 CHOSEN = os.environ.get(
-    "CHECK_INSIDE_TESTS", "tests --ignore=tests/recipes --ignore=tests/installed"
+    "CHECK_INSIDE_TESTS",
+    "tests --ignore=tests/recipes --ignore=tests/installed",
 )
 
 
