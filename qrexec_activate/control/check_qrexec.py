@@ -21,6 +21,7 @@ __all__ = [
     "agent_steps",
     "client_steps",
     "clients",
+    "package_version",
     "refuses",
     "xen_steps",
 ]
@@ -105,7 +106,7 @@ def client_steps(path: str, listening: Listening | None) -> Iterator[Step]:
         if "use-stdin-socket" in (output([path, "--help"]) or "")
         else "takes no sockets, so bytes go through pipes"
     )
-    version = _package_version(path)
+    version = package_version(path)
     yield Step(
         "qrexec", Level.OK, f"{path}{f', {version},' if version else ''} {how}"
     )
@@ -172,7 +173,7 @@ def xen_steps(
             )
 
 
-def _package_version(path: str) -> str:
+def package_version(path: str) -> str:
     """The package that a file is of, with its version; empty where no package
     manager knows it."""
     if shutil.which("dpkg-query"):

@@ -62,12 +62,12 @@ def services(context: Context) -> Iterator[Step]:
             continue
         mend = (
             f"systemctl --user restart {one.unit}"
-            if one.unit
+            if one.unit and not one.way
             else f"qrexec-activate unpublish {shlex.quote(one.name)}"
         )
         yield Step(
             "services",
             Level.ERROR,
-            f"{one.name} leads nowhere: {one.problem}",
+            f"{one.name} cannot be called: {one.problem}",
             mend,
         )

@@ -31,6 +31,7 @@ from .survey import read_file
 __all__ = [
     "FOLDER",
     "RPC",
+    "RPC_FOLDERS",
     "Publication",
     "check_name",
     "folder",
@@ -47,8 +48,12 @@ FOLDER = f"%t/{RPC}"
 SYSTEM_FOLDER = Path("/run", RPC)
 #: The address of a unix socket holds 107 bytes, of which the service needs two.
 MAX_NAME = 105
-#: Where qrexec looks for services, those that win first.
-RPC_FOLDERS = ("/usr/local/etc/qubes-rpc", "/etc/qubes-rpc")
+#: Where qrexec looks for services, those that win first; since 4.3.5 in /run.
+RPC_FOLDERS = (
+    "/run/qubes-rpc",
+    "/usr/local/etc/qubes-rpc",
+    "/etc/qubes-rpc",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,9 @@ class Publication:
     problem: str
     #: Whether it is the system's systemd that makes it.
     for_system: bool = False
+    #: What qrexec takes for calls of this name alone, in place of the script:
+    #: a file in one of its folders; empty where there is none.
+    way: str = ""
 
 
 def folder(
@@ -88,7 +96,7 @@ def where_installed(rpc: str) -> str:
         (
             path
             for path in (f"{place}/{rpc}" for place in RPC_FOLDERS)
-            if os.path.lexists(path)
+            if os.path.exists(path)
         ),
         "",
     )
@@ -153,10 +161,13 @@ def published(
             )
         elif problem and unit:
             problem += f": {restart(unit)}"
+        way = where_installed(f"{RPC}+{name}")
+        if way and os.path.realpath(way) != socket:
+            problem = f"{way} is what other qubes reach by this name"
         try:
             check_name(name)
         except BadName as error:
-            problem = str(error)
+            problem, way = str(error), ""
         found.append(
             Publication(
                 name,
@@ -167,6 +178,7 @@ def published(
                 alive,
                 problem,
                 not manager.user,
+                way,
             )
         )
     return found

@@ -23,6 +23,7 @@ from ..errors import ActivateError, UsageProblem
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from .accounts import database_steps
+from .native import native_steps
 from .services import (
     Service,
     check,
@@ -81,6 +82,11 @@ def alteration(pairs: Sequence[tuple[Service, Service]]) -> list[Step]:
     for before, after in pairs:
         if before.domain and not after.domain:
             steps.append(_enabling(systemctl, _domain_unit(before), off=True))
+        if before.native and not after.native:
+            steps += [
+                Step(step.undone, step.undo, step.do)
+                for step in reversed(native_steps(after.name, after.address))
+            ]
     steps += [
         _change_step(path, old, new) for path, (old, new) in files.items()
     ]
@@ -99,6 +105,8 @@ def alteration(pairs: Sequence[tuple[Service, Service]]) -> list[Step]:
             steps.append(_enabling(systemctl, after.socket_unit))
         if after.domain and not before.domain:
             steps.append(_enabling(systemctl, _domain_unit(after)))
+        if after.native and not before.native:
+            steps += native_steps(after.name, after.address)
     steps += [
         _take_over_step(after, {path.name: new for path, (_, new) in one})
         for after, one in (

@@ -44,6 +44,7 @@ from ..systemd.unitdirs import own_folder
 from .caddy import known_routes
 from .change import alteration, check_change, touched
 from .details import MEMORY, TASKS, details
+from .native import native_files
 from .services import Service, creation, domain_step, is_service
 from .steps import (
     Step,
@@ -119,6 +120,12 @@ Examples:
     "--network",
     is_flag=True,
     help="With --exec: it has this qube's network; without, it has none.",
+)
+@click.option(
+    "--native",
+    is_flag=True,
+    help="With --user: qrexec itself connects callers, as root, and no program"
+    " runs between.",
 )
 @click.option(
     "--memory",
@@ -240,8 +247,8 @@ def command(
         or any(value not in (None, False, ()) for value in options.values())
     ):
         raise UsageProblem(
-            "--port, --idle, --user, --database, --network, --domain, --count"
-            " and what a program is given, or may use, are for --exec"
+            "--port, --idle, --user, --database, --network, --native, --domain,"
+            " --count and what a program is given, or may use, are for --exec"
         )
     if (unit is None) == (path is None):
         raise UsageProblem(
@@ -304,6 +311,7 @@ def _services(
     user: str | None,
     database: bool,
     network: bool,
+    native: bool,
     domain: str | None,
     **given: Any,
 ) -> list[Service]:
@@ -332,6 +340,7 @@ def _services(
                 user=f"{user}{one}" if user else "",
                 database=database,
                 network=network,
+                native=native,
                 more=more,
                 domain=f"{number}.{domain}"
                 if domain and count
@@ -409,6 +418,11 @@ def _publish_services(
         for file, (old, new) in files.items():
             act = "Changed" if old and new else "File" if new else "Removed"
             click.echo(f"{act}: {short_path(str(file))}")
+        if service.native:
+            click.echo(
+                f"{native_files(service.name)[1]} leads qrexec to its socket:"
+                f" who connects is root, whatever dom0 says of force-user"
+            )
     if made:
         _report_policy([service.name for service in made])
 

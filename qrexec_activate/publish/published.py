@@ -30,6 +30,7 @@ from ..systemd.systemctl import Systemctl
 from .caddy import NotAllowed, known_routes, status_problem
 from .change import end_unused
 from .counts import Calls, count_calls, count_failures
+from .native import config_problem
 from .services import (
     Service,
     caller,
@@ -106,7 +107,9 @@ def command(ctx: click.Context, walk: bool, as_json: bool) -> None:
     CALLS are those that have ended since the qube was started, as far as the
     journal has them, and how many of these failed; what comes through Caddy is
     none. Of programs that were published with --exec it says whether they run,
-    how often they have failed since then, and how much memory they use.
+    how often they have failed since then, and how much memory they use. Where
+    any is native, WAY says of each whether qrexec itself connects its callers,
+    or qubes.ConnectUnix, the script; only of this one calls are counted.
     """
     calls = _calls()
     with managers() as found:
@@ -162,6 +165,7 @@ class Seen:
             "user": (service and service.user) or None,
             "database": service.user if service and service.database else None,
             "domain": (service and service.domain) or None,
+            "native": bool(one.way),
         }
 
     def row(self) -> list[str]:
@@ -216,13 +220,19 @@ def _look(
     )
     failed = count_failures(user=manager.user) if services else None
     for one, problem in zip(found, problems, strict=True):
-        called = None if calls is None else calls.get(one.name, Calls())
+        # Only the script writes of calls.
+        called = (
+            None if calls is None or one.way else calls.get(one.name, Calls())
+        )
         if one.unit not in states:
             yield Seen(one, problem, calls=called)
             continue
         yield Seen(
             one,
-            pauses[one.unit] or problem or lost.get(one.name, ""),
+            pauses[one.unit]
+            or problem
+            or lost.get(one.name, "")
+            or _way_problem(one, services[one.unit]),
             *states[one.unit],
             services[one.unit],
             called,
@@ -230,6 +240,18 @@ def _look(
             if failed is None
             else sum(failed[unit] for unit in units_of(one.unit)[:2]),
         )
+
+
+def _way_problem(one: Publication, service: Service | None) -> str:
+    """Why a call does not go the way that was asked for."""
+    if one.way:
+        return config_problem(one.name)
+    if service and service.native:
+        return (
+            "calls take the script, as the link for qrexec is gone: publish it"
+            " without --native, and then with it"
+        )
+    return ""
 
 
 def _print(seen: list[Seen]) -> None:
@@ -240,14 +262,17 @@ def _print(seen: list[Seen]) -> None:
             err=True,
         )
         return
+    header, rows = list(HEADER), [one.row() for one in seen]
     if any(one.state for one in seen):
-        print_rows(
-            (*HEADER, "program", "memory"),
-            [one.row() + one.program() for one in seen],
-            style,
-        )
-    else:
-        print_rows(HEADER, [one.row() for one in seen], style)
+        header += ["program", "memory"]
+        rows = [
+            row + one.program() for row, one in zip(rows, seen, strict=True)
+        ]
+    if any(one.publication.way for one in seen):
+        header.append("way")
+        for row, one in zip(rows, seen, strict=True):
+            row.append("native" if one.publication.way else "script")
+    print_rows(header, rows, style)
     for one in seen:
         if one.problem:
             click.echo(f"{one.publication.name}: {one.problem}")

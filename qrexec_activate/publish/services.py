@@ -50,6 +50,7 @@ from .accounts import (
     home,
     user_steps,
 )
+from .native import check_native, native_steps
 from .room import (
     BY_ITSELF,
     BY_USERS,
@@ -144,6 +145,8 @@ class Service:
     domain: str = ""
     #: Whether it has the qube's network.
     network: bool = False
+    #: Whether qrexec itself connects callers to its socket.
+    native: bool = False
     #: Further directives of the program: its limits, and what it is given.
     more: tuple[str, ...] = ()
 
@@ -205,6 +208,7 @@ class Service:
             user=user,
             database=bool(user and notes.get("Database")),
             domain=notes.get("Domain", ""),
+            native=bool(user and notes.get("Native")),
         )
 
     @property
@@ -214,6 +218,7 @@ class Service:
         parts += [f"Linux user {self.user}"] if self.user else []
         parts += [f"database {self.user}"] if self.database else []
         parts += [f"{self.domain} in Caddy"] if self.domain else []
+        parts += ["native"] if self.native else []
         return ", ".join(parts)
 
     def files(self) -> list[Path]:
@@ -360,6 +365,7 @@ class Service:
             "User": self.user,
             "Database": self.user if self.database else "",
             "Domain": self.domain,
+            "Native": "yes" if self.native else "",
         }
         noted = "".join(
             f"{key}={value}\n" for key, value in notes.items() if value
@@ -576,11 +582,29 @@ def check(service: Service, before: Service | None = None) -> None:
             )
     if service.database and not (before and before.database):
         check_database()
+    if service.native:
+        _check_native(service, before)
     if before is None and (there := service.drop_ins()):
         raise UsageProblem(
             f"{there[0]} would change what {service.name} does: it is of one"
             f" that was published before; remove it first"
         )
+
+
+def _check_native(service: Service, before: Service | None) -> None:
+    """Raise UsageProblem where callers as root would not do."""
+    if not service.user:
+        raise UsageProblem(
+            "--native needs --user: qrexec connects callers as root, which is"
+            " for root to say, and to units of the system"
+        )
+    if service.database:
+        raise UsageProblem(
+            "--native with --database: every caller is root then, and"
+            " PostgreSQL goes by who connects (peer)"
+        )
+    if not (before and before.native):
+        check_native(service.name)
 
 
 def _check_lengths(service: Service) -> None:
@@ -718,6 +742,9 @@ def _steps(
     steps.append(
         Step(f"$ {systemctl.written(*enable)}", lambda: systemctl.run(*enable))
     )
+    for service in services:
+        if service.native:
+            steps += native_steps(service.name, service.address)
     steps += [domain_step(service) for service in services if service.domain]
     if domains:
         # The first that goes, as it would put back what is taken out then.

@@ -32,6 +32,7 @@ from ..errors import UsageProblem
 from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from .native import native_files, native_steps
 from .published import complete_names
 from .services import Service, removal
 from .steps import Step, audit, do_own, link_step, show, undo_all
@@ -139,6 +140,11 @@ def _end(services: list[Service], *, yes: bool, dry_run: bool) -> None:
         file
         for service in services
         for file in (*service.files(), *service.drop_ins())
+    ] + [
+        file
+        for service in services
+        if service.native and native_steps(service.name, service.address)
+        for file in native_files(service.name)
     ]
     with contextlib.ExitStack() as acts, locked(one.folder), finishing():
         for service in services:

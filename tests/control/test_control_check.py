@@ -374,7 +374,7 @@ def test_a_path_is_published_until_the_session_ends(desk: Desk) -> None:
     (step,) = [
         step
         for step in desk.json("check", code=2)["steps"]
-        if "program leads nowhere" in step["text"]
+        if "program cannot be called" in step["text"]
     ]
     assert step["mend"] == "qrexec-activate unpublish program"
     Path(path).unlink()

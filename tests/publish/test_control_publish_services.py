@@ -392,6 +392,17 @@ def test_what_makes_no_sense_is_refused(desk: Desk) -> None:
     assert "--database needs --user" in desk.fails(
         "publish", "x", "--exec", "/bin/cat", "--database"
     )
+    assert "--native needs --user" in desk.fails(
+        "publish", "x", "--exec", "/bin/cat", "--native"
+    )
+    assert "are for --exec" in desk.fails(
+        "publish", "x", "--unix", "/x", "--native"
+    )
+    assert "goes by who connects" in desk.fails(
+        *("publish", "x", "--exec", "/bin/cat", "--native", "--database"),
+        *("--user", "qa-x", "--dry-run"),
+        environment={"SUDO_USER": "daemon"},
+    )
     assert "no name of a host" in desk.fails(
         "publish", "x", "--exec", "/bin/cat", "--domain", "a b"
     )

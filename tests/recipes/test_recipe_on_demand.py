@@ -367,6 +367,111 @@ def test_a_key_that_only_the_program_gets(
     apps.run("qrexec-activate unpublish keyed --yes")
 
 
+#: Says who has connected, by uid, and what that one has sent to the end.
+PEER = """\
+import socket, struct
+listener = socket.socket(fileno=3)
+while True:
+    with listener.accept()[0] as client:
+        them = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        with client.makefile("rb") as file:
+            said = file.read()
+        client.sendall(b"%d says %s" % (struct.unpack("3i", them)[1], said))
+"""
+#: As much of a qrexec as dpkg has to know.
+QREXEC = """\
+mkdir -p /root/qrexec/DEBIAN /root/qrexec/usr/bin
+printf '%s\\n' 'Package: qubes-core-qrexec' 'Version: {version}' \\
+    'Architecture: all' 'Maintainer: x <x@localhost>' 'Description: x' \\
+    >/root/qrexec/DEBIAN/control
+touch /root/qrexec/usr/bin/qrexec-client-vm
+dpkg-deb --build /root/qrexec /root/qrexec.deb && dpkg --install /root/qrexec.deb
+"""
+LINK = "/etc/qubes-rpc/qubes.ConnectUnix+bare"
+CONFIG = "/etc/qubes/rpc-config/qubes.ConnectUnix+bare"
+
+
+def call(recipe: Recipe, name: str, said: str) -> str:
+    """What a program of `apps` answers to a call from `work`."""
+    client = shlex.quote(str(recipe["work"].machine.client))
+    return recipe["work"].run(
+        f"{client} apps qubes.ConnectUnix+{name}", input=said
+    )
+
+
+def test_qrexec_itself_connects_to_a_native_one(
+    apps: Container, recipe: Recipe
+) -> None:
+    before = apps.run("ls /etc/qubes-rpc /etc/qubes/rpc-config")
+    apps.run(f"cat >/etc/peer.py <<'EOF'\n{PEER}EOF\n")
+    script = (
+        "qrexec-activate publish bare --user bare --exec 'python3 /etc/peer.py'"
+    )
+    native = f"{script} --native"
+    # A program would read a line of an older one's first.
+    for version in ("", "4.2.18-1+deb12u1"):
+        if version:
+            apps.run(QREXEC.format(version=version))
+        said = apps.run(f"{native} 2>&1", check=False)
+        assert f"here is {version and 'qubes-core-qrexec 4.2.18'}" in said
+    apps.run(QREXEC.format(version="4.2.19-1+deb12u1"))
+    assert "peer" in apps.run(f"{native} --database 2>&1", check=False)
+    apps.run(f"ln -s /dev/tcp/127.0.0.1 {LINK}")
+    said = apps.run(f"{native} 2>&1", check=False)
+    assert f"{LINK} is there already" in said
+    assert apps.run(f"readlink {LINK}") == "/dev/tcp/127.0.0.1\n"
+    apps.run(f"rm {LINK}")
+    said = apps.run(f"{native} --dry-run")
+    assert f"# {CONFIG}\nskip-service-descriptor=true\n" in said
+    assert f"$ ln -s /run/qubes.ConnectUnix/bare {LINK}\n" in said
+    assert traces(apps, "bare") == ""
+    # Neither way at first, then one, and the other, and back.
+    policy = recipe["work"].machine.loopback / "policy"
+    with policy.open("a") as file:
+        file.write("qubes.ConnectUnix +bare work apps allow\n")
+    rpc, configs = recipe["apps"].rpc, recipe["apps"].rpc_config
+    apps.run(script)
+    user = apps.run("id --user user").strip()
+    assert call(recipe, "bare", "hello") == f"{user} says hello"
+    assert "who connects is root" in apps.run(native)
+    assert published(apps)["bare"]["native"]
+    assert published(apps)["bare"]["calls"] is None
+    assert " native\n" in apps.run("qrexec-activate published --check")
+    # The same link and the same config, as this machine sees them.
+    here = f"/proc/{apps.leader}/root{apps.run(f'readlink {LINK}').strip()}"
+    link = rpc / "qubes.ConnectUnix+bare"
+    link.symlink_to(here)
+    config = configs / "qubes.ConnectUnix+bare"
+    config.write_text(apps.run(f"cat {CONFIG}"))
+    assert call(recipe, "bare", "hello") == "0 says hello"
+    config.unlink()
+    assert call(recipe, "bare", "hello").startswith("0 says qubes.ConnectUnix")
+    link.unlink()
+    # What others do to it is seen.
+    apps.run(f"sed -i s/true/false/ {CONFIG}")
+    assert (
+        "no skip-service-descriptor=true" in published(apps)["bare"]["problem"]
+    )
+    apps.run(f"ln -sfT /run/dbus/system_bus_socket {LINK}")
+    assert "other qubes reach" in published(apps)["bare"]["problem"]
+    # And is theirs.
+    assert "Changed" in apps.run(script)
+    assert apps.run(f"readlink {LINK}") == "/run/dbus/system_bus_socket\n"
+    apps.run(f"rm {LINK} {CONFIG}")
+    assert not published(apps)["bare"]["native"]
+    apps.run(native)
+    apps.run(f"rm {LINK}")
+    assert "without --native" in published(apps)["bare"]["problem"]
+    apps.run(script)
+    assert published(apps)["bare"]["problem"] is None
+    apps.run(native)
+    said = apps.run("qrexec-activate unpublish bare --yes")
+    assert f"Removed: {LINK}" in said
+    assert traces(apps, "bare") == ""
+    assert apps.run("ls /etc/qubes-rpc /etc/qubes/rpc-config") == before
+    apps.run("dpkg --purge qubes-core-qrexec")
+
+
 def test_it_ends_when_idle(apps: Container, recipe: Recipe) -> None:
     apps.run(
         "qrexec-activate publish brief --user brief --database --exec"
