@@ -54,7 +54,7 @@ SETTLED = 10.0
 #: So many are tried at once: each may start a program, which is ended again.
 TRIED_AT_ONCE = 8
 #: How long a program may take to see that a trial is over.
-END_TIMEOUT = 5.0
+END_TIMEOUT = 10.0
 HEADER = ("name", "state", "socket", "made by", "calls")
 
 

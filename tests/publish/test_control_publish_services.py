@@ -138,14 +138,25 @@ def address(desk: Desk, name: str) -> str:
     return str(desk.machine.runtime / "qubes.ConnectUnix" / name)
 
 
-def ask(desk: Desk, name: str, line: str = "me") -> str:
+@contextlib.contextmanager
+def connected(desk: Desk, name: str) -> Iterator[Callable[[str], str]]:
+    """What a program answers to a line, for as long as one stays connected."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(PATIENCE)
         client.connect(address(desk, name))
         with client.makefile("rwb") as file:
-            file.write(f"{line}\n".encode())
-            file.flush()
-            return file.readline().decode().strip()
+
+            def ask(line: str) -> str:
+                file.write(f"{line}\n".encode())
+                file.flush()
+                return file.readline().decode().strip()
+
+            yield ask
+
+
+def ask(desk: Desk, name: str, line: str = "me") -> str:
+    with connected(desk, name) as ask:
+        return ask(line)
 
 
 def until(what: str, condition: Callable[[], object]) -> None:
@@ -209,8 +220,10 @@ def test_a_program_is_ended_when_it_is_idle(
     )
     for _ in range(times):
         assert only(desk)["state"] == "idle"
-        assert ask(desk, "wiki") == "wiki heard me"
-        assert desk.scene.state("qrexec-program-wiki.service") == "active"
+        # Connected meanwhile: a look may take longer than it may be idle.
+        with connected(desk, "wiki") as say:
+            assert say("me") == "wiki heard me"
+            assert desk.scene.state("qrexec-program-wiki.service") == "active"
         until(
             "it ends",
             lambda: (
@@ -654,7 +667,12 @@ def test_a_program_that_only_ends_gets_a_pause(desk: Desk) -> None:
         client.connect(address(desk, "bad"))
         with contextlib.suppress(ConnectionResetError):
             assert client.recv(1) == b""
-    one = only(desk)
+    seen: list[Any] = []
+    until(
+        "it has failed",
+        lambda: seen.append(only(desk)) or seen[-1]["state"] == "failed",
+    )
+    one = seen[-1]
     assert (one["state"], one["alive"]) == ("failed", False)
     assert "its program ended 200 times within 10 s" in one["problem"]
     assert (
