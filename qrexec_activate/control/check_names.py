@@ -168,9 +168,12 @@ def _files(context: Context) -> Iterator[Step]:
         if not unit.endswith(".socket") or not _is_ours(context, unit):
             continue
         for path in (
-            Path(one, name) for one in folders for name in names_in(one)
+            Path(one, name)
+            for one in folders
+            for name in context.now.files.names_in(one)
+            if os.path.splitext(name)[1] != ".conf"
         ):
-            if path.suffix == ".conf" or not _declares(path):
+            if not _declares(path):
                 continue
             new = path.with_name(f"{path.name.partition('.')[0]}.conf")
             yield Step(

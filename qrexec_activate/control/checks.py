@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from ..errors import ActivateError
 from ..systemd.journalreader import Record, records
-from ..systemd.manager import open_manager
+from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from .check_calls import calls, listeners
 from .check_names import strays, targets
@@ -28,7 +29,7 @@ from .dom0 import from_dom0
 from .managers import ask
 from .persistence import forgotten
 from .steps import Context, Level, Step
-from .survey import Entry, Survey, survey
+from .survey import Entry, Survey, take_survey
 
 __all__ = ["Level", "Step", "to_reach", "walk"]
 
@@ -44,9 +45,26 @@ LOOK_BACK = 500
 def walk(which: str | None) -> tuple[list[Step], list[Entry]]:
     """Take all steps for the manager that is named or else for both; also
     returns the routes."""
+    with ExitStack() as opened:
+        return _walk(which, opened)
+
+
+def _walk(
+    which: str | None, opened: ExitStack
+) -> tuple[list[Step], list[Entry]]:
+    managers: dict[bool, Manager] = {}
+
+    def look(user: bool) -> Survey:
+        managers[user] = opened.enter_context(open_manager(user=user))
+        return take_survey(managers[user])
+
+    def declares(now: Survey) -> bool:
+        context = Context(managers[now.user], now, Systemctl(now.user))
+        return bool(now.units) or any(strays(context))
+
     steps: list[Step] = []
     try:
-        surveys, lost = ask(which, lambda user: survey(user=user), _declares)
+        surveys, lost = ask(which, look, declares)
         entries = [entry for now in surveys for entry in now.entries]
         if lost:
             # Root has come to see what the system has.
@@ -54,7 +72,7 @@ def walk(which: str | None) -> tuple[list[Step], list[Entry]]:
             steps.append(Step("systemd", level, lost, *to_reach(user=True)))
         for now in surveys:
             others = [one for one in entries if one.manager != now.manager]
-            for step in _steps(now, others):
+            for step in _steps(managers[now.user], now, others):
                 # What is of the machine is said once.
                 if step.area != "qrexec" or step not in steps:
                     steps.append(replace(step, manager=now.manager))
@@ -65,35 +83,27 @@ def walk(which: str | None) -> tuple[list[Step], list[Entry]]:
     return steps, entries
 
 
-def _declares(now: Survey) -> bool:
-    if now.units:
-        return True
-    with open_manager(user=now.user) as manager:
-        return any(strays(Context(manager, now, Systemctl(now.user))))
-
-
-def _steps(now: Survey, others: list[Entry]) -> Iterator[Step]:
-    with open_manager(user=now.user) as manager:
-        version, environment = manager.manager_properties(
-            "Version", "Environment"
-        )
-        found = _records(now) if now.entries else []
-        context = Context(
-            manager,
-            now,
-            Systemctl(now.user),
-            dict(one.partition("=")[::2] for one in environment or ()),
-            [one for one in found if one.connection],
-            [one for one in found if not one.connection],
-            others,
-        )
-        yield Step(
-            "systemd",
-            Level.OK,
-            f"the {now.manager} manager answers (systemd {version})",
-        )
-        for look in _LOOKS:
-            yield from look(context)
+def _steps(
+    manager: Manager, now: Survey, others: list[Entry]
+) -> Iterator[Step]:
+    version, environment = manager.manager_properties("Version", "Environment")
+    found = _records(now) if now.entries else []
+    context = Context(
+        manager,
+        now,
+        Systemctl(now.user),
+        dict(one.partition("=")[::2] for one in environment or ()),
+        [one for one in found if one.connection],
+        [one for one in found if not one.connection],
+        others,
+    )
+    yield Step(
+        "systemd",
+        Level.OK,
+        f"the {now.manager} manager answers (systemd {version})",
+    )
+    for look in _LOOKS:
+        yield from look(context)
 
 
 def _records(now: Survey) -> list[Record]:

@@ -53,12 +53,19 @@ def written(now: Survey, among: Container[str] | None = None) -> list[Entry]:
     read them yet, and after these what only systemd still has: it is the
     files that a command changes. `among`: only those of these units."""
     entries: list[Entry] = []
-    loaded: dict[str, list[Entry]] = {}
+    loaded: dict[str, list[Entry]] = {name: [] for name in now.units}
     for entry in now.entries:
-        loaded.setdefault(entry.unit, []).append(entry)
+        loaded[entry.unit].append(entry)
     for unit in now.units.values():
-        if among is None or unit.name in among:
-            entries += _written(unit, loaded.get(unit.name, []), now)
+        if among is not None and unit.name not in among:
+            continue
+        known = loaded[unit.name]
+        doubtful = unit.in_doubt or unit.socket.stale
+        entries += (
+            _written(unit, known, now)
+            if doubtful or any(entry.refused for entry in known)
+            else known
+        )
     return entries
 
 

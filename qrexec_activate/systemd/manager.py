@@ -297,22 +297,29 @@ class Manager:
         """Send requests, several on the way at once, and return the bodies of
         their replies, None for errors."""
         bodies: dict[int, tuple[Any, ...] | None] = {}
+        waiting: set[int] = set()
+        left = iter(requests)
         try:
-            for start in range(0, len(requests), PIPELINE):
-                batch = {
-                    next(self._serials): request
-                    for request in requests[start : start + PIPELINE]
-                }
-                self._socket.sendall(
-                    b"".join(
-                        request.serialise(serial=serial)
-                        for serial, request in batch.items()
+            while waiting or len(bodies) < len(requests):
+                # systemd looks for the next answers while these are read.
+                if len(waiting) <= PIPELINE // 2:
+                    batch = {
+                        next(self._serials): request
+                        for request in itertools.islice(
+                            left, PIPELINE - len(waiting)
+                        )
+                    }
+                    self._socket.sendall(
+                        b"".join(
+                            request.serialise(serial=serial)
+                            for serial, request in batch.items()
+                        )
                     )
-                )
-                while batch:
-                    serial, body = self._receive()
-                    if batch.pop(serial, None) is not None:
-                        bodies[serial] = body
+                    waiting |= batch.keys()
+                serial, body = self._receive()
+                if serial in waiting:
+                    waiting.remove(serial)
+                    bodies[serial] = body
         except _BUS_ERRORS as error:
             raise ManagerError(
                 f"systemd did not answer over D-Bus: {_describe(error)}"

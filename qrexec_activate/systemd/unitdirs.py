@@ -51,6 +51,14 @@ class UnitFiles:
     #: Unit name → "enabled", or "enabled-runtime" where that ends with the
     #: session.
     enabled: dict[str, str] = field(default_factory=dict)
+    #: Folder of drop-ins → what lies in it, once somebody has asked.
+    _names: dict[str, list[str]] = field(default_factory=dict)
+
+    def names_in(self, folder: str) -> list[str]:
+        """What lay in a folder of drop-ins when it was first asked for."""
+        if folder not in self._names:
+            self._names[folder] = names_in(folder)
+        return self._names[folder]
 
     def drop_ins(self, unit: str) -> list[str]:
         """Return the drop-ins of a unit, in the order in which systemd would
@@ -62,7 +70,7 @@ class UnitFiles:
         # one in a folder that wins.
         for owner in (unit, template):
             for folder in self.folders.get(owner, ()):
-                for file in names_in(folder):
+                for file in self.names_in(folder):
                     if file.endswith(".conf"):
                         found.setdefault(file, f"{folder}/{file}")
         return [
@@ -92,7 +100,7 @@ class UnitFiles:
         return any(
             file.endswith(".conf")
             for folder in self.folders[unit]
-            for file in names_in(folder)
+            for file in self.names_in(folder)
         )
 
 

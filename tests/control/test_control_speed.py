@@ -7,17 +7,23 @@ import cProfile
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from desk import Desk
 
 from qrexec_activate.control import check_units
+from qrexec_activate.control import survey as survey_module
 from qrexec_activate.control.checks import walk
+from qrexec_activate.control.select import written
 from qrexec_activate.control.steps import output
 from qrexec_activate.control.survey import survey
 from qrexec_activate.loopback.machine import Machine
+from qrexec_activate.routing.unitfile import SourceFile
+from qrexec_activate.systemd import unitdirs
 from qrexec_activate.systemd.manager import Manager
 
 IMPORTED_BY = """
@@ -169,6 +175,78 @@ def test_many_routes_take_no_more_conversations_than_few(
     few, many = conversations(3), conversations(100)
     assert many[0] == few[0]
     assert (many[1] - few[1]) / 97 < 6.5, "questions about one route"
+
+
+def test_check_asks_by_one_connection_and_lists_a_folder_twice(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_routes(desk, monkeypatch)
+    greeted: list[bool] = []
+    hello = Manager.hello
+
+    def counted(manager: Manager) -> None:
+        greeted.append(manager.user)
+        hello(manager)
+
+    listed: list[str] = []
+    names_in = unitdirs.names_in
+
+    def looked(folder: str) -> list[str]:
+        listed.append(folder)
+        return names_in(folder)
+
+    monkeypatch.setattr(Manager, "hello", counted)
+    monkeypatch.setattr(unitdirs, "names_in", looked)
+    walk("user")
+    assert greeted == [True]
+    folders = Counter(one for one in listed if one.endswith(".socket.d"))
+    assert len(folders) == 5
+    # Once for routes, and once for what is published.
+    assert set(folders.values()) == {2}
+
+
+def test_what_systemd_has_read_is_not_read_again_to_change_a_route(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = some_routes(desk, monkeypatch)
+    read: list[str] = []
+    read_file = survey_module.read_file
+
+    def counted(path: str) -> SourceFile:
+        read.append(path)
+        return read_file(path)
+
+    monkeypatch.setattr(survey_module, "read_file", counted)
+    now = survey(user=True)
+    assert written(now) == now.entries
+    assert not set(read) & {*map(str, files)}
+
+    files[0].write_text(files[0].read_text().replace("work", "vault"))
+    now = survey(user=True)
+    changed, *others = written(now)
+    assert (changed.target, now.entries[0].target) == ("vault", "vault")
+    assert others == now.entries[1:]
+    assert set(read) & {*map(str, files)} == {str(files[0])}
+
+
+def some_routes(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Routes that listen; the files that open them."""
+    for key, value in desk.machine.environment.items():
+        monkeypatch.setenv(key, value)
+    units = [f"qrexec-connect-unix@r{number}.socket" for number in range(5)]
+    files = [
+        desk.drop_in(
+            unit,
+            "work",
+            "[Socket]",
+            f"ListenStream=%t/qrexec/{unit}",
+            "FileDescriptorName=work",
+        )
+        for unit in units
+    ]
+    desk.machine.systemctl("daemon-reload")
+    desk.machine.systemctl("start", *units)
+    return files
 
 
 def test_a_route_more_costs_few_calls(

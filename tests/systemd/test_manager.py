@@ -419,6 +419,33 @@ def test_more_questions_than_the_bus_allows_at_once_are_asked_in_parts() -> (
         assert manager.properties([]) == []
 
 
+def test_systemd_has_questions_to_answer_while_answers_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And never more than the bus lets wait for an answer."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        manager = Manager(ours, user=True)
+        asked: list[int] = []
+        waiting: list[int] = []
+
+        def written(question: object, serial: int) -> bytes:
+            asked.append(serial)
+            return b""
+
+        def answered() -> tuple[int, tuple[Any, ...]]:
+            waiting.append(len(asked) - len(waiting))
+            return asked[len(waiting) - 1], (("s", "x"),)
+
+        monkeypatch.setattr(manager_module._Get, "serialise", written)
+        monkeypatch.setattr(manager, "_receive", answered)
+        most = manager_module.PIPELINE
+        count = most * 3 + 1
+        assert manager.properties([("/x", "x.y", "Z")] * count) == ["x"] * count
+    assert max(waiting) == most
+    assert min(waiting[: most * 2]) > most // 2
+
+
 def test_questions_are_written_as_jeepney_would_write_them() -> None:
     calls: list[Message] = []
 
