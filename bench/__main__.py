@@ -49,7 +49,7 @@ def main() -> int:
         names = list(RIVALS)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="qa-bench-") as folder:
-        programs = build(Path(folder), options.client)
+        programs = build(Path(folder), options.client, options.qrexec_connect)
         environment = {"QREXEC_ACTIVATE_CLIENT": str(programs.client)}
         with (
             Machine(environment=environment) as machine,
@@ -127,6 +127,12 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--target", metavar="QUBE", help="the target qube, with --client"
+    )
+    parser.add_argument(
+        "--qrexec-connect",
+        metavar="PATH",
+        type=_program,
+        help="bcduggan's qrexec-connect, measured with the others",
     )
     parser.add_argument(
         "--output",

@@ -37,6 +37,7 @@ from .rivals import (
 __all__ = [
     "AT_ONCE",
     "BUSY",
+    "COMMANDS",
     "FULL",
     "MEASURES",
     "QUICK",
@@ -66,9 +67,19 @@ MEASURES = (
     "listeners",
     "commands",
 )
+#: What people say, in this order.
+COMMANDS = {
+    "list": ("list",),
+    "status": ("status",),
+    "check": ("check",),
+    "add": ("add", "unix", "added", "work", "--listen", "%t/routes/added"),
+    "remove": ("remove", "added"),
+}
+#: Rounds of these, each of which takes systemd seconds where routes are many.
+SAYINGS = 3
 #: Rounds end early rather than take the run past its limit; what is measured
 #: once needs the rest.
-TAIL = 90.0
+TAIL = 150.0
 #: How long the processes of one measure may take to be gone before the next;
 #: proxyd leaves some for ever.
 SETTLE = 3.0
@@ -357,18 +368,23 @@ class Bench:
                 self.results.append(result | _memory(many.pids()))
 
     def _commands(self) -> None:
-        """The commands for people: --help beside the import of click, and list
-        with many routes."""
+        """The commands for people: --help beside the import of click, and what
+        shows and changes routes where there are many."""
         for number in range(self._sizes.colds):
             self._python("import-click", number, "-c", "import click")
             self._python("help", number, "-m", "qrexec_activate", "--help")
         with contextlib.closing(Routes(self._machine)) as routes:
             for count in self._sizes.routes:
                 routes.have(count)
-                for number in range(self._sizes.rounds):
-                    self._python(
-                        f"list-{count}", number, "-m", "qrexec_activate", "list"
-                    )
+                for number in range(min(SAYINGS, self._sizes.rounds)):
+                    for name, words in COMMANDS.items():
+                        self._python(
+                            f"{name}-{count}",
+                            number,
+                            *("-m", "qrexec_activate", *words),
+                            # Of the bench's other units there is much to say.
+                            check=name != "check",
+                        )
 
     # ------------------------------------------------------------------ helpers
 
@@ -382,15 +398,20 @@ class Bench:
         self._settle()
         return result
 
-    def _python(self, measure: str, number: int, *words: str) -> None:
-        """Run the interpreter, and keep how long it took."""
+    def _python(
+        self, measure: str, number: int, *words: str, check: bool = True
+    ) -> None:
+        """Run the interpreter, and keep how long it took, and the CPU time of
+        its processes and of systemd meanwhile."""
+        systemd = -_cpu([self._machine.pid])
+        own = -_cpu_of_children()
         began = time.perf_counter()
         subprocess.run(
             [sys.executable, *words],
             env=self._machine.environment,
             cwd=self._machine.home,
             stdout=subprocess.DEVNULL,
-            check=True,
+            check=check,
         )
         took = round((time.perf_counter() - began) * 1e9)
         self.results.append(
@@ -399,6 +420,8 @@ class Bench:
                 "rival": "python3",
                 "round": number,
                 "p50": took,
+                "own": own + _cpu_of_children(),
+                "systemd": systemd + _cpu([self._machine.pid]),
             }
         )
 
@@ -530,6 +553,11 @@ def _running(program: str) -> set[int]:
                 if os.readlink(f"/proc/{entry.name}/exe") == program:
                     found.add(int(entry.name))
     return found
+
+
+def _cpu_of_children() -> float:
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def _cpu(pids: Sequence[int]) -> float:

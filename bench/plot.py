@@ -25,6 +25,7 @@ SHORT = {
     "socat": "qvm-connect-tcp",
     "accept": "Accept=yes units",
     "proxyd": "socket-proxyd",
+    "qrexec-connect": "qrexec-connect",
 }
 
 

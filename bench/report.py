@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .measures import AT_ONCE, BUSY, STREAMS
+from .measures import AT_ONCE, BUSY, COMMANDS, STREAMS
 from .rivals import RIVALS
 
 __all__ = ["Figures", "Target", "markdown", "targets"]
@@ -101,6 +101,14 @@ class Figures:
     def listeners(self, key: str) -> dict[int, float]:
         """KiB by listeners."""
         return self._by("listeners", "hand-over", "listeners", key)
+
+    def routes(self) -> list[int]:
+        """How many there were for the commands."""
+        return sorted(
+            int(one["measure"].removeprefix("list-"))
+            for one in self._results
+            if one["measure"].startswith("list-") and one.get("round") == 0
+        )
 
     def _by(
         self, measure: str, rival: str, by: str, key: str
@@ -223,9 +231,9 @@ def targets(figures: Figures) -> list[Target]:
     resident = figures.memory(ours, "rss")
     cold = figures.ratio("cold", ours, "p50", "python3", "import-trio")
     help_ = figures.ratio("help", "python3", "p50", "python3", "import-click")
-    lists = {
-        count: figures.median(f"list-{count}", "python3", "p50")
-        for count in (100, 2000)
+    commands = {
+        (name, count): figures.median(f"{name}-{count}", "python3", "p50")
+        for name, count in [("list", 100), *((name, 2000) for name in COMMANDS)]
     }
     return [
         *found,
@@ -251,15 +259,13 @@ def targets(figures: Figures) -> list[Target]:
         Target("`--help` / import click", help_, "≤", 1.3, times),
         *(
             Target(
-                f"`list` with {count:,} routes",
+                f"`{name}` with {count:,} routes",
                 None if took is None else took / 1e9,
                 "≤",
-                bound,
+                0.3 if count == 100 else 2,
                 " s",
             )
-            for (count, took), bound in zip(
-                lists.items(), (0.3, 1.5), strict=True
-            )
+            for (name, count), took in commands.items()
         ),
     ]
 
@@ -298,6 +304,13 @@ def markdown(figures: Figures, machine: dict[str, str]) -> str:
         parts += [
             "A listener, its route and its file:",
             _listeners_table(figures),
+        ]
+    if figures.has("import-click"):
+        parts += [
+            "## Commands",
+            "In brackets: CPU time of the command with all that it starts, and"
+            " of systemd meanwhile.",
+            _commands_table(figures),
         ]
     parts += [
         "## The machine",
@@ -535,6 +548,29 @@ def _listeners_table(figures: Figures) -> str:
         rows.append(["per listener", "", f"{each:.1f} KiB", ""])
     return _table(
         ["listeners", "resident", "its own", "start to first byte"], rows
+    )
+
+
+def _commands_table(figures: Figures) -> str:
+    def cell(measure: str) -> str:
+        took, own, systemd = (
+            figures.median(measure, "python3", key)
+            for key in ("p50", "own", "systemd")
+        )
+        if took is None or own is None or systemd is None:
+            return NONE
+        text = f"{took / 1e9:.2f} s ({own:.2f}, {systemd:.2f})"
+        if spread := figures.spread(measure, "python3", "p50"):
+            text += f" ±{spread / 2:.0%}"
+        return text
+
+    counts = figures.routes()
+    return _table(
+        ["routes", *(f"{count:,}" for count in counts)],
+        [
+            [f"`{name}`", *(cell(f"{name}-{count}") for count in counts)]
+            for name in COMMANDS
+        ],
     )
 
 

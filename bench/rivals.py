@@ -52,6 +52,7 @@ RIVALS = {
     "socat": "qvm-connect-tcp (socat)",
     "accept": "Accept=yes units",
     "proxyd": "systemd-socket-proxyd + limit",
+    "qrexec-connect": "qrexec-connect (asyncio)",
 }
 
 #: One target takes 120 connections at once, so a thousand need several.
@@ -59,6 +60,8 @@ TARGETS = 10
 PROXYD = "/lib/systemd/systemd-socket-proxyd"
 START_TIMEOUT = 60.0
 NOT_INSTALLED = "not installed"
+#: What qrexec-connect 1.0 calls, wherever another is wanted.
+GENUINE_CLIENT = "/usr/bin/qrexec-client-vm"
 PREFIX = "qrexec-connect-tcp"
 
 DROP_IN = """\
@@ -132,6 +135,8 @@ class Programs:
     limit: Path
     load: Path
     busy: Path
+    #: bcduggan's qrexec-connect, if the person has it.
+    connect: Path | None = None
 
 
 @dataclass
@@ -152,7 +157,9 @@ class Rival:
     only_relays: bool = False
 
 
-def build(folder: Path, client: Path | None) -> Programs:
+def build(
+    folder: Path, client: Path | None, connect: Path | None = None
+) -> Programs:
     """Compile the C programs into a folder; `client` None: the stand-in too."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -169,9 +176,15 @@ def build(folder: Path, client: Path | None) -> Programs:
         subprocess.run(
             [compiler, *flags, "-o", folder / name, source], check=True
         )
+    client = client or folder / "client"
+    if connect is not None:
+        text = connect.read_text().replace(GENUINE_CLIENT, str(client))
+        connect = folder / "qrexec-connect"
+        connect.write_text(text)
     return Programs(
-        client or folder / "client",
+        client,
         *(folder / name for name in ("limit", "load", "busy")),
+        connect,
     )
 
 
@@ -193,8 +206,13 @@ def rivals(
         "socat": lambda stack: _socat(stack, programs, target),
         "accept": lambda _: _accept(machine, programs, target),
         "proxyd": lambda stack: _proxyd(stack, machine, programs, target),
+        "qrexec-connect": lambda stack: _connect(stack, programs, target),
     }
-    needed = {"socat": shutil.which("socat"), "proxyd": _proxyd_path()}
+    needed = {
+        "socat": shutil.which("socat"),
+        "proxyd": _proxyd_path(),
+        "qrexec-connect": programs.connect,
+    }
     found, problems = [], {}
     with contextlib.ExitStack() as stack:
         for name in (name for name in RIVALS if name in names):
@@ -441,6 +459,24 @@ def _proxyd(
         units,
         only_relays=True,
     )
+
+
+def _connect(
+    stack: contextlib.ExitStack, programs: Programs, target: str | None
+) -> Rival:
+    """As its README has it tried; one for each service, as the names of
+    several cannot hold a space."""
+    host = _host()
+    pids = [
+        _start(
+            stack,
+            *("systemd-socket-activate", "-l", f"{host}:{port}"),
+            f"--fdname={target or 'qube'} qubes.ConnectTCP+{service}",
+            *("/usr/bin/python3", str(programs.connect)),
+        )
+        for service, port in LISTEN.items()
+    ]
+    return Rival("qrexec-connect", [host], lambda: pids)
 
 
 def _proxyd_path() -> str | None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from bench import plot
-from bench.measures import AT_ONCE, BUSY, STREAMS
+from bench.measures import AT_ONCE, BUSY, COMMANDS, STREAMS
 from bench.report import Figures, markdown, targets
 from bench.rivals import RIVALS
 
@@ -79,7 +79,10 @@ def made_up_results() -> list[dict[str, object]]:
             ("import-click", 1e8),
             ("help", 12e7),
             ("list-100", 2e8),
-            ("list-2000", 16e8),
+            *(
+                (f"{name}-2000", 16e8 + 1e8 * n)
+                for n, name in enumerate(COMMANDS)
+            ),
         ):
             results.append(
                 {
@@ -87,6 +90,8 @@ def made_up_results() -> list[dict[str, object]]:
                     "rival": "python3",
                     "round": turn,
                     "p50": took,
+                    "own": 0.5,
+                    "systemd": 1 + turn,
                 }
             )
     for rival in RIVALS:
@@ -142,7 +147,8 @@ def test_targets_are_judged_by_the_ratios_of_each_round() -> None:
     assert judged["cold first byte / import trio"] == (1.3, False)
     assert judged["`--help` / import click"] == (1.2, True)
     assert judged["`list` with 100 routes"] == (0.2, True)
-    assert judged["`list` with 2,000 routes"] == (1.6, False)
+    assert judged["`list` with 2,000 routes"] == (1.6, True)
+    assert judged["`remove` with 2,000 routes"] == (2.0, True)
 
 
 def test_what_was_not_measured_is_not_judged() -> None:
@@ -171,6 +177,11 @@ def test_tables_hold_every_measure_of_every_rival() -> None:
     assert rows["1"][-1] == "101 ms"
     assert rows["1,001"][-1] == "1101 ms"
     assert rows["per listener"][:2] == ["", "2.0 KiB"]
+    assert rows["`list`"] == [
+        "0.20 s (0.50, 1.50)",
+        "1.60 s (0.50, 1.50)",
+    ]
+    assert rows["`remove`"] == ["-", "2.00 s (0.50, 1.50)"]
     for target in targets(figures):
         assert rows[target.what][-1] == (
             "reached" if target.reached else "**not reached**"
@@ -254,7 +265,8 @@ def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
         *(f"connections-{at_once}{BUSY}" for at_once in AT_ONCE),
         *(f"throughput-{name}" for name in STREAMS),
         "memory",
-        *("import-click", "help", "list-10", "list-100"),
+        *("import-click", "help"),
+        *(f"{name}-{count}" for name in COMMANDS for count in (10, 100)),
     }
     rows = table_rows((tmp_path / "kept" / "results.md").read_text())
     assert done.stdout == (tmp_path / "kept" / "results.md").read_text()
