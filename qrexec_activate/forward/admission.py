@@ -9,6 +9,7 @@ or of this machine) is a ceiling, which is tried from time to time.
 from __future__ import annotations
 
 import enum
+import errno
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 from .outcome import Ending
 
-__all__ = ["Admission", "Verdict"]
+__all__ = ["Admission", "Fault", "Verdict", "fault"]
 
 #: A set-up gives its place back when it is so old: then a prompt is open, and a
 #: person is thinking about it.
@@ -44,6 +45,34 @@ FULL_PATIENCE = 60.0
 #: How often to count the calls of others in this qube: far from the limit, near
 #: to it, and while somebody waits for them to end.
 CENSUS_INTERVAL, CENSUS_INTERVAL_NEAR, CENSUS_WAITING = 0.05, 0.001, 0.25
+
+#: Errors of accept(2) that tell of the listener.
+_NO_LISTENER = {errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK}
+#: Those of a connection that has failed already, and is gone from the queue.
+_LOST = {
+    errno.ECONNABORTED,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENONET,
+    errno.ENOPROTOOPT,
+    errno.EOPNOTSUPP,
+    errno.EPROTO,
+    errno.ETIMEDOUT,
+}
+
+Fault = enum.Enum("Fault", "NOBODY NO_LISTENER LOST SHORTAGE")
+
+
+def fault(number: int | None) -> Fault:
+    """What an error of accept(2) means."""
+    if number == errno.EAGAIN:
+        return Fault.NOBODY
+    if number in _NO_LISTENER:
+        return Fault.NO_LISTENER
+    # Whatever else it is: tried again at once, it might fail for ever.
+    return Fault.LOST if number in _LOST else Fault.SHORTAGE
 
 
 class Verdict(enum.Enum):

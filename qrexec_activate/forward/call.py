@@ -206,6 +206,15 @@ class Call:
 
     # --------------------------------------------------------------- decisions
 
+    def is_over_at_once(self, code: int | None, keeps_stderr: bool) -> bool:
+        """Whether its end leaves nothing to try, to learn or to pass on."""
+        return (
+            code is not None
+            and not keeps_stderr
+            and self.interrupted is None
+            and self.established_at is not None
+        )
+
     @property
     def reason(self) -> Ending:
         """Why it ends, or this try."""

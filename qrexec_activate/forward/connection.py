@@ -377,14 +377,11 @@ class Connection:
         then.
         """
         child = self._child
-        if (
-            child is None
-            or child.kept_stderr
-            or self.call.interrupted is not None
-        ):
+        if child is None:
             return None
         code = child.wait()
-        if code is None or not self.look_if_established():
+        self.look_if_established()
+        if not self.call.is_over_at_once(code, child.kept_stderr):
             return None
         outcome = self._over(Ending.CLIENT_EXITED, code)
         self._count_bytes(outcome)
@@ -454,7 +451,7 @@ class Connection:
     def _watch_client(self) -> None:
         """Be told when the client hangs up, unless the machine is too short of
         something even for that."""
-        if self._watched:
+        if self._watched or self.call.client_left:
             return
         try:
             self._host.watch(self._sock.fileno(), 0, self._hung_up)
@@ -578,14 +575,11 @@ class Connection:
 
     async def _ended(self, child: Child) -> None:
         """Wait for its end, and until then for a hang-up to be watched for."""
-        while not self._watched and self.call.interrupted is None:
+        while not self._watched and not self.call.client_left:
             with trio.move_on_after(STARVED_DELAY):
                 await child.ended()
                 return
-            if not self.call.client_left:
-                self._watch_client()
-            else:
-                break
+            self._watch_client()
         await child.ended()
 
     async def _end(self, child: Child, ending: Ending) -> Ending:

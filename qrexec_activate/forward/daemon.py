@@ -10,7 +10,6 @@ admission.py, what becomes of a call in call.py, when to end in lifetime.py.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import math
 import os
@@ -28,7 +27,7 @@ from ..systemd.journal import Log, Priority
 from ..systemd.notify import Notifier, watchdog_interval
 from ..systemd.passed import format_address
 from . import xen
-from .admission import Admission, Verdict
+from .admission import Admission, Fault, Verdict, fault
 from .call import HANG_UP_GRACE
 from .census import Census
 from .child import STARVED, Client, StartProblem, Starved
@@ -72,22 +71,6 @@ KEPT_OUT_LOG_INTERVAL = 1.0
 LIMIT_LOG_INTERVAL = 60.0
 #: What one turn of the accept loop looks at.
 BATCH = 64
-
-#: Errors of accept(2) that tell of the listener.
-_NO_LISTENER = {errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK}
-#: Those of a connection that has failed already, and is gone from the queue.
-_LOST = {
-    errno.ECONNABORTED,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.ENONET,
-    errno.ENOPROTOOPT,
-    errno.EOPNOTSUPP,
-    errno.EPROTO,
-    errno.ETIMEDOUT,
-}
 
 
 @dataclass(slots=True, eq=False)
@@ -408,27 +391,23 @@ class Daemon:
             self._ready.unregister(fd)
 
     def _cannot_accept(self, fd: int, claim: Claim, error: OSError) -> bool:
-        if error.errno == errno.EAGAIN:
-            return True
-        if error.errno in _NO_LISTENER:
+        what = fault(error.errno)
+        if what is Fault.SHORTAGE:
+            self.starved(error)
+        elif what is Fault.NO_LISTENER:
             self._ignore(fd)
             self.log(
                 Priority.ERROR,
                 f"{claim.address} accepts no more: {error.strerror}; restart"
                 f" {claim.unit or 'its socket unit'}",
             )
-            return True
-        if error.errno in _LOST:
+        elif what is Fault.LOST:
             self._say_once(
                 claim.address,
                 f"{claim.address}: a connection was lost before it was"
                 f" accepted: {error.strerror}",
             )
-            return True
-        # Whatever else it is: if it were tried again at once, it might fail for
-        # ever.
-        self.starved(error)
-        return False
+        return what is not Fault.SHORTAGE
 
     def _verdict(self, target: str, now: float) -> Verdict:
         if self._count_others(now):

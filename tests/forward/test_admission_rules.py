@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+
+import pytest
 
 from qrexec_activate.forward.admission import (
     CENSUS_INTERVAL,
@@ -18,7 +21,9 @@ from qrexec_activate.forward.admission import (
     SLOW_AGE,
     SLOW_PLACES,
     Admission,
+    Fault,
     Verdict,
+    fault,
 )
 from qrexec_activate.forward.outcome import Ending
 
@@ -46,6 +51,27 @@ class Door:
         call = self.begin(target, now)
         self.admission.established(call)
         return call
+
+
+@pytest.mark.parametrize(
+    ("what", "numbers"),
+    [
+        (Fault.NOBODY, "EAGAIN"),
+        (Fault.NO_LISTENER, "EBADF EFAULT EINVAL ENOTSOCK"),
+        (
+            Fault.LOST,
+            "ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENONET"
+            " ENOPROTOOPT EOPNOTSUPP EPROTO ETIMEDOUT",
+        ),
+        (Fault.SHORTAGE, "EMFILE ENFILE ENOBUFS ENOMEM EPERM EINTR EIO"),
+    ],
+)
+def test_an_error_of_accept_tells_whose_it_is(
+    what: Fault, numbers: str
+) -> None:
+    for number in numbers.split():
+        assert fault(getattr(errno, number)) is what, number
+    assert fault(None) is Fault.SHORTAGE
 
 
 def test_no_more_set_ups_at_once_than_there_are_places() -> None:

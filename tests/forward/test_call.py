@@ -155,6 +155,21 @@ def test_a_client_that_goes_ends_what_runs_and_leaves_what_is_set_up() -> None:
         assert not call.client_left
 
 
+def test_what_ran_and_ended_by_itself_is_over_at_once() -> None:
+    call = begun()
+    # It may have to be made again.
+    assert not call.is_over_at_once(0, keeps_stderr=False)
+    call.is_established(0.1)
+    assert call.is_over_at_once(0, keeps_stderr=False)
+    assert call.is_over_at_once(3, keeps_stderr=False)
+    # What it said has yet to be passed on; its code is unknown; or something
+    # else ends it.
+    assert not call.is_over_at_once(0, keeps_stderr=True)
+    assert not call.is_over_at_once(None, keeps_stderr=False)
+    call.interrupt(Ending.CLIENT_GONE)
+    assert not call.is_over_at_once(0, keeps_stderr=False)
+
+
 def test_one_that_ends_after_its_client_has_gone_ends_well_if_it_has_run() -> (
     None
 ):

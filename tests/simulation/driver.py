@@ -201,6 +201,15 @@ class Shell:
         # An earlier daemon's child tells no exit code.
         code = child.code if child in world.children_of_this_daemon else None
         if (
+            not conn.tended
+            and not conn.by_pipes
+            and call.is_over_at_once(code, False)
+        ):
+            # over_at_once(): no task sees it through.
+            assert conn.ran == 1, "over at once, and nothing has run"
+            self.closes(conn)
+            return
+        if (
             conn.by_pipes
             and call.established_at is None
             and has_run(
