@@ -13,7 +13,7 @@ from recipe import Qube, Recipe, forwards_nothing, require
 
 MEBIBYTES = 100
 #: Seconds for what moves them, on a busy machine.
-LONG = 240
+LONG = 600
 AUTHOR = ["-c", "user.name=Me", "-c", "user.email=me@work"]
 QUICKLY = [
     "-c",
@@ -91,6 +91,7 @@ WAYS = {
 }
 
 
+@pytest.mark.limit(1800)
 @pytest.mark.parametrize("section", WAYS)
 def test_push_clone_and_fetch(
     recipe: Recipe, source: Path, section: str
