@@ -373,8 +373,7 @@ class Connection:
         """The outcome of a connection whose qrexec-client-vm has just ended
         well, if nothing is left to wait for.
 
-        None where it takes a task to see it through; nothing has been decided
-        then.
+        None where it takes a task to see it through.
         """
         child = self._child
         if child is None:
