@@ -45,18 +45,25 @@ def is_settled(
     desk: Desk, routes: set[tuple[int, str]], *, after_a_kill: bool = False
 ) -> None:
     """Hold what there is against what these routes need. After a kill, a link
-    may be left that enables a unit without any address, and so does nothing."""
+    may be left that enables a unit without any address, and so does nothing,
+    and a folder without any file."""
     files, sockets = needed(desk, routes)
+    folders = {
+        folder
+        for folder in desk.folders()
+        if not after_a_kill
+        or any(desk.machine.unit_dir.joinpath(folder).iterdir())
+    }
     left = {
         link
         for link in desk.files() - files
         if after_a_kill
         and link.startswith("sockets.target.wants/")
-        and f"{Path(link).name}.d" not in desk.folders()
+        and f"{Path(link).name}.d" not in folders
     }
     assert desk.files() - left == files
     assert desk.active() == sockets
-    assert desk.folders() == {f"{unit}.d" for unit in sockets}
+    assert folders == {f"{unit}.d" for unit in sockets}
     assert desk.failed() == ""
     listed = desk.json("list")
     assert {(int(one["argument"]), one["target"]) for one in listed} == routes
