@@ -50,6 +50,7 @@ from .splice import (
     RESET_AT_CLOSE,
     ClientGone,
     Splice,
+    at_close,
     half_close,
     unread,
 )
@@ -110,8 +111,7 @@ class Host(Protocol):
 def reset(sock: socket.socket) -> None:
     """Close so that the client sees a reset and no clean EOF: it must not take
     a refusal for an empty answer."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
+    at_close(sock, RESET_AT_CLOSE)
     sock.close()
 
 
@@ -204,7 +204,7 @@ class Connection:
             # not look like the end of the service. So SO_LINGER stays.
             self._splice.release_child_ends()
             return
-        self._linger(NO_LINGER)
+        at_close(self._sock, NO_LINGER)
         if self._host.client.takes_socket is None:
             self._host.client.takes_socket = True
 
@@ -264,9 +264,6 @@ class Connection:
         client = self._host.client
         stderr: int | None = None
         try:
-            # Whoever closes the last copy of a socket on which no call was
-            # established, or whatever kills them: the client sees a reset.
-            self._linger(RESET_AT_CLOSE)
             if client.takes_socket is False and self._splice is None:
                 self._splice = Splice(self._sock)
             if client.takes_socket is None:
@@ -317,10 +314,6 @@ class Connection:
         self._child = Child(pid, None, pidfd)
         self.call.adopt(trio.current_time(), age)
         self._host.setup_begins(self)
-
-    def _linger(self, value: bytes) -> None:
-        with contextlib.suppress(OSError):
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, value)
 
     async def _started(self) -> Outcome | None:
         """See to it that qrexec-client-vm runs, however long the machine is

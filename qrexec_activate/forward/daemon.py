@@ -48,6 +48,7 @@ from .process import (
 )
 from .settings import STOP_SIGNALS, Settings
 from .setups import LOOK_INTERVAL, Setups
+from .splice import RESET_AT_CLOSE, at_close
 from .watch import Watch, readable
 
 __all__ = ["Daemon"]
@@ -343,6 +344,8 @@ class Daemon:
             sock, address = listener.sock.accept()
         except OSError as error:
             return self._cannot_accept(fd, route, error)
+        # Whatever closes it before a call is established: that is a reset.
+        at_close(sock, RESET_AT_CLOSE)
         # No checkpoint from here to the start of qrexec-client-vm: what is
         # accepted is started.
         if self._gate is not None:

@@ -248,11 +248,17 @@ async def discard(sock: socket.socket) -> None:
             raise ClientGone from error
 
 
+def at_close(sock: socket.socket, what: bytes) -> None:
+    """Say what becomes of a TCP connection as its socket is closed."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, what)
+
+
 def half_close(sock: socket.socket) -> bool:
     """Send FIN; False where the socket is closed both ways already. A client
     that is gone is no error here."""
+    at_close(sock, NO_LINGER)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         sock.shutdown(socket.SHUT_WR)
     except OSError:
         return False

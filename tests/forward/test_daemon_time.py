@@ -35,9 +35,11 @@ from qrexec_activate.forward.call import (
     RETRY_DELAY,
 )
 from qrexec_activate.forward.child import Child, Client
+from qrexec_activate.forward.connection import Connection
 from qrexec_activate.forward.daemon import Daemon
 from qrexec_activate.forward.orphans import Orphan
 from qrexec_activate.forward.settings import Relay, Settings
+from qrexec_activate.forward.splice import RESET_AT_CLOSE
 from qrexec_activate.routing.claim import PassedSocket, Refusal, Route
 from qrexec_activate.systemd.journal import Log, Priority
 from qrexec_activate.systemd.passed import format_address
@@ -309,6 +311,33 @@ async def stage(
 
 def now() -> float:
     return trio.current_time()
+
+
+async def test_what_is_accepted_is_reset_whatever_kills_the_daemon_then(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Looked(Connection):
+        def __init__(
+            self,
+            host: Daemon,
+            route: Route,
+            sock: socket.socket,
+            number: int,
+            peer: str,
+        ) -> None:
+            seen.append(
+                sock.getsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, len(RESET_AT_CLOSE)
+                )
+            )
+            super().__init__(host, route, sock, number, peer)
+
+    monkeypatch.setattr(daemon_module, "Connection", Looked)
+    async with await stage.connect():
+        await stage.nth(1)
+    assert seen == [RESET_AT_CLOSE]
 
 
 async def test_failed_set_ups_are_tried_again_after_growing_random_delays(
