@@ -4,6 +4,8 @@ of a test's own."""
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,21 +20,23 @@ FILE = "qubes.ConnectUnix+wiki"
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this machine's folders are, each under its own path."""
-    for module, name in (
-        (native, "CONFIG_FOLDERS"),
-        (native, "RPC_FOLDERS"),
-        (publications, "RPC_FOLDERS"),
-    ):
-        folders = [f"{tmp_path}{folder}" for folder in getattr(module, name)]
-        for folder in folders:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        monkeypatch.setattr(module, name, tuple(folders))
+def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where this machine's folders are, each under its own path; a short one,
+    as a socket's address holds no other."""
     monkeypatch.setattr(
         native, "package_version", lambda _path: "qubes-core-qrexec 4.3.5"
     )
-    return tmp_path
+    with tempfile.TemporaryDirectory(prefix="qa-", dir="/tmp") as top:
+        for module, name in (
+            (native, "CONFIG_FOLDERS"),
+            (native, "RPC_FOLDERS"),
+            (publications, "RPC_FOLDERS"),
+        ):
+            folders = [f"{top}{folder}" for folder in getattr(module, name)]
+            for folder in folders:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            monkeypatch.setattr(module, name, tuple(folders))
+        yield Path(top)
 
 
 @pytest.mark.parametrize(
