@@ -93,8 +93,6 @@ class Plan:
     notes: tuple[str, ...] = ()
     #: The file is there already, with just this route.
     exists: bool = False
-    #: systemd has the unit in memory.
-    loaded: bool = False
 
     @property
     def listens(self) -> bool:
@@ -386,7 +384,7 @@ def _plan_one(wish: Wish, there: _Situation) -> Plan:
         "inactive",
         None,
     )
-    return Plan(entry, path, text, notes, loaded=unit in there.now.loaded)
+    return Plan(entry, path, text, notes)
 
 
 def _new_unit(wish: Wish, there: _Situation) -> str:
@@ -536,10 +534,7 @@ def _tell(plans: list[Plan]) -> None:
 
 
 def _change(plans: list[Plan], no_start: bool) -> Change:
-    change = Change(
-        unread=not no_start
-        and not any(plan.exists or plan.loaded for plan in plans)
-    )
+    change = Change()
     for plan in plans:
         entry = plan.entry
         if entry.enabled != "enabled" and entry.unit not in change.enable:

@@ -63,13 +63,10 @@ class Change:
     before: dict[str, str] = field(default_factory=dict)
     #: Whether systemd reads its files again also where nothing changes.
     reload: bool = False
-    #: Whether systemd has none of the units in memory: it reads the files of
-    #: such as it starts them. A daemon-reload reads those of all units.
-    unread: bool = False
 
     @property
     def rereads(self) -> bool:
-        return not self.unread and bool(
+        return bool(
             self.new
             or self.files
             or self.enable
@@ -186,9 +183,6 @@ def _start(
             systemctl.run(verb if attempt == 0 else "start", *failed)
             return
         except ManagerError as error:
-            if change.unread and attempt == 0:
-                # Another program may have had systemd read one too early.
-                systemctl.daemon_reload()
             failed = [
                 unit for unit, yes in active_of(systemctl, failed) if not yes
             ]
