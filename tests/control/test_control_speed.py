@@ -142,8 +142,6 @@ def test_list_imports_neither_the_daemon_nor_what_draws_tables(
 def test_many_routes_take_no_more_conversations_than_few(
     look: Callable[[], object], desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key, value in desk.machine.environment.items():
-        monkeypatch.setenv(key, value)
     asked: list[int] = []
     ask = Manager._ask
 
@@ -154,19 +152,7 @@ def test_many_routes_take_no_more_conversations_than_few(
     monkeypatch.setattr(Manager, "_ask", counted)
 
     def conversations(routes: int) -> tuple[int, int]:
-        units = [
-            f"qrexec-connect-unix@r{number}.socket" for number in range(routes)
-        ]
-        for unit in units:
-            desk.drop_in(
-                unit,
-                "work",
-                "[Socket]",
-                f"ListenStream=%t/qrexec/{unit}",
-                "FileDescriptorName=work",
-            )
-        desk.machine.systemctl("daemon-reload")
-        desk.machine.systemctl("start", *units)
+        some_routes(desk, monkeypatch, routes)
         assert len(survey(user=True).entries) == routes
         asked.clear()
         look()
@@ -229,11 +215,13 @@ def test_what_systemd_has_read_is_not_read_again_to_change_a_route(
     assert set(read) & {*map(str, files)} == {str(files[0])}
 
 
-def some_routes(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def some_routes(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, count: int = 5
+) -> list[Path]:
     """Routes that listen; the files that open them."""
     for key, value in desk.machine.environment.items():
         monkeypatch.setenv(key, value)
-    units = [f"qrexec-connect-unix@r{number}.socket" for number in range(5)]
+    units = [f"qrexec-connect-unix@r{number}.socket" for number in range(count)]
     files = [
         desk.drop_in(
             unit,
