@@ -147,7 +147,7 @@ def test_targets_are_judged_by_the_ratios_of_each_round() -> None:
     assert judged["cold first byte / import trio"] == (1.3, False)
     assert judged["`--help` / import click"] == (1.2, True)
     assert judged["`list` with 100 routes"] == (0.2, True)
-    assert judged["`list` with 2,000 routes"] == (1.6, True)
+    assert judged["`list` with 2,000 routes"] == (1.6, False)
     assert judged["`remove` with 2,000 routes"] == (2.0, True)
 
 
