@@ -198,6 +198,54 @@ def test_other_qubes_get_nothing(minion: Minion) -> None:
     assert minion.apply("personal", "app") == {}
 
 
+def route(name: str, client: str, address: str, target: str) -> str:
+    return (
+        f"    {name}: {{client: {client}, listen: '{address}',"
+        f" rpc: qubes.ConnectTCP, argument: 1234, target: {target}}}\n"
+    )
+
+
+def test_each_qube_gets_its_own_routes_of_its_own_pillar(
+    minion: Minion,
+) -> None:
+    common = route("wiki", "work", "127.0.0.2:1234", "library")
+    common += route("news", "personal", "127.0.0.2:1234", "papers")
+    minion.pillar(f"\nqrexec-activate:\n  routes:\n{common}")
+    # One name and one address in both pillars; and what is another's in each.
+    pillars = {
+        "work": route("server", "work", "127.0.0.1:1234", "gitweb")
+        + route("strange", "personal", "127.0.0.3:1234", "vault"),
+        "personal": route("server", "personal", "127.0.0.1:1234", "mail"),
+    }
+    top = "base:\n  '*': [qrexec-activate, kind]\n"
+    for name, routes in pillars.items():
+        top += f"  {name}: [{name}]\n"
+        home = minion.folder / name
+        (minion.folder / f"pillar/{name}.sls").write_text(
+            f"qrexec-activate:\n  home: {home}\n  routes:\n{routes}"
+        )
+    (minion.folder / "pillar/top.sls").write_text(top)
+
+    def found(name: str) -> dict[str, str]:
+        minion.home = minion.folder / name
+        return minion.units()
+
+    folder = "qrexec-connect-tcp@1234.socket.d"
+    link = "/usr/lib/systemd/user/qrexec-connect-tcp@.socket"
+    enabled = {"sockets.target.wants/qrexec-connect-tcp@1234.socket": link}
+    text = "[Socket]\nListenStream=127.0.0.{}:1234\nFileDescriptorName={}\n"
+    for name in pillars:
+        minion.apply(name, "app")
+    assert found("work") == enabled | {
+        f"{folder}/server.conf": text.format(1, "gitweb"),
+        f"{folder}/wiki.conf": text.format(2, "library"),
+    }
+    assert found("personal") == enabled | {
+        f"{folder}/server.conf": text.format(1, "mail"),
+        f"{folder}/news.conf": text.format(2, "papers"),
+    }
+
+
 def test_dom0_gets_a_policy_that_allows_these_calls_only(
     minion: Minion,
 ) -> None:
