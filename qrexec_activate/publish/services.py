@@ -580,10 +580,10 @@ def check(service: Service, before: Service | None = None) -> None:
                 f"--unix {service.path}: with --user, the program can write"
                 f" only into {home(service.user)}"
             )
-    if service.database and not (before and before.database):
-        check_database()
     if service.native:
         _check_native(service, before)
+    if service.database and not (before and before.database):
+        check_database()
     if before is None and (there := service.drop_ins()):
         raise UsageProblem(
             f"{there[0]} would change what {service.name} does: it is of one"

@@ -12,7 +12,7 @@ import pytest
 
 from qrexec_activate.control import publications
 from qrexec_activate.errors import ActivateError, UsageProblem
-from qrexec_activate.publish import native
+from qrexec_activate.publish import native, services
 from qrexec_activate.publish.steps import do_all, undo_all
 
 SOCKET = Path("/run/qubes.ConnectUnix/wiki")
@@ -145,3 +145,18 @@ def test_a_link_whose_end_is_not_there_is_passed_over(root: Path) -> None:
     link.unlink()
     link.symlink_to(script)
     assert publications.where_installed(FILE) == str(link)
+
+
+def test_with_a_database_it_makes_no_sense_wherever_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> None:
+        raise UsageProblem("there is no PostgreSQL")
+
+    monkeypatch.setattr(services, "check_database", fails)
+    monkeypatch.setenv("SUDO_USER", "daemon")
+    service = services.Service(
+        "wiki", "/bin/cat", user="qa-wiki", database=True, native=True
+    )
+    with pytest.raises(UsageProblem, match="goes by who connects"):
+        services.check(service)
