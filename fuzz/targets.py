@@ -33,7 +33,7 @@ from qrexec_activate.routing import address as addresses
 from qrexec_activate.routing import names, routes, unitfile
 from qrexec_activate.routing.claim import PassedSocket, Refusal
 from qrexec_activate.routing.unitfile import SourceFile
-from qrexec_activate.systemd import manager, passed
+from qrexec_activate.systemd import manager, passed, units
 
 __all__ = ["TARGETS"]
 
@@ -245,8 +245,9 @@ def name(data: bytes) -> None:
 _FIXED = ("/usr/lib/systemd/user/qrexec-connect-tcp@.socket",)
 
 
-def _replies(unit: str) -> bytes:
-    """What systemd answers to the questions of the daemon, in their order."""
+def _replies(unit: str, kind: type[manager.Manager]) -> bytes:
+    """What systemd answers to the questions of the daemon, or of a command, in
+    their order."""
 
     def variant(
         signature: str, value: object
@@ -256,11 +257,17 @@ def _replies(unit: str) -> bytes:
     row = (unit, "", "loaded", "active", "listening", "", "/o", 0, "", "/")
     bodies: list[tuple[str, tuple[object, ...]]] = [
         variant("as", [unit]),
-        ("a(ssssssouso)", ([row],)),
+        *(
+            [("a(ssssssouso)", ([row],))]
+            if kind is units.Manager
+            else [variant("s", "loaded"), variant("s", "active")]
+        ),
+        variant("t", 1),
         variant("t", 1),
         variant("s", _FIXED[0]),
         variant("as", []),
         variant("b", False),
+        variant("t", 1),
         variant("a(ss)", [("Stream", "127.0.0.1:1234")]),
         variant("s", "work"),
         variant("t", 5_000_000),
@@ -288,6 +295,11 @@ def bus(data: bytes) -> None:
     # reads an array of them for ever.
     if b"()" in data:
         return
+    for kind in (manager.Manager, units.Manager):
+        _ask(data, kind)
+
+
+def _ask(data: bytes, kind: type[manager.Manager]) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         # All of it at once, and then the end: nothing waits.
@@ -296,17 +308,17 @@ def bus(data: bytes) -> None:
             theirs.sendall(data[: 1 << 16])
         theirs.shutdown(socket.SHUT_WR)
         ours.settimeout(5)
-        systemd = manager.Manager(ours, user=True)
+        systemd = kind(ours, user=True)
         try:
             triggers = systemd.trigger_units("qrexec-connect-tcp.service")
-            units = systemd.socket_units(triggers, only_active=True)
+            found = systemd.socket_units(triggers, only_active=True)
             timeout = systemd.stop_timeout("qrexec-connect-tcp.service")
         except ManagerError as error:
             one_line(error)
             return
     assert all(isinstance(unit, str) for unit in triggers)
     assert timeout is None or 0 <= timeout <= 86400
-    for unit in units:
+    for unit in found:
         assert isinstance(unit.name, str)
         assert isinstance(unit.fd_name, str)
         assert all(
@@ -489,4 +501,9 @@ def write_seeds() -> None:
     see `fuzz/run --seeds`."""
     folder = CORPUS / "bus"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "seed").write_bytes(_replies("qrexec-connect-tcp@1234.socket"))
+    for kind, name in (
+        (manager.Manager, "seed"),
+        (units.Manager, "seed-commands"),
+    ):
+        unit = "qrexec-connect-tcp@1234.socket"
+        (folder / name).write_bytes(_replies(unit, kind))

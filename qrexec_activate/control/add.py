@@ -29,9 +29,9 @@ from ..routing.names import (
     parse_unit_name,
 )
 from ..routing.unitfile import SourceFile
-from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from ..systemd.units import Manager, open_manager
 from .address import (
     Trouble,
     is_open_to_others,

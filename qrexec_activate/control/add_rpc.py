@@ -10,9 +10,9 @@ import click
 from ..errors import ActivateError, BadName, UsageProblem
 from ..given.kinds import KINDS
 from ..routing.names import check_service, parse_unit_name
-from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import UnitFiles, own_folder, scan
+from ..systemd.units import open_manager
 from .dropins import locked
 from .finishing import finishing
 from .options import dry_run_option, system_option

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ..errors import ActivateError
 from ..systemd.journalreader import Record, records
-from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
+from ..systemd.units import Manager, open_manager
 from .check_calls import calls, listeners
 from .check_names import strays, targets
 from .check_qrexec import DEFAULT_CLIENT, client_steps, clients

@@ -20,9 +20,9 @@ from ..given.address import parse_address
 from ..routing.address import address_key
 from ..routing.claim import Claim, Refusal, Route
 from ..routing.unitfile import SourceFile, assignments
-from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from ..systemd.units import open_manager
 from .address import obstacle
 from .dom0 import how_to_change
 from .dropins import locked

@@ -9,8 +9,8 @@ import socket
 from ..errors import ActivateError, UsageProblem
 from ..given.kinds import KINDS
 from ..routing.names import parse_unit_name
-from ..systemd.manager import Manager, open_manager
 from ..systemd.unitdirs import scan
+from ..systemd.units import Manager, open_manager
 from .options import did_you_mean
 from .survey import Daemon, find_daemon
 

@@ -246,7 +246,7 @@ def complete_units(
     """Offer the socket units that systemd has loaded."""
     from click.shell_completion import CompletionItem
 
-    from ..systemd.manager import open_manager
+    from ..systemd.units import open_manager
 
     try:
         with open_manager(user=not ctx.params.get("system")) as manager:

@@ -22,9 +22,9 @@ from ..routing.address import address_key, expand_specifiers
 from ..routing.names import check_argument
 from ..routing.routes import SocketUnit, unit_specifiers
 from ..routing.unitfile import assignments
-from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder, scan
+from ..systemd.units import Manager, open_manager
 from .netproc import listening
 from .survey import read_file
 

@@ -15,9 +15,9 @@ from ..routing.address import address_key, expand_specifiers
 from ..routing.claim import Claim, Route
 from ..routing.routes import unit_specifiers
 from ..routing.unitfile import SourceFile, assignments, declared_listeners
-from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from ..systemd.units import open_manager
 from .dom0 import refuse
 from .dropins import is_idle, locked, without_lines
 from .finishing import finishing

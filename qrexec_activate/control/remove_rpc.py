@@ -7,9 +7,9 @@ import os
 import click
 
 from ..errors import UsageProblem
-from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from ..systemd.units import open_manager
 from .add_rpc import UNITS, check_prefix
 from .dropins import locked
 from .finishing import finishing

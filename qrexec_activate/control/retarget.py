@@ -15,9 +15,9 @@ from ..routing.address import address_key
 from ..routing.claim import Route
 from ..routing.names import check_target, escape_target
 from ..routing.unitfile import assignments
-from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from ..systemd.units import open_manager
 from .dom0 import refuse
 from .dropins import locked, with_lines
 from .edit import foreseen, use

@@ -15,7 +15,7 @@ import click
 from ..errors import ActivateError, UsageProblem
 from ..forward.outcome import format_bytes, format_seconds
 from ..systemd.journalreader import Record, records
-from ..systemd.manager import open_manager
+from ..systemd.units import open_manager
 from .connections import Connection, Lookout
 from .list import HEADER as LIST_HEADER
 from .list import NO_ROUTES, entry_as_json, print_refusals

@@ -15,9 +15,9 @@ from enum import IntEnum
 
 from ..given.line import is_of_dom0
 from ..systemd.journalreader import Record
-from ..systemd.manager import Manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from ..systemd.units import Manager
 from .survey import Entry, Survey
 
 __all__ = ["Context", "Level", "Step", "joined", "output", "set_aside", "sudo"]

@@ -37,8 +37,8 @@ from ..routing.unitfile import (
     assignments,
     declared_listeners,
 )
-from ..systemd.manager import LoadedUnit, Manager, open_manager
 from ..systemd.unitdirs import UnitFiles, scan
+from ..systemd.units import LoadedUnit, Manager, open_manager
 from .daemons import (
     Daemon,
     declared_daemon,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import click
 
-from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
+from ..systemd.units import open_manager
 from .dom0 import refuse
 from .finishing import finishing
 from .options import complete_routes, dry_run_option, system_option

@@ -91,9 +91,9 @@ def _decide(
             )
         return request, by_name(service, argument or "", sockets)
 
-    from ..systemd import manager
+    from ..systemd.manager import Manager, runs_in_user_manager
 
-    with manager.open_manager(user=manager.runs_in_user_manager()) as systemd:
+    with Manager.open(user=runs_in_user_manager()) as systemd:
         units = systemd.socket_units(
             systemd.trigger_units(unit), only_active=True
         )

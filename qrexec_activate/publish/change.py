@@ -20,8 +20,8 @@ from ..control.dropins import create_file, remove_file, replace_file
 from ..control.sockdiag import connected_unix
 from ..control.survey import read_file
 from ..errors import ActivateError, UsageProblem
-from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
+from ..systemd.units import open_manager
 from .accounts import database_steps
 from .native import native_steps
 from .services import (

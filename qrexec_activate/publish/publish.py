@@ -38,9 +38,9 @@ from ..control.rule import policy_line
 from ..control.table import short_path
 from ..errors import UsageProblem
 from ..routing.names import parse_unit_name
-from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from ..systemd.units import Manager, open_manager
 from .caddy import known_routes
 from .change import alteration, check_change, touched
 from .details import MEMORY, TASKS, details

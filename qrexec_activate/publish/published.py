@@ -25,8 +25,8 @@ from ..control.publications import (
 )
 from ..control.table import BAD, GOOD, print_json, print_rows, short_path
 from ..errors import ActivateError, UsageProblem
-from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
+from ..systemd.units import Manager, open_manager
 from .caddy import NotAllowed, known_routes, status_problem
 from .change import end_unused
 from .counts import Calls, count_calls, count_failures

@@ -38,9 +38,9 @@ from ..control.survey import read_file
 from ..errors import ActivateError, UsageProblem
 from ..routing.names import check_argument, escape_instance, parse_unit_name
 from ..routing.unitfile import assignments
-from ..systemd.manager import Manager, open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from ..systemd.units import Manager, open_manager
 from . import caddy
 from .accounts import (
     check_database,

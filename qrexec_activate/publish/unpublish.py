@@ -29,9 +29,9 @@ from ..control.publications import (
 from ..control.survey import read_file
 from ..control.table import short_path
 from ..errors import UsageProblem
-from ..systemd.manager import open_manager
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
+from ..systemd.units import open_manager
 from .native import native_files, native_steps
 from .published import complete_names
 from .services import Service, removal

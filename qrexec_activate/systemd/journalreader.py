@@ -17,7 +17,7 @@ from ..routing.address import plain_address
 from .journal import IDENTIFIER
 
 if TYPE_CHECKING:
-    from .manager import Manager
+    from .units import Manager
 
 __all__ = [
     "Record",

@@ -1,9 +1,9 @@
 """What systemd knows: units over D-Bus, and the text of their files.
 
-Read-only but for reset_start_limit(). Asks for many properties at once, since a
-manager may have thousands of socket units. jeepney is imported when a Manager
-is opened, and can be forgotten afterwards. Whatever the bus or systemd may say,
-what comes out is of the type that is promised, or a ManagerError of one line.
+Read-only but for reset_start_limit(). Only what serve asks; units.py asks more,
+and more quickly. jeepney is imported when a Manager is opened, and can be
+forgotten afterwards. Whatever the bus or systemd may say, what comes out is of
+the type that is promised, or a ManagerError of one line.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import re
 import socket
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ManagerError
 from ..routing.routes import SocketUnit
@@ -28,7 +29,7 @@ from ..routing.unitfile import SourceFile, is_silent
 if TYPE_CHECKING:
     from jeepney import Message
 
-__all__ = ["LoadedUnit", "Manager", "open_manager", "runs_in_user_manager"]
+__all__ = ["Manager", "runs_in_user_manager"]
 
 #: systemd answers in milliseconds; a bus that says nothing for this many
 #: seconds will not.
@@ -74,24 +75,18 @@ _ROOT = "/org/freedesktop/systemd1"
 _MANAGER = "org.freedesktop.systemd1.Manager"
 _SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
 
-#: The properties that are used here, and their D-Bus types.
-_SIGNATURES = {
+#: The properties that serve asks for, and their D-Bus types.
+SIGNATURES = {
     "ActiveState": "s",
-    "BindsTo": "as",
-    "ControlGroup": "s",
     "DropInPaths": "as",
     "FileDescriptorName": "s",
     "FragmentPath": "s",
     "InactiveExitTimestamp": "t",
-    "InvocationID": "ay",
     "Listen": "a(ss)",
     "LoadState": "s",
-    "MainPID": "u",
     "NeedDaemonReload": "b",
     "TimeoutStopUSec": "t",
-    "Slice": "s",
     "TriggeredBy": "as",
-    "Triggers": "as",
     "UnitsLoadStartTimestamp": "t",
     "UnitsLoadTimestamp": "t",
 }
@@ -129,6 +124,22 @@ def _escape_bus_path(path: str) -> str:
     )
 
 
+#: Where a property is: the path of an object, an interface, and its name.
+Property = tuple[str, str, str]
+
+
+def of_manager(name: str) -> Property:
+    """A property of the manager itself."""
+    return _ROOT, _MANAGER, name
+
+
+def of_unit(unit: str, kind: str, name: str) -> Property:
+    """A property of a unit, which systemd loads if need be; `kind` is Unit,
+    Service or Socket."""
+    return _unit_path(unit), f"{_SERVICE}.{kind}", name
+
+
+@lru_cache(maxsize=16)
 def _unit_path(unit: str) -> str:
     """The D-Bus object path of a unit: every byte that is no letter or digit
     becomes _NN, as does a leading digit."""
@@ -143,123 +154,52 @@ def _describe(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-class LoadedUnit(NamedTuple):
-    """A unit that systemd has loaded, and its LoadState, ActiveState and
-    SubState."""
-
-    name: str
-    load: str
-    active: str
-    sub: str
-
-
-def _short(answer: object) -> str:
+def short(answer: object) -> str:
     return ascii(answer)[:80]
 
 
-class _Get:
-    """A call of org.freedesktop.DBus.Properties.Get, as the D-Bus specification
-    has it on the wire.
-
-    A survey of 2,000 sockets asks for 10,000 properties, and jeepney needs half
-    of the whole time to write them down.
-    """
-
-    __slots__ = ("_interface", "_name", "_path")
-
-    def __init__(self, path: str, interface: str, name: str) -> None:
-        self._path, self._interface, self._name = path, interface, name
-
-    def serialise(self, serial: int) -> bytes:
-        body = _aligned(_wire_string(self._interface), 4) + _wire_string(
-            self._name
-        )
-        fields = _GET_FIELDS + b"\1\1o\0" + _wire_string(self._path)
-        return (
-            _aligned(
-                _GET_HEADER.pack(b"l", 1, 0, 1, len(body), serial, len(fields))
-                + fields,
-                8,
-            )
-            + body
-        )
-
-
-def _wire_string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<I", len(raw)) + raw + b"\0"
-
-
-def _aligned(data: bytes, to: int) -> bytes:
-    return data + bytes(-len(data) % to)
-
-
-def _message_size(start: bytearray) -> int:
-    """How long a message is, from its first 16 bytes."""
-    body, _, fields = struct.unpack_from(f"{_order(start)}III", start, 4)
-    return int(16 + fields + -fields % 8 + body)
-
-
-def _order(message: bytes | bytearray) -> str:
-    """The order of a message's bytes, as struct has it."""
-    return {ord("l"): "<", ord("B"): ">"}[message[0]]
-
-
-def _header_fields(message: bytes, order: str) -> dict[int, Any]:
-    """Read the fields of a message's header: numbers, and texts as bytes.
-
-    A field is its code, its type as a signature of one letter, and its value;
-    each begins at 8 bytes. jeepney needs five times as long.
-    """
-    number = struct.Struct(f"{order}I")
-    fields: dict[int, Any] = {}
-    at, end = 16, 16 + number.unpack_from(message, 12)[0]
-    while at < end:
-        at += -at % 8
-        code, letters, kind, _ = message[at : at + 4]
-        if letters != 1 or kind not in b"gosu":
-            raise ValueError("a field of a message's header makes no sense")
-        if kind == ord("g"):
-            length, at = message[at + 4], at + 5
-        else:
-            (length,), at = number.unpack_from(message, at + 4), at + 8
-        if kind == ord("u"):
-            fields[code] = length
-        else:
-            fields[code] = message[at : at + length]
-            at += length + 1
-    return fields
-
-
-#: Types of messages, and codes of header fields.
-_RETURN, _ERROR = 2, 3
-_ERROR_NAME, _REPLY_SERIAL, _SIGNATURE = 4, 5, 8
-#: Byte order, method call, flags, version of the protocol; length of the body,
-#: serial, length of the header's fields.
-_GET_HEADER = struct.Struct("<cBBBIII")
-#: Interface, member, destination and signature of the body, which are the same
-#: for all; each begins at 8 bytes.
-_GET_FIELDS = b"".join(
-    _aligned(bytes([code]) + value, 8)
-    for code, value in (
-        (2, b"\1s\0" + _wire_string("org.freedesktop.DBus.Properties")),
-        (3, b"\1s\0" + _wire_string("Get")),
-        (6, b"\1s\0" + _wire_string(_SERVICE)),
-        (8, b"\1g\0\2ss\0"),
-    )
-)
+def raise_if_lost(name: str, body: Sequence[object]) -> None:
+    """Raise RuntimeError for an error that is not about one unit alone."""
+    if name in _LOST:
+        raise RuntimeError(f"{name}: {body[0] if body else ''}")
 
 
 class Manager:
     """An open connection to a systemd manager."""
 
+    _signatures = SIGNATURES
+
     def __init__(self, connection: socket.socket, user: bool) -> None:
+        from jeepney.low_level import Parser
+
         self.user = user
         self._socket = connection
-        self._received = bytearray()
-        #: Signature → jeepney's reader of such bodies.
-        self._readers: dict[str, Any] = {}
+        self._parser = Parser()
         self._serials = itertools.count(1)
+
+    @classmethod
+    @contextmanager
+    def open(cls, *, user: bool) -> Iterator[Self]:
+        """Connect to the user's systemd, or to the system's; raises
+        ManagerError where that cannot be done."""
+        from jeepney.bus import get_bus
+        from jeepney.io.blocking import prep_socket
+
+        address = _bus_address(user)
+        try:
+            connection = prep_socket(get_bus(address), timeout=REPLY_TIMEOUT)
+        except _BUS_ERRORS as error:
+            bus = "user" if user else "system"
+            raise ManagerError(
+                f"cannot reach systemd over the {bus} bus, {address}:"
+                f" {_describe(error)};"
+                f" is the {bus}'s dbus.service running?"
+            ) from error
+        with connection:
+            connection.settimeout(REPLY_TIMEOUT)
+            manager = cls(connection, user)
+            manager.hello()
+            yield manager
 
     def specifiers(self) -> dict[str, str]:
         """What `%t`, `%h`, `%u` and `%U` stand for in this manager's units."""
@@ -277,23 +217,24 @@ class Manager:
             values["u"] = str(uid)
         return values
 
-    def properties(self, wanted: Sequence[tuple[str, str, str]]) -> list[Any]:
-        """Return the values of (object path, interface, property) triples; an
-        error in place of one is None.
+    def properties(self, wanted: Sequence[Property]) -> list[Any]:
+        """Return the values of properties; an error in place of one is None.
 
         Those that are known here have the type that systemd documents.
         """
-        replies = self._ask(
-            [_Get(path, interface, name) for path, interface, name in wanted]
-        )
+        replies = self._ask([self._get(one) for one in wanted])
         return [
-            _value(path, name, body)
+            self._value(path, name, body)
             for (path, _, name), body in zip(wanted, replies, strict=True)
         ]
 
-    def _ask(
-        self, requests: Sequence[Message | _Get]
-    ) -> list[tuple[Any, ...] | None]:
+    def _get(self, wanted: Property) -> Message:
+        from jeepney import DBusAddress, Properties
+
+        path, interface, name = wanted
+        return Properties(DBusAddress(path, _SERVICE, interface)).get(name)
+
+    def _ask(self, requests: Sequence[Message]) -> list[tuple[Any, ...] | None]:
         """Send requests, several on the way at once, and return the bodies of
         their replies, None for errors."""
         bodies: dict[int, tuple[Any, ...] | None] = {}
@@ -330,51 +271,31 @@ class Manager:
     def _receive(self) -> tuple[int, tuple[Any, ...] | None]:
         """Wait for a reply; returns the serial that it replies to and its body,
         None for an error."""
+        from jeepney import HeaderFields, MessageType
+
         while True:
             message = self._next_message()
-            order = _order(message)
-            fields = _header_fields(message, order)
+            fields, body = message.header.fields, message.body
+            serial = fields.get(HeaderFields.reply_serial, 0)
             # A bus delivers no reply that nobody asked for, but some let
             # anybody send a signal that claims to be one: it would tell us
             # which files to believe.
-            if message[1] not in (_RETURN, _ERROR):
-                continue
-            signature = fields.get(_SIGNATURE, b"").decode()
-            serial = fields.get(_REPLY_SERIAL, 0)
-            body = self._body(message, order, signature)
-            if message[1] == _RETURN:
+            if message.header.message_type is MessageType.method_return:
                 return serial, body
-            name = fields.get(_ERROR_NAME, b"").decode()
-            if name in _LOST:
-                raise RuntimeError(f"{name}: {body[0] if body else ''}")
-            return serial, None
+            if message.header.message_type is MessageType.error:
+                raise_if_lost(fields.get(HeaderFields.error_name, ""), body)
+                return serial, None
 
-    def _body(
-        self, message: bytes, order: str, signature: str
-    ) -> tuple[Any, ...]:
-        from jeepney.low_level import Endianness, parse_signature
-
-        if not signature:
-            return ()
-        if (reader := self._readers.get(signature)) is None:
-            reader = parse_signature([*"(", *signature, *")"])
-            self._readers[signature] = reader
-        (length,) = struct.unpack_from(f"{order}I", message, 4)
-        ends = Endianness.little if order == "<" else Endianness.big
-        body, _ = reader.parse_data(message, len(message) - length, ends)
-        return tuple(body)
-
-    def _next_message(self) -> bytes:
-        waiting = self._received
-        while len(waiting) < 16 or len(waiting) < _message_size(waiting):
-            data = self._socket.recv(65536)
-            if not data:
-                raise EOFError("the bus closed the connection")
-            waiting += data
-        size = _message_size(waiting)
-        message = bytes(waiting[:size])
-        del waiting[:size]
+    def _next_message(self) -> Message:
+        while (message := self._parser.get_next_message()) is None:
+            self._parser.add_data(self._more())
         return message
+
+    def _more(self) -> bytes:
+        """Wait for more from the bus."""
+        if not (data := self._socket.recv(65536)):
+            raise EOFError("the bus closed the connection")
+        return data
 
     def hello(self) -> None:
         """Introduce this connection to the bus, which relays nothing before;
@@ -384,60 +305,23 @@ class Manager:
         if self._ask([message_bus.Hello()]) == [None]:
             raise ManagerError("the bus refused this program's greeting")
 
-    def manager_properties(self, *names: str) -> list[Any]:
-        """Return properties of the manager itself, such as UnitPath; None in
-        place of one that it does not have."""
-        return self.properties([(_ROOT, _MANAGER, name) for name in names])
-
-    def unit_properties(
-        self, units: Sequence[str], kind: str, names: Sequence[str]
-    ) -> list[dict[str, Any]]:
-        """Return properties of each unit, which systemd loads if need be;
-        `kind` is Unit, Service or Socket."""
-        wanted = [
-            (path, f"{_SERVICE}.{kind}", name)
-            for path in map(_unit_path, units)
-            for name in names
-        ]
-        values = iter(self.properties(wanted))
-        return [{name: next(values) for name in names} for _ in units]
-
-    def list_units(self, *patterns: str) -> list[LoadedUnit]:
-        """Return the units that systemd has loaded and whose names match any of
-        the patterns, as with `*.socket`."""
-        return self._list("ListUnitsByPatterns", "asas", ([], list(patterns)))
-
-    def _list(
-        self, method: str, signature: str, arguments: tuple[list[str], ...]
-    ) -> list[LoadedUnit]:
+    def _call(self, method: str, signature: str, *arguments: object) -> Any:
+        """Call a method of the manager's own; returns the body of its reply."""
         from jeepney import DBusAddress, new_method_call
 
         address = DBusAddress(_ROOT, _SERVICE, _MANAGER)
         (body,) = self._ask(
             [new_method_call(address, method, signature, arguments)]
         )
-        if body is None:
-            raise ManagerError(
-                "systemd does not list its units over D-Bus; it is older than"
-                " version 230"
-            )
-        units = []
-        for row in (
-            body[0] if len(body) == 1 and isinstance(body[0], list) else [body]
-        ):
-            match row:
-                case (str(name), str(), str(load), str(active), str(sub), *_):
-                    units.append(LoadedUnit(name, load, active, sub))
-                case _:
-                    raise ManagerError(
-                        f"systemd's list of units makes no sense: {_short(row)}"
-                    )
-        return units
+        return body
+
+    def _property(self, unit: str, kind: str, name: str) -> Any:
+        (value,) = self.properties([of_unit(unit, kind, name)])
+        return value
 
     def trigger_units(self, service: str) -> list[str]:
         """Return the names of the socket units that start a service, sorted."""
-        (row,) = self.unit_properties([service], "Unit", ["TriggeredBy"])
-        names = row["TriggeredBy"]
+        names = self._property(service, "Unit", "TriggeredBy")
         if names is None:
             raise ManagerError(
                 f"systemd does not know {service}; start the daemon with"
@@ -445,20 +329,34 @@ class Manager:
             )
         return sorted(name for name in names if name.endswith(".socket"))
 
+    def _states(self, names: Sequence[str]) -> Iterable[tuple[str, str, str]]:
+        """Tell LoadState and ActiveState of units."""
+        states = ("LoadState", "ActiveState")
+        values = iter(
+            self.properties(
+                [
+                    of_unit(name, "Unit", state)
+                    for name in names
+                    for state in states
+                ]
+            )
+        )
+        return zip(names, values, values, strict=True)
+
     def socket_units(
         self, names: Sequence[str], *, only_active: bool = False
     ) -> list[SocketUnit]:
         """Return socket units as systemd has loaded them, with the text of
         their files as it is on disk now."""
         wanted = [
-            unit
-            for unit in self._list("ListUnitsByNames", "as", (list(names),))
-            if not (only_active and unit.active in ("inactive", "failed"))
+            (name, load)
+            for name, load, active in self._states(names)
+            if not (only_active and active in ("inactive", "failed"))
         ]
         asked = [
-            (path, f"{_SERVICE}.{kind}", key)
-            for path in (_unit_path(unit.name) for unit in wanted)
-            for kind, key in (
+            of_unit(unit, kind, name)
+            for unit, _ in wanted
+            for kind, name in (
                 ("Unit", "FragmentPath"),
                 ("Unit", "DropInPaths"),
                 ("Unit", "NeedDaemonReload"),
@@ -469,22 +367,21 @@ class Manager:
         ]
         # The first is unset until somebody asks for a reload; then units are
         # as old as the manager at most.
-        loaded_at = self.manager_properties(
-            "UnitsLoadTimestamp", "UnitsLoadStartTimestamp"
-        )
+        loaded = ("UnitsLoadTimestamp", "UnitsLoadStartTimestamp")
+        loaded_at = self.properties([of_manager(name) for name in loaded])
         values = iter(self.properties(asked))
         reader = _Reader(max(moment or 0 for moment in loaded_at))
         units = []
-        for unit, row in zip(
+        for (name, load), row in zip(
             wanted, zip(*[values] * 6, strict=True), strict=True
         ):
             fragment, drop_ins, stale, started_at, listen, fd_name = row
             if None in row:
                 continue
             problem = ""
-            if unit.load != "loaded" or not fragment:
+            if load != "loaded" or not fragment:
                 problem = (
-                    f"systemd could not load it (LoadState={unit.load}):"
+                    f"systemd could not load it (LoadState={load}):"
                     f" systemctl status says why; mend its files"
                 )
             files = tuple(
@@ -494,22 +391,20 @@ class Manager:
             )
             listening = tuple(listen)
             units.append(
-                SocketUnit(unit.name, files, listening, fd_name, problem, stale)
+                SocketUnit(name, files, listening, fd_name, problem, stale)
             )
         return units
 
     def stop_timeout(self, service: str) -> float | None:
         """How long a service may take to stop, in seconds; None where systemd
         does not say."""
-        name = "TimeoutStopUSec"
-        (row,) = self.unit_properties([service], "Service", [name])
-        value = row[name]
+        value = self._property(service, "Service", "TimeoutStopUSec")
         return None if value is None else min(value / 1e6, 86400.0)
 
     def is_stopping(self, service: str) -> bool:
         """Whether it has been told to stop, and has yet to do so."""
-        (row,) = self.unit_properties([service], "Unit", ["ActiveState"])
-        return bool(row["ActiveState"] == "deactivating")
+        state = self._property(service, "Unit", "ActiveState")
+        return bool(state == "deactivating")
 
     def reset_start_limit(self, service: str) -> None:
         """Start counting anew how often a service was started.
@@ -517,33 +412,22 @@ class Manager:
         The answer is waited for: systemd asks the bus who has sent this, and
         does nothing for one that has gone by then.
         """
-        from jeepney import DBusAddress, new_method_call
+        self._call("ResetFailedUnit", "s", service)
 
-        self._ask(
-            [
-                new_method_call(
-                    DBusAddress(_ROOT, _SERVICE, _MANAGER),
-                    "ResetFailedUnit",
-                    "s",
-                    (service,),
-                )
-            ]
+    def _value(self, path: str, name: str, body: tuple[Any, ...] | None) -> Any:
+        """Unwrap a property from a reply; raises ManagerError where it is not
+        of the type that systemd documents."""
+        match body:
+            case None:
+                return None
+            case ((str(signature), value),) if (
+                self._signatures.get(name, signature) == signature
+            ):
+                return value
+        raise ManagerError(
+            f"systemd's answer for {name} of {path} makes no sense:"
+            f" {short(body)}"
         )
-
-
-def _value(path: str, name: str, body: tuple[Any, ...] | None) -> Any:
-    """Unwrap a property from a reply; raises ManagerError where it is not of
-    the type that systemd documents."""
-    match body:
-        case None:
-            return None
-        case ((str(signature), value),) if (
-            _SIGNATURES.get(name, signature) == signature
-        ):
-            return value
-    raise ManagerError(
-        f"systemd's answer for {name} of {path} makes no sense: {_short(body)}"
-    )
 
 
 class _Reader:
@@ -614,27 +498,3 @@ def _read_file(path: str) -> tuple[int, str]:
     finally:
         os.close(fd)
     return touched // 1000, text
-
-
-@contextmanager
-def open_manager(*, user: bool) -> Iterator[Manager]:
-    """Connect to the user's systemd, or to the system's; raises ManagerError
-    where that cannot be done."""
-    from jeepney.bus import get_bus
-    from jeepney.io.blocking import prep_socket
-
-    address = _bus_address(user)
-    try:
-        connection = prep_socket(get_bus(address), timeout=REPLY_TIMEOUT)
-    except _BUS_ERRORS as error:
-        bus = "user" if user else "system"
-        raise ManagerError(
-            f"cannot reach systemd over the {bus} bus, {address}:"
-            f" {_describe(error)};"
-            f" is the {bus}'s dbus.service running?"
-        ) from error
-    with connection:
-        connection.settimeout(REPLY_TIMEOUT)
-        manager = Manager(connection, user)
-        manager.hello()
-        yield manager

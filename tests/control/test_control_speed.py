@@ -24,7 +24,7 @@ from qrexec_activate.control.survey import survey
 from qrexec_activate.loopback.machine import Machine
 from qrexec_activate.routing.unitfile import SourceFile
 from qrexec_activate.systemd import unitdirs
-from qrexec_activate.systemd.manager import Manager
+from qrexec_activate.systemd.units import Manager
 
 IMPORTED_BY = """
 import sys

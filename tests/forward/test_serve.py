@@ -17,7 +17,7 @@ from qrexec_activate.errors import ManagerError
 from qrexec_activate.forward import serve
 from qrexec_activate.forward.settings import CARETAKER
 from qrexec_activate.routing.claim import PassedSocket
-from qrexec_activate.systemd import manager
+from qrexec_activate.systemd.manager import Manager
 
 
 class SystemManager:
@@ -58,7 +58,7 @@ def test_a_daemon_starts_though_systemd_takes_no_order_of_its_user(
     def open_manager(*, user: bool) -> Iterator[SystemManager]:
         yield systemd
 
-    monkeypatch.setattr(manager, "open_manager", open_manager)
+    monkeypatch.setattr(Manager, "open", open_manager)
     monkeypatch.setattr(
         sys, "argv", ["x", "serve", "qubes.ConnectTCP", "--unit", "x.service"]
     )

@@ -28,8 +28,8 @@ from qrexec_activate.routing.unitfile import (
     declared_listeners,
     is_fd_name,
 )
-from qrexec_activate.systemd.manager import Manager, open_manager
 from qrexec_activate.systemd.passed import describe
+from qrexec_activate.systemd.units import Manager, open_manager
 
 #: The files of one unit: the fragment, then drop-ins.
 Files = Sequence[bytes]
