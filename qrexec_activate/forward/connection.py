@@ -46,6 +46,7 @@ from .child import (
 )
 from .outcome import TCP_INFO, Ending, Outcome
 from .splice import (
+    INTERNET,
     NO_LINGER,
     RESET_AT_CLOSE,
     ClientGone,
@@ -65,8 +66,6 @@ STARVED_DELAY = 0.25
 HANG_UP_LOOK = 0.25
 #: How often the farewell looks whether everything has arrived.
 FAREWELL_LOOK = 0.05
-
-_INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 
 class Host(Protocol):
@@ -230,7 +229,7 @@ class Connection:
             return False
         # Both ways are closed. What a unix client sent before is still here; a
         # TCP client that half-closed has not hung up; one that has was reset.
-        return self._sock.family in _INTERNET or not self._waiting()
+        return self._sock.family in INTERNET or not self._waiting()
 
     def _waiting(self) -> int:
         """How many bytes of the client have not been read for the qube."""
@@ -283,11 +282,8 @@ class Connection:
                 "QREXEC_ACTIVATE_UNIT": self.route.unit,
             }
             if self._splice is not None:
-                stdin, stdout = (
-                    self._splice.child_stdin,
-                    self._splice.child_stdout,
-                )
-                pid = client.spawn(self.route, own, stdin, stdout, 2)
+                ends = self._splice.child_ends
+                pid = client.spawn(self.route, own, *ends, 2)
             else:
                 kept = 2 if stderr is None else stderr
                 pid = client.spawn(
@@ -688,7 +684,7 @@ class Connection:
         others it does not count."""
         if not outcome.established or self._splice is not None:
             return
-        if self._sock.family not in _INTERNET:
+        if self._sock.family not in INTERNET:
             return
         with contextlib.suppress(OSError):
             outcome.count(
@@ -741,7 +737,7 @@ def _drop_input(sock: socket.socket) -> bool:
 def _unsent(sock: socket.socket) -> int:
     """How many bytes a TCP client's kernel has yet to acknowledge; other
     sockets deliver at once."""
-    if sock.family not in _INTERNET:
+    if sock.family not in INTERNET:
         return 0
     try:
         sent = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0" * 4)

@@ -18,7 +18,7 @@ import termios
 
 import trio
 
-from .watch import readable, writable
+from .watch import NO_MEMORY_PAUSE, readable, writable
 
 __all__ = ["ClientGone", "Splice", "discard", "half_close", "unread"]
 
@@ -33,6 +33,9 @@ PIPE_BUDGET = 16 << 20
 #: struct linger: what close() does. A reset destroys what the client has not
 #: read yet, so not where all went well.
 RESET_AT_CLOSE, NO_LINGER = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
+INTERNET = (socket.AF_INET, socket.AF_INET6)
+#: asm-generic/sockios.h: whether the next byte is an urgent one.
+_SIOCATMARK = 0x8905
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 _enlarged = 0
@@ -58,7 +61,8 @@ class Splice:
         self._ends: dict[str, int] = {}
         self._enlarged = 0
         self._released = False
-        self._input_over = False
+        #: Whether nothing more is taken from the client.
+        self.input_over = False
         try:
             self._ends["child_in"], self._ends["up"] = self._pipe()
             self._ends["down"], self._ends["child_out"] = self._pipe()
@@ -87,12 +91,9 @@ class Splice:
         return reader, writer
 
     @property
-    def child_stdin(self) -> int:
-        return self._ends["child_in"]
-
-    @property
-    def child_stdout(self) -> int:
-        return self._ends["child_out"]
+    def child_ends(self) -> tuple[int, int]:
+        """What are to be its stdin and its stdout."""
+        return self._ends["child_in"], self._ends["child_out"]
 
     # ------------------------------------------------------------ what is seen
 
@@ -120,11 +121,6 @@ class Splice:
         return 0
 
     @property
-    def input_over(self) -> bool:
-        """Whether nothing more is taken from the client."""
-        return self._input_over
-
-    @property
     def all_sent(self) -> bool:
         """Whether the child needs no pump for what the client has sent."""
         return self._released and "up" not in self._ends
@@ -136,7 +132,7 @@ class Splice:
         and EPIPE."""
         self._released = True
         self._close("child_in", "child_out")
-        if self._input_over:
+        if self.input_over:
             self._end_input()
 
     def close(self) -> None:
@@ -158,7 +154,7 @@ class Splice:
 
     def _end_input(self) -> None:
         """Let the child see that no more comes, as soon as it may."""
-        self._input_over = True
+        self.input_over = True
         if not self._released or "up" not in self._ends:
             return
         with contextlib.suppress(OSError):
@@ -176,7 +172,7 @@ class Splice:
         then close the child's stdin."""
         source, sink = self._sock.fileno(), self._ends["up"]
         try:
-            while count := await _move(source, sink, reading_socket=True):
+            while count := await _move(source, sink, self._sock):
                 self.to_qube += count
                 # However much there is to move, the other tasks have their
                 # turn.
@@ -196,17 +192,20 @@ class Splice:
     async def pump_down(self) -> None:
         """Move bytes from the child to the client until the child closes its
         stdout."""
-        source, sink = self._ends["down"], self._sock.fileno()
-        while count := await _move(source, sink, reading_socket=False):
+        while count := await _move(self._ends["down"], self._sock.fileno()):
             self.from_qube += count
             await trio.lowlevel.checkpoint()
 
 
-async def _move(source: int, sink: int, *, reading_socket: bool) -> int:
-    """Move what is there, waiting for both sides to be ready; returns 0 at EOF;
-    raises ClientGone."""
+async def _move(
+    source: int, sink: int, client: socket.socket | None = None
+) -> int:
+    """Move what is there (`client`: of this socket), waiting for both sides to
+    be ready; returns 0 at EOF; raises ClientGone."""
     while True:
         try:
+            if client is not None and client.family in INTERNET:
+                _drop_urgent(client)
             return os.splice(source, sink, CHUNK, flags=_FLAGS)
         except BlockingIOError:
             # One of the two is not ready, and the kernel does not say which.
@@ -216,17 +215,22 @@ async def _move(source: int, sink: int, *, reading_socket: bool) -> int:
             await writable(sink)
         except OSError as error:
             if error.errno == errno.ENOMEM:
-                await trio.sleep(_SHORTAGE)
+                await trio.sleep(NO_MEMORY_PAUSE)
                 continue
-            if reading_socket and error.errno == errno.EPIPE:
+            if client is not None and error.errno == errno.EPIPE:
                 raise
             # A route that is gone, a peer that is unreachable: whatever a
             # socket reports, it carries nothing any more.
             raise ClientGone from error
 
 
-#: How long to wait where the kernel has no memory.
-_SHORTAGE = 0.05
+def _drop_urgent(sock: socket.socket) -> None:
+    """Leave out what a client has sent out of band, as read(2) does:
+    splice(2) comes to such a byte and never goes on."""
+    if any(fcntl.ioctl(sock, _SIOCATMARK, bytes(4))):
+        # In line, a read takes that byte and no other.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        sock.recv(1)
 
 
 def unread(fd: int) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 import trio
 import trio.testing
+from pretend import tcp_pair
 
 from qrexec_activate.forward import splice as splice_module
 from qrexec_activate.forward.splice import (
@@ -40,7 +41,7 @@ async def test_the_end_of_the_input_waits_until_the_call_is_established(
 ) -> None:
     """Else the end would be taken, and the sign of it with it."""
     client, splice = pair
-    child = os.dup(splice.child_stdin)
+    child = os.dup(splice.child_ends[0])
     os.set_blocking(child, False)
     client.sendall(b"all there is")
     client.shutdown(socket.SHUT_WR)
@@ -59,7 +60,7 @@ async def test_what_the_child_has_yet_to_read_is_known_after_the_end(
     pair: tuple[socket.socket, Splice],
 ) -> None:
     client, splice = pair
-    child = os.dup(splice.child_stdin)
+    child = os.dup(splice.child_ends[0])
     client.sendall(b"12345")
     client.close()
     with trio.fail_after(60):
@@ -79,12 +80,12 @@ def test_a_data_phase_is_seen_while_it_lasts_and_after_it(
     _, splice = pair
     assert not splice.in_data_phase()
     # As qrexec-client-vm does as it begins ...
-    os.set_blocking(splice.child_stdin, False)
-    os.set_blocking(splice.child_stdout, False)
+    os.set_blocking(splice.child_ends[0], False)
+    os.set_blocking(splice.child_ends[1], False)
     assert splice.in_data_phase()
     # ... and as it closes its descriptors.
-    os.set_blocking(splice.child_stdin, True)
-    os.set_blocking(splice.child_stdout, True)
+    os.set_blocking(splice.child_ends[0], True)
+    os.set_blocking(splice.child_ends[1], True)
     assert splice.in_data_phase()
 
 
@@ -93,7 +94,7 @@ def test_what_came_out_is_seen_before_it_is_moved(
 ) -> None:
     _, splice = pair
     assert not splice.has_given()
-    os.write(splice.child_stdout, b"x")
+    os.write(splice.child_ends[1], b"x")
     assert splice.has_given()
 
 
@@ -107,7 +108,7 @@ def test_all_pipes_together_stay_within_a_budget() -> None:
     sizes = [
         fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
         for splice in splices
-        for fd in (splice.child_stdin, splice.child_stdout)
+        for fd in (splice.child_ends[0], splice.child_ends[1])
     ]
     assert max(sizes) == PIPE_SIZE
     large = [size for size in sizes if size == PIPE_SIZE]
@@ -182,6 +183,27 @@ async def test_what_a_child_reads_no_more_is_taken_until_the_client_ends(
     assert over
 
 
+async def test_what_is_sent_out_of_band_is_left_out_and_stops_nothing() -> None:
+    """As with qrexec-client-vm alone, which reads: splice(2) stops there for ever."""
+    client, sock = tcp_pair()
+    splice = Splice(sock)
+    child = os.dup(splice.child_ends[0])
+    for word in (b"one ", b"two ", b"three"):
+        client.sendall(word)
+        client.send(b"!", socket.MSG_OOB)
+    client.sendall(b" and all")
+    client.shutdown(socket.SHUT_WR)
+    with trio.fail_after(60):
+        await splice.pump_up()
+    splice.release_child_ends()
+    # Only the last of several that wait is urgent to the kernel.
+    assert os.read(child, 100).replace(b"!", b"") == b"one two three and all"
+    os.close(child)
+    splice.close()
+    for end in (client, sock):
+        end.close()
+
+
 def pump_up(splice: Splice) -> Callable[[], Awaitable[None]]:
     return splice.pump_up
 
@@ -203,7 +225,7 @@ async def test_a_pump_that_can_move_nothing_does_not_spin(
     if state == "no room":
         sink, source = splice._ends["up"], client.fileno()
         if pump is pump_down:
-            sink, source = sock.fileno(), splice.child_stdout
+            sink, source = sock.fileno(), splice.child_ends[1]
         fill(sink)
         os.write(source, b"x")
     tried, genuine = 0, os.splice

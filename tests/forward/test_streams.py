@@ -4,6 +4,7 @@ first, by each way of carrying bytes."""
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -105,6 +106,16 @@ async def test_a_service_that_ends_leaves_its_last_words_to_a_client_that_goes_o
         assert len(answer) == 200_004
         nursery.cancel_scope.cancel()
     await scene.nobody_stays()
+
+
+async def test_a_byte_out_of_band_is_left_out_and_the_rest_arrives(
+    scene: Scene, relay: str
+) -> None:
+    address = await scene.route(echo)
+    async with await connect(address) as stream:
+        assert await echoes(stream)
+        await stream.socket.send(b"!", socket.MSG_OOB)
+        assert await echoes(stream, b"goes on")
 
 
 async def test_both_ends_may_close_without_a_word(scene: Scene) -> None:
