@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
+from qrexec_activate.__main__ import NOT_NEEDED, Later
 from qrexec_activate.errors import ManagerError
 from qrexec_activate.forward import serve
 from qrexec_activate.forward.settings import CARETAKER
@@ -89,3 +91,59 @@ def test_a_caretaker_looks_once_the_daemon_has_gone(
     )
     serve._look_after()
     assert left_as_it_looks == [[]]
+
+
+def test_a_daemon_is_without_what_trio_imports_for_others() -> None:
+    program = (
+        "import sys\n"
+        "from qrexec_activate.__main__ import main\n"
+        "sys.argv[1:] = ['serve', 'qubes.ConnectTCP', '--argument', '1']\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print(*sys.modules)\n"
+    )
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("COVERAGE_", "LISTEN_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "no socket was passed" in done.stderr
+    loaded = done.stdout.split()
+    assert "qrexec_activate.forward.daemon" in loaded
+    # What they would bring; of the modules themselves only the names are there.
+    assert set(NOT_NEEDED) <= set(loaded)
+    assert not {"_ssl", "idna.core"} & set(loaded)
+
+
+def test_what_is_imported_later_is_all_there_when_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import colorsys as real
+
+    monkeypatch.setitem(sys.modules, "colorsys", Later("colorsys"))
+    import colorsys
+
+    assert isinstance(colorsys, Later)
+    assert "rgb_to_hls" not in vars(colorsys)
+    assert colorsys.rgb_to_hls(0, 0, 0) == real.rgb_to_hls(0, 0, 0)
+    assert "hls_to_rgb" in vars(colorsys)
+    assert not isinstance(sys.modules["colorsys"], Later)
+    with pytest.raises(AttributeError):
+        colorsys.missing  # noqa: B018
+
+
+def test_what_is_imported_by_its_parts_is_imported_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "colorsys", Later("colorsys"))
+    from colorsys import rgb_to_hls
+
+    assert rgb_to_hls(0, 0, 0) == (0, 0, 0)
