@@ -27,7 +27,7 @@ from qrexec_activate.errors import (
     UsageProblem,
 )
 from qrexec_activate.forward import serve
-from qrexec_activate.given import line, qubesdb
+from qrexec_activate.given import escapes, line, qubesdb
 from qrexec_activate.loopback import client_vm, faults, policy, rpc_config
 from qrexec_activate.routing import address as addresses
 from qrexec_activate.routing import names, routes, unitfile
@@ -226,8 +226,8 @@ def name(data: bytes) -> None:
     with contextlib.suppress(BadName):
         names.decode_escapes(word)
     if not any("\ud800" <= char <= "\udfff" for char in word):
-        assert names.decode_escapes(names.escape_instance(word)) == word
-        assert names.decode_escapes(names.escape_target(word)) == word
+        assert names.decode_escapes(escapes.escape_instance(word)) == word
+        assert names.decode_escapes(escapes.escape_target(word)) == word
     for check in (
         names.check_target,
         names.check_service,

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "systemd": {"routing"},
     "forward": {"routing", "systemd"},
     "control": {"routing", "given", "systemd", "forward"},
-    "publish": {"routing", "systemd", "control"},
+    "publish": {"routing", "given", "systemd", "control"},
     "loopback": set(),
 }
 #: What of forward the commands know: how outcomes are written.

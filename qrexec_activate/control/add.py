@@ -17,6 +17,7 @@ import click
 
 from ..errors import ActivateError, BadName, UsageProblem
 from ..given.address import Address, parse_address
+from ..given.escapes import escape_target
 from ..given.kinds import default_listen, port_of, unit_of
 from ..routing.address import AddressKey, address_key
 from ..routing.claim import Refusal
@@ -25,7 +26,6 @@ from ..routing.names import (
     check_argument,
     check_service,
     check_target,
-    escape_target,
     parse_unit_name,
 )
 from ..routing.unitfile import SourceFile

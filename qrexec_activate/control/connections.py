@@ -18,7 +18,8 @@ from pathlib import PurePath
 import psutil
 
 from ..forward.outcome import DISCONNECT
-from ..routing.address import address_key, plain_address
+from ..routing.address import address_key
+from ..systemd.shown import plain_address
 from .netproc import Holder, holders, process_name
 from .sockdiag import end_key, tcp_ends
 from .survey import Survey

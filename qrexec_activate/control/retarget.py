@@ -11,9 +11,10 @@ from pathlib import Path
 import click
 
 from ..errors import ActivateError, UsageProblem
+from ..given.escapes import escape_target
 from ..routing.address import address_key
 from ..routing.claim import Route
-from ..routing.names import check_target, escape_target
+from ..routing.names import check_target
 from ..routing.unitfile import assignments
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder

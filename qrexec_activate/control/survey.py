@@ -23,7 +23,6 @@ from ..routing.address import (
     AddressKey,
     address_key,
     expand_specifiers,
-    plain_address,
     shown_address,
     written_key,
 )
@@ -37,6 +36,7 @@ from ..routing.unitfile import (
     assignments,
     declared_listeners,
 )
+from ..systemd.shown import plain_address
 from ..systemd.unitdirs import UnitFiles, scan
 from ..systemd.units import LoadedUnit, Manager, open_manager
 from .daemons import (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
@@ -37,79 +37,34 @@ OVERFLOW_UID = 65534
 NO_UID = 2**32 - 1
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|sec|min|m|h|d)?", re.ASCII)
-_SECONDS = {
-    "ms": 0.001,
-    "s": 1,
-    "sec": 1,
-    "": 1,
-    "min": 60,
-    "m": 60,
-    "h": 3600,
-    "d": 86400,
-}
+_SECONDS = {"ms": 0.001, "min": 60, "m": 60, "h": 3600, "d": 86400}
 
 
-if TYPE_CHECKING:
-    _FloatType = click.ParamType[float]
-    _IntType = click.ParamType[int]
-else:
-    # It is generic since click 8.4, and Debian 12 has 8.1.
-    _FloatType = _IntType = click.ParamType
-
-
-class Duration(_FloatType):
-    """A time span as in unit files: `90`, `90s`, `1min 30s`, `10min`."""
-
-    name = "time"
-
-    def convert(
-        self,
-        value: Any,
-        param: click.Parameter | None,
-        ctx: click.Context | None,
-    ) -> float:
-        if isinstance(value, (int, float)):
-            return float(value)
-        text = str(value).strip()
-        if not text or _TIME.sub("", text).strip():
-            self.fail(
-                f"{text!r} is no time span; write it like 90, 90s, 10min or 1h",
-                param,
-                ctx,
-            )
-        return sum(
-            float(number) * _SECONDS[unit]
-            for number, unit in _TIME.findall(text)
+def _duration(text: str) -> float:
+    """Read a time span as in unit files: `90`, `90s`, `1min 30s`, `10min`."""
+    text = text.strip()
+    if not text or _TIME.sub("", text).strip():
+        raise click.BadParameter(
+            f"{text!r} is no time span; write it like 90, 90s, 10min or 1h"
         )
+    return sum(
+        float(number) * _SECONDS.get(unit, 1)
+        for number, unit in _TIME.findall(text)
+    )
 
 
-class UserId(_IntType):
-    """A user's number, which is what the kernel tells of a connection."""
-
-    name = "uid"
-
-    def convert(
-        self,
-        value: Any,
-        param: click.Parameter | None,
-        ctx: click.Context | None,
-    ) -> int:
-        text = str(value)
-        if not (text.isascii() and text.isdigit() and int(text) < NO_UID):
-            self.fail(
-                f"{text!r} is no user id; it is a number, which id -u NAME"
-                f" prints",
-                param,
-                ctx,
-            )
-        if int(text) == OVERFLOW_UID:
-            self.fail(
-                f"{text} stands for all users that the kernel cannot show,"
-                f" and so for nobody",
-                param,
-                ctx,
-            )
-        return int(text)
+def _user_id(text: str) -> int:
+    """Read a user's number, which is what the kernel tells of a connection."""
+    if not (text.isascii() and text.isdigit() and int(text) < NO_UID):
+        raise click.BadParameter(
+            f"{text!r} is no user id; it is a number, which id -u NAME prints"
+        )
+    if int(text) == OVERFLOW_UID:
+        raise click.BadParameter(
+            f"{text} stands for all users that the kernel cannot show, and so"
+            f" for nobody"
+        )
+    return int(text)
 
 
 @click.command(
@@ -175,20 +130,20 @@ class UserId(_IntType):
 @click.option(
     "--setup-timeout",
     metavar="TIME",
-    type=Duration(),
+    type=_duration,
     default="5min",
     help="Give up on a call without an answer.",
 )
 @click.option(
     "--exit-idle-time",
     metavar="TIME",
-    type=Duration(),
+    type=_duration,
     help="End after so long without a connection.  [default: never]",
 )
 @click.option(
     "--allow-uid",
     metavar="UID",
-    type=UserId(),
+    type=_user_id,
     multiple=True,
     help="Let in only this user; may be given several times.  [default: all"
     " who can reach the listener]",
@@ -196,17 +151,14 @@ class UserId(_IntType):
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     rpc: str,
     unit: str | None,
     argument: str | None,
     relay: str,
-    client: str,
-    max_setups: int,
-    max_connections: int,
-    max_total: int,
-    setup_timeout: float,
     exit_idle_time: float | None,
     allow_uid: tuple[int, ...],
+    **limits: Any,
 ) -> Request:
     """Serve the sockets that systemd passes, by calls of RPC. This is what the
     units run.
@@ -231,14 +183,10 @@ def command(
             " or do not set it"
         )
     settings = Settings(
-        client=client,
         relay=Relay(relay),
-        max_setups=max_setups,
-        max_connections=max_connections,
-        max_total=max_total,
-        setup_timeout=setup_timeout,
         exit_idle_time=exit_idle_time or None,
         allow_uids=allow_uid,
+        **limits,
     )
     return Request(rpc, unit, argument, settings)
 

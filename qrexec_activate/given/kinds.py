@@ -4,7 +4,8 @@ listens if nobody says."""
 from __future__ import annotations
 
 from ..errors import BadName, UsageProblem
-from ..routing.names import escape_instance, parse_unit_name
+from ..routing.names import parse_unit_name
+from .escapes import escape_instance
 
 __all__ = ["KINDS", "RPCS", "default_listen", "port_of", "unit_of"]
 

@@ -12,8 +12,9 @@ from _collections_abc import Iterator, Mapping
 from ..errors import ActivateError, UsageProblem
 from ..printable import printable
 from ..routing.address import AddressKey
-from ..routing.names import NAME, check_argument, check_target, escape_target
+from ..routing.names import NAME, check_argument, check_target
 from .address import Address, parse_address
+from .escapes import escape_target
 from .kinds import KINDS, RPCS, default_listen, port_of, unit_of
 
 __all__ = ["LABEL", "Bad", "Given", "decide", "is_of_dom0"]

@@ -36,7 +36,8 @@ import click
 from ..control.publications import FOLDER, RPC, folder
 from ..control.survey import read_file
 from ..errors import ActivateError, UsageProblem
-from ..routing.names import check_argument, escape_instance, parse_unit_name
+from ..given.escapes import escape_instance
+from ..routing.names import check_argument, parse_unit_name
 from ..routing.unitfile import assignments
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder

@@ -11,14 +11,13 @@ from __future__ import annotations
 from _collections_abc import Mapping
 from _socket import AF_INET, AF_INET6, VMADDR_CID_ANY, inet_ntop, inet_pton
 
-from .names import LETTERS, NAME, c_escape, c_unescape, is_number
+from .names import LETTERS, NAME, c_escape, is_number
 
 __all__ = [
     "LONGEST_PATH",
     "AddressKey",
     "address_key",
     "expand_specifiers",
-    "plain_address",
     "shown_address",
     "written_key",
 ]
@@ -80,11 +79,6 @@ def shown_address(written: str) -> str:
     if not written.startswith(("/", "@")):
         return written
     return c_escape(written.encode(errors="surrogatepass"))
-
-
-def plain_address(shown: str) -> str:
-    """Write an address that systemd shows as a person would."""
-    return c_unescape(shown) if shown.startswith(("/", "@")) else shown
 
 
 def address_key(text: str) -> AddressKey | None:

@@ -1,4 +1,4 @@
-"""Names of qubes, RPCs, arguments and units: validate, escape, decode.
+"""Names of qubes, RPCs, arguments and units: validate, decode.
 
 Whatever qrexec would silently alter or misread is refused here, before any
 program sees it: qrexec keeps `A-Za-z0-9_-.+` of a service and its argument and
@@ -13,19 +13,17 @@ from __future__ import annotations
 from ..errors import BadName
 
 __all__ = [
+    "C_ESCAPES",
     "LETTERS",
     "MAX_ARGUMENT",
     "NAME",
     "UnitName",
     "c_escape",
-    "c_unescape",
     "call_name",
     "check_argument",
     "check_service",
     "check_target",
     "decode_escapes",
-    "escape_instance",
-    "escape_target",
     "is_number",
     "parse_unit_name",
 ]
@@ -65,62 +63,21 @@ def decode_escapes(text: str) -> str:
     are no UTF-8.
     """
     plain, *escapes = text.split("\\")
-    for escape in escapes:
-        if not (
-            escape[:1] == "x"
-            and len(escape) > 2
-            and _HEX.issuperset(escape[1:3])
-        ):
-            raise BadName(
-                f"{text!r} holds a backslash that begins no \\xNN escape;"
-                f" write it as \\x5c"
-            )
     try:
-        return b"".join(
-            (
-                plain.encode(),
-                *(
-                    bytes.fromhex(escape[1:3]) + escape[3:].encode()
-                    for escape in escapes
-                ),
-            )
-        ).decode()
+        raw = plain.encode()
+        for escape in escapes:
+            digits = escape[1:3]
+            if escape[:1] != "x" or len(digits) < 2 or set(digits) - _HEX:
+                raise BadName(
+                    f"{text!r} holds a backslash that begins no \\xNN escape;"
+                    f" write it as \\x5c"
+                )
+            raw += bytes.fromhex(digits) + escape[3:].encode()
+        return raw.decode()
     except UnicodeError:
         raise BadName(
             f"{text!r} is no UTF-8 text once its \\xNN escapes are decoded"
         ) from None
-
-
-def _escape(text: str, plain: frozenset[str]) -> str:
-    if plain.issuperset(text):
-        return text
-    try:
-        raw = text.encode()
-    except UnicodeError:
-        raise BadName(f"{text!r} is no UTF-8 text") from None
-    return "".join(
-        char if (char := chr(byte)) in plain else f"\\x{byte:02x}"
-        for byte in raw
-    )
-
-
-def escape_instance(argument: str, label: str = "") -> str:
-    r"""Write an RPC argument, and a label after a `:`, as a unit's instance.
-
-    parse_unit_name() and decode_escapes() give both back: a `:` within one of
-    them is written `\x3a`. Raises BadName.
-    """
-    colon = ":" if label else ""
-    return f"{_escape(argument, NAME)}{colon}{_escape(label, NAME)}"
-
-
-def escape_target(target: str) -> str:
-    r"""Write a target as a FileDescriptorName, which may hold no `:`
-    (`@dispvm\x3aNAME`) and expands `%`.
-
-    decode_escapes() gives it back. Raises BadName.
-    """
-    return _escape(target, _TARGET)
 
 
 def check_target(target: str) -> str:
@@ -282,12 +239,6 @@ class UnitName:
         self.instance = instance
         self.suffix = suffix
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, UnitName) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
     def __str__(self) -> str:
         at = "" if self.instance is None else f"@{self.instance}"
         return f"{self.prefix}{at}.{self.suffix}"
@@ -326,41 +277,17 @@ def parse_unit_name(name: str) -> UnitName:
     return UnitName(prefix, instance if at else None, suffix)
 
 
-_C_ESCAPES = dict(zip(b"\a\b\f\n\r\t\v\\\"'", "abfnrtv\\\"'", strict=True))
+C_ESCAPES = dict(zip(b"\a\b\f\n\r\t\v\\\"'", "abfnrtv\\\"'", strict=True))
 
 
 def c_escape(raw: bytes) -> str:
     r"""Write bytes as systemd prints the path or abstract name of a unix
     socket: `sp\303\244ce`, `\"`, `\\`."""
     return "".join(
-        f"\\{_C_ESCAPES[byte]}"
-        if byte in _C_ESCAPES
+        f"\\{C_ESCAPES[byte]}"
+        if byte in C_ESCAPES
         else chr(byte)
         if 32 <= byte < 127
         else f"\\{byte:03o}"
         for byte in raw
     )
-
-
-_C_PLAIN = {letter: byte for byte, letter in _C_ESCAPES.items()}
-
-
-def c_unescape(text: str) -> str:
-    r"""Undo c_escape(); what would be no UTF-8 text stays as it is."""
-    if "\\" not in text:
-        return text
-    # Not at the top, as above.
-    import re
-
-    def replace(match: re.Match[str]) -> str:
-        found = match[1]
-        return chr(_C_PLAIN[found] if found in _C_PLAIN else int(found, 8))
-
-    try:
-        return (
-            re.sub(r"\\([abfnrtv\\\"']|[0-7]{3})", replace, text)
-            .encode("latin-1")
-            .decode()
-        )
-    except UnicodeError:
-        return text

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ActivateError
-from ..routing.address import plain_address
 from .journal import IDENTIFIER
+from .shown import plain_address
 
 if TYPE_CHECKING:
     from .units import Manager

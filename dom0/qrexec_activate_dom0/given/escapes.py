@@ -1,0 +1,1 @@
+../../../qrexec_activate/given/escapes.py
