@@ -115,6 +115,7 @@ class Daemon:
         self._unheard: set[int] = set()
         self._turns: dict[Connection, trio.Event] = {}
         self._watch = Watch()
+        self._hang_ups = Watch(HANG_UP_LOOK)
         self._notifier = Notifier()
         self._census = Census()
         self._client_gone: dict[Connection, float] = {}
@@ -135,7 +136,8 @@ class Daemon:
         self._unusable = 0
         pid = os.getpid()
         self._numbers = (f"{pid:x}-{number}" for number in itertools.count(1))
-        self._watchdog = watchdog_interval()
+        self._watchdog = watchdog_interval() or math.inf
+        self._fed_at = -math.inf
 
     # --------------------------------------------------------------- listeners
 
@@ -249,6 +251,7 @@ class Daemon:
 
     def _start_looking(self) -> None:
         self._nursery.start_soon(self._watch.run)
+        self._nursery.start_soon(self._hang_ups.run)
         self._nursery.start_soon(self._look_after_hang_ups)
         self._nursery.start_soon(self._look_after_setups)
 
@@ -256,6 +259,7 @@ class Daemon:
         for connection in self.connections:
             connection.abandon()
         self._watch.close()
+        self._hang_ups.close()
         self._notifier.close()
         self._ready.close()
         if self._gate is not None:
@@ -310,8 +314,7 @@ class Daemon:
     async def _accept(self) -> None:
         """Accept until there was nothing to do for long enough."""
         while not self._idle():
-            if self._watchdog is not None:
-                self._notifier.tell("WATCHDOG=1")
+            self._feed()
             if self._first_round.is_set():
                 with trio.move_on_after(self._tick()) as self._nap:
                     await readable(self._ready.fileno())
@@ -505,7 +508,15 @@ class Daemon:
     def _tick(self) -> float:
         """How long the accept loop may sleep at most."""
         starved = STARVED_PAUSE if self._unheard else math.inf
-        return min(self._watchdog or math.inf, starved, self._idle_for())
+        return min(self._watchdog, starved, self._idle_for())
+
+    def _feed(self) -> None:
+        """Tell the watchdog, but not at each connection: systemd would be busy
+        just when qrexec-client-vm is to start."""
+        now = trio.current_time()
+        if now - self._fed_at >= self._watchdog / 2:
+            self._notifier.tell("WATCHDOG=1")
+            self._fed_at = now
 
     # -------------------------------------------------- what waits for its turn
 
@@ -626,8 +637,8 @@ class Daemon:
         self._some_ended.set()
         if not self.connections:
             # The accept loop is to count from now.
-            self._idleness.since = trio.current_time()
-            self._nap.cancel()
+            self._idleness.since = now = trio.current_time()
+            self._nap.deadline = min(self._nap.deadline, now + self._idle_for())
         self.admission.closes(connection)
         self._next_turns()
         self._status_changed.set()
@@ -671,10 +682,11 @@ class Daemon:
             )
 
     def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
-        self._watch.add(fd, events, callback)
+        (self._watch if events else self._hang_ups).add(fd, events, callback)
 
     def forget(self, fd: int) -> None:
         self._watch.forget(fd)
+        self._hang_ups.forget(fd)
 
     def child_ended(self, connection: Connection) -> None:
         if (outcome := connection.over_at_once()) is None:

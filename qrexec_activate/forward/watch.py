@@ -46,9 +46,11 @@ async def _wait(wait: Callable[[int], Awaitable[None]], fd: int) -> None:
 
 
 class Watch:
-    """Descriptors, and what to call when one of them has something to say."""
+    """Descriptors, and what to call when one of them has something to say; not
+    more often than every `pause` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause: float = 0.0) -> None:
+        self._pause = pause
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
 
@@ -67,13 +69,16 @@ class Watch:
     async def run(self) -> None:
         while True:
             await readable(self._epoll.fileno())
-            for fd, _ in self._epoll.poll(0, BATCH):
+            events = self._epoll.poll(0, BATCH)
+            for fd, _ in events:
                 # Once is enough, and a hang-up does not pass: left registered,
                 # it would wake us for ever. So would one that nobody watches.
                 callback = self._callbacks.pop(fd, None)
                 self._unregister(fd)
                 if callback is not None:
                     callback()
+            if len(events) < BATCH:
+                await trio.sleep(self._pause)
 
     def close(self) -> None:
         self._epoll.close()

@@ -21,6 +21,7 @@ import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import trio
@@ -338,6 +339,41 @@ async def test_what_is_accepted_is_reset_whatever_kills_the_daemon_then(
     async with await stage.connect():
         await stage.nth(1)
     assert seen == [RESET_AT_CLOSE]
+
+
+async def test_the_watchdog_is_fed_in_time_and_not_at_each_connection(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    stage, fed = Stage(Settings()), []
+
+    def tell(state: str) -> bool:
+        if state == "WATCHDOG=1":
+            fed.append(now())
+        return True
+
+    monkeypatch.setattr(
+        type(stage.daemon._notifier), "tell", lambda _, s: tell(s)
+    )
+    nursery.start_soon(stage.run)
+    began = now()
+    for number in range(1, 41):
+        stream = await stage.connect()
+        started = await stage.nth(number)
+        started.establish()
+        started.exits(0)
+        await stage.recorded("ended", number)
+        await stream.aclose()
+        if number > 20:
+            await trio.sleep(3)
+    await trio.sleep(60)
+    times = [began, *fed, now()]
+    assert max(b - a for a, b in pairwise(times)) < 30
+    assert min(b - a for a, b in pairwise(fed)) > 5
+    await stage.stop()
 
 
 async def test_failed_set_ups_are_tried_again_after_growing_random_delays(

@@ -88,3 +88,35 @@ async def test_a_watch_that_cannot_be_ended_harms_no_other() -> None:
     watch.close()
     for fd in *readers, *writers:
         os.close(fd)
+
+
+async def test_one_with_a_pause_wakes_nobody_in_between(
+    autojump_clock: MockClock,
+) -> None:
+    watch = Watch(pause=1.0)
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    fds = [os.dup(reader) for _ in range(3)]
+    called: dict[int, float] = {}
+
+    def add(fd: int) -> None:
+        def callback() -> None:
+            called[fd] = trio.current_time() - began
+
+        watch.add(fd, select.EPOLLIN, callback)
+
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.run)
+        add(fds[0])
+        await trio.sleep(0.25)
+        add(fds[1])
+        add(fds[2])
+        await trio.sleep(0.25)
+        watch.forget(fds[2])
+        await trio.sleep(2)
+        nursery.cancel_scope.cancel()
+    assert called == {fds[0]: 0, fds[1]: 1}
+    watch.close()
+    for fd in reader, writer, *fds:
+        os.close(fd)
