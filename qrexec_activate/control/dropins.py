@@ -293,7 +293,7 @@ def with_lines(text: str, numbers: Collection[int], instead: str) -> str:
 def is_idle(text: str) -> bool:
     """Whether nothing is left in a unit file that says anything, to systemd or
     to a person."""
-    if next(assignments(text), None) is not None:
+    if assignments(text):
         return False
     return not any(
         line.strip() and not line.strip().startswith("[")

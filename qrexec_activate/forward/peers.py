@@ -26,12 +26,13 @@ _NLM_F_REQUEST = 1
 _NLMSGHDR = struct.Struct("=IHHII")
 #: struct inet_diag_req_v2 (linux/inet_diag.h): family, protocol, ext, pad,
 #: states, and the sockid: ports and addresses in network order, interface,
-#: cookie (all ones: any).
-_REQUEST = struct.Struct("=BBBxI2s2s16s16sIII")
+#: cookie. All states, any interface and any cookie.
+_REQUEST = struct.Struct("=BBxxI")
+_ALL_STATES = 0xFFFFFFFF
+_ANYWHERE = bytes(4) + b"\xff" * 8
 #: struct inet_diag_msg: family, state, timer, retrans, sockid, expires, rqueue,
 #: wqueue, uid, inode.
-_MESSAGE = struct.Struct("=BBBB48xIIIII")
-_ANY_COOKIE = _ALL_STATES = 0xFFFFFFFF
+_MESSAGE = struct.Struct("=xB62xII")
 #: ESTABLISHED, FIN_WAIT1, FIN_WAIT2: connected, and perhaps half-closed. Not
 #: SYN_SENT, which is another connection that is about to take these ports over.
 _CONNECTED = {1, 4, 5}
@@ -161,22 +162,13 @@ class _SockDiag:
         OSError ENOENT if there is none."""
         # An address of one interface only (fe80::…%eth0) would need that
         # interface here: such a peer is not found.
-        ends = [
-            (struct.pack("!H", port), _packed(family, host))
-            for host, port, *_ in (source, destination)
-        ]
-        (source_port, source_host), (destination_port, destination_host) = ends
-        request = _REQUEST.pack(
-            *(family, socket.IPPROTO_TCP, 0, _ALL_STATES),
-            *(
-                source_port,
-                destination_port,
-                source_host,
-                destination_host,
-                0,
-                _ANY_COOKIE,
-                _ANY_COOKIE,
-            ),
+        (source_host, source_port, *_), (host, port, *_) = source, destination
+        request = (
+            _REQUEST.pack(family, socket.IPPROTO_TCP, _ALL_STATES)
+            + struct.pack("!HH", source_port, port)
+            + _packed(family, source_host)
+            + _packed(family, host)
+            + _ANYWHERE
         )
         self._number = (self._number + 1) & 0xFFFFFFFF
         header = _NLMSGHDR.pack(
@@ -187,18 +179,16 @@ class _SockDiag:
             0,
         )
         self._socket.sendto(header + request, (0, 0))
-        answer, (port, _) = self._socket.recvfrom(8192)
+        answer, (sender, _) = self._socket.recvfrom(8192)
         _, kind, _, number, _ = _NLMSGHDR.unpack_from(answer)
-        if port != 0 or number != self._number:
+        if sender != 0 or number != self._number:
             raise GateProblem(
                 "who connects cannot be told: that is no answer of the kernel"
             )
         if kind == _NLMSG_ERROR:
             (code,) = struct.unpack_from("=i", answer, _NLMSGHDR.size)
             raise OSError(-code, os.strerror(-code))
-        _, state, _, _, _, _, _, uid, inode = _MESSAGE.unpack_from(
-            answer, _NLMSGHDR.size
-        )
+        state, uid, inode = _MESSAGE.unpack_from(answer, _NLMSGHDR.size)
         return state, uid, inode
 
 

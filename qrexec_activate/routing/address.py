@@ -63,11 +63,9 @@ def written_key(text: str) -> AddressKey | None:
     """
     if text.startswith(("/", "@")):
         length = len(text.encode(errors="surrogatepass"))
-        return (
-            address_key(shown_address(text))
-            if 1 < length <= LONGEST_PATH
-            else None
-        )
+        if not 1 < length <= LONGEST_PATH:
+            return None
+        return address_key(shown_address(text))
     key = address_key(text)
     # systemd takes port 0 for vsock only.
     return None if key is not None and key[0] == "ip" and key[2] == 0 else key
@@ -121,11 +119,9 @@ def address_key(text: str) -> AddressKey | None:
         return None
     # The kernel forgets the interface of an address that is not link-local.
     link_local = bracketed and packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
-    return (
-        "ip",
-        f"{address}%{scope}" if scope and link_local else address,
-        int(port),
-    )
+    if scope and link_local:
+        address += f"%{scope}"
+    return ("ip", address, int(port))
 
 
 def _vsock_key(text: str) -> AddressKey | None:

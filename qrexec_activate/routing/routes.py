@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ..errors import BadName
 from .address import AddressKey, address_key, expand_specifiers, written_key
@@ -205,26 +206,19 @@ class _Loaded:
                 for item in self.declared.listeners
                 if item.kind == kind and self._may_be(item, address)
             ]
-            where, path = (
-                (files[-1].where, files[-1].path)
-                if files
-                else (self.unit.name, "")
-            )
-            return Refusal(
-                address, f"{where}: {no_stream(kind)}", self.unit.name, path
-            )
+            where, path = self.unit.name, ""
+            if files:
+                where, path = files[-1].where, files[-1].path
+            return self._refuse(address, f"{where}: {no_stream(kind)}", path)
         owners = self._owners_of(address)
+        path = owners[-1].path if owners else ""
         if self.problem:
             opener = f" (opened by {owners[-1].where})" if owners else ""
-            path = owners[-1].path if owners else ""
-            return Refusal(
-                address,
-                f"{self.unit.name}{opener}: {self.problem}",
-                self.unit.name,
-                path,
+            return self._refuse(
+                address, f"{self.unit.name}{opener}: {self.problem}", path
             )
         if not owners or self.opened[address_key(address)] > len(owners):
-            return Refusal(address, self._nobody(address), self.unit.name)
+            return self._refuse(address, self._nobody(address))
         claims = [self._claim(address, owner) for owner in owners]
         for claim in claims:
             if isinstance(claim, Refusal):
@@ -233,15 +227,17 @@ class _Loaded:
             {claim.target for claim in claims if isinstance(claim, Route)}
         )
         if len(targets) > 1:
-            return Refusal(
+            return self._refuse(
                 address,
                 f"{' and '.join(owner.where for owner in owners)} open it for"
                 f" different qubes ({', '.join(targets)});"
                 f" give each qube an address of its own, then {self.reload}",
-                self.unit.name,
-                owners[-1].path,
+                path,
             )
         return claims[-1]
+
+    def _refuse(self, address: str, reason: str, path: str = "") -> Refusal:
+        return Refusal(address, reason, self.unit.name, path)
 
     def _nobody(self, address: str) -> str:
         """Say why no declaration was found for an address that systemd has
@@ -268,10 +264,7 @@ class _Loaded:
 
     def _claim(self, address: str, owner: Declaration) -> Claim:
         """Decide about an address that one declaration opens."""
-
-        def refuse(reason: str) -> Refusal:
-            return Refusal(address, reason, self.unit.name, owner.path)
-
+        refuse = partial(self._refuse, address, path=owner.path)
         if owner.doubts and (
             owner.inherited or not self._harmless(owner.doubts)
         ):

@@ -95,21 +95,18 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
         yield number, joined
 
 
-def assignments(text: str) -> Iterator[Assignment]:
-    """Yield what systemd would read from a unit file or drop-in; never fails.
+@lru_cache(maxsize=32)
+def assignments(text: str) -> Sequence[Assignment]:
+    """Read what systemd would read from a unit file or drop-in; never fails.
 
     systemd stops reading a file at a bad section header (no closing bracket,
     quotes, control characters) and at bytes that are no UTF-8 (here:
     surrogates, as errors="surrogateescape" leaves them), and keeps what came
     before.
+
+    All instances of a template have its text in common, so that most texts are
+    read once for each of them.
     """
-    return iter(_read_assignments(text))
-
-
-@lru_cache(maxsize=32)
-def _read_assignments(text: str) -> tuple[Assignment, ...]:
-    """All instances of a template have its text in common, so that most texts
-    are read once for each of them."""
     return tuple(_assignments(text))
 
 
