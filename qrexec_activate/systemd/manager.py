@@ -15,9 +15,8 @@ import pwd
 import re
 import socket
 import stat
-import struct
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -39,18 +38,6 @@ REPLY_TIMEOUT = 20.0
 #: whose properties are not told would be missing.
 PIPELINE = 100
 
-#: What the sockets and jeepney raise for a bus that is not there, goes away, or
-#: talks nonsense.
-_BUS_ERRORS = (
-    OSError,
-    ValueError,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    AssertionError,
-    struct.error,
-)
 #: Errors in place of a reply that are about the bus or systemd as a whole;
 #: others are about one unit or property.
 _LOST = frozenset(
@@ -188,7 +175,7 @@ class Manager:
         address = _bus_address(user)
         try:
             connection = prep_socket(get_bus(address), timeout=REPLY_TIMEOUT)
-        except _BUS_ERRORS as error:
+        except Exception as error:
             bus = "user" if user else "system"
             raise ManagerError(
                 f"cannot reach systemd over the {bus} bus, {address}:"
@@ -206,15 +193,12 @@ class Manager:
         if not self.user:
             return {"t": "/run", "h": "/root", "u": "root", "U": "0"}
         uid = os.getuid()
-        values = {"U": str(uid)}
-        if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-            values["t"] = runtime
-        if home := os.environ.get("HOME"):
-            values["h"] = home
-        try:
+        values = {"u": str(uid), "U": str(uid)}
+        for letter, name in (("t", "XDG_RUNTIME_DIR"), ("h", "HOME")):
+            if value := os.environ.get(name):
+                values[letter] = value
+        with suppress(KeyError):
             values["u"] = pwd.getpwuid(uid).pw_name
-        except KeyError:
-            values["u"] = str(uid)
         return values
 
     def properties(self, wanted: Sequence[Property]) -> list[Any]:
@@ -261,7 +245,9 @@ class Manager:
                 if serial in waiting:
                     waiting.remove(serial)
                     bodies[serial] = body
-        except _BUS_ERRORS as error:
+        # Whatever the socket and jeepney may raise for a bus that goes away, or
+        # talks nonsense.
+        except Exception as error:
             raise ManagerError(
                 f"systemd did not answer over D-Bus: {_describe(error)}"
             ) from error
