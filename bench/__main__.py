@@ -7,6 +7,7 @@ whatever it starts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from typing import Any
 from qrexec_activate.errors import ActivateError
 from qrexec_activate.loopback.machine import Machine
 
-from . import plot
+from . import plot, stack
 from .measures import AT_ONCE, FULL, MEASURES, QUICK, STREAMS, Bench
 from .report import Figures, markdown, targets
 from .rivals import NOT_INSTALLED, RIVALS, build, rivals
@@ -47,11 +49,19 @@ def main() -> int:
     names = [name for name in RIVALS if name in options.only or name == "limit"]
     if len(names) == 1 and "limit" not in options.only:
         names = list(RIVALS)
+    if options.stack is not None:
+        measures = [name for name in measures if name in stack.END_TO_END]
+        sizes = replace(sizes, seconds=sizes.seconds * stack.LONGER)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="qa-bench-") as folder:
         programs = build(Path(folder), options.client, options.qrexec_connect)
         environment = {"QREXEC_ACTIVATE_CLIENT": str(programs.client)}
         with (
+            contextlib.nullcontext()
+            if options.stack is None
+            else stack.serving(
+                options.stack, options.target, linked=programs.hands_over
+            ),
             Machine(environment=environment) as machine,
             rivals(machine, programs, options.target, names) as (
                 found,
@@ -60,6 +70,8 @@ def main() -> int:
         ):
             for name, problem in problems.items():
                 _say(f"{RIVALS[name]} is left out: {problem}")
+            if not found:
+                raise SystemExit("bench: nothing answers")
             bench = Bench(machine, programs, found, sizes)
             bench.run(measures, _say)
     rounds = 1 + max(
@@ -80,7 +92,8 @@ def main() -> int:
     figures = Figures([*broken, *bench.results])
     text = markdown(figures, about)
     print(text, end="")
-    output = options.output or (None if options.quick or options.only else HERE)
+    partly = options.quick or options.only or options.stack
+    output = options.output or (None if partly else HERE)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "results.md").write_text(text)
@@ -129,6 +142,15 @@ def _options() -> argparse.Namespace:
         "--target", metavar="QUBE", help="the target qube, with --client"
     )
     parser.add_argument(
+        "--stack",
+        metavar="FOLDER",
+        type=Path,
+        default=os.environ.get("QREXEC_STACK") or None,
+        help="a qrexec on this machine, as docs/testing.md has it: first bytes"
+        " and connections end to end, to --target [work];"
+        " by default $QREXEC_STACK",
+    )
+    parser.add_argument(
         "--qrexec-connect",
         metavar="PATH",
         type=_program,
@@ -139,9 +161,15 @@ def _options() -> argparse.Namespace:
         metavar="FOLDER",
         type=Path,
         help="where results.md, results.svg and results.json go; by default"
-        " bench/, or nowhere with --quick or --only",
+        " bench/, or nowhere with --quick, --only or --stack",
     )
     options = parser.parse_args()
+    if options.stack is not None:
+        if options.client is not None:
+            parser.error("--stack has a client of its own")
+        options.stack = options.stack.absolute()
+        options.client = stack.client_of(options.stack)
+        options.target = options.target or "work"
     if (options.client is None) != (options.target is None):
         parser.error("--client and --target go together")
     return options

@@ -1,7 +1,8 @@
 /* The limit: accept, fork, exec. Nothing that starts a process per connection can do less.
  *
  * usage: limit HOST PORT PROGRAM ARGUMENT...
- * PROGRAM gets the connection as its stdin; its stdout is /dev/null.
+ * PROGRAM gets the connection as its stdin; its stdout is /dev/null if the first ARGUMENT is --use-stdin-socket, else
+ * the connection, too.
  */
 
 #define _GNU_SOURCE
@@ -12,6 +13,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -36,6 +38,7 @@ int main(int argc, char **argv) {
     setsockopt(listener, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     need(bind(listener, (struct sockaddr *)&address, sizeof address) == 0, "bind");
     need(listen(listener, 4096) == 0, "listen");
+    int both = argc > 4 && strcmp(argv[4], "--use-stdin-socket") == 0;
     /* The kernel reaps the children. */
     struct sigaction ignore = {.sa_handler = SIG_IGN, .sa_flags = SA_NOCLDWAIT};
     sigaction(SIGCHLD, &ignore, NULL);
@@ -45,10 +48,10 @@ int main(int argc, char **argv) {
         if (connection < 0)
             continue;
         if (fork() == 0) {
-            int nothing = open("/dev/null", O_WRONLY);
+            int out = both ? open("/dev/null", O_WRONLY) : connection;
             dup2(connection, 0);
-            dup2(nothing, 1);
-            close(nothing);
+            dup2(out, 1);
+            close(out);
             execv(argv[3], argv + 3);
             _exit(125);
         }

@@ -146,16 +146,22 @@ static int rate(const struct sockaddr_in *address, size_t at_once, int64_t durat
     if (!all || !took)
         fail("calloc");
     int epoll = epoll_create1(EPOLL_CLOEXEC);
-    int64_t start = now() + WARM_UP, end = start + duration;
-    size_t open = 0, served = 0, failed = 0;
+    /* Counted is from when each has had its turn on, and until as many have been served: who starts all of them before
+     * it serves one would have none at all in a short time. */
+    int64_t warm = now() + WARM_UP, start = 0, end = 0;
+    size_t open = 0, served = 0, failed = 0, ended = 0;
     for (; open < at_once; open++)
         begin(&all[open], epoll, address);
 
-    while (open > 0 && now() < end + DRAIN) {
+    while (open > 0 && (!end || now() < end + DRAIN)) {
         struct epoll_event events[64];
         int ready = epoll_wait(epoll, events, 64, 10);
         int64_t time = now();
-        int counts = time >= start && time < end;
+        if (!start && time >= warm && (ended >= at_once || time >= warm + DRAIN))
+            start = time;
+        if (start && !end && time >= start + duration && (served >= at_once || time >= start + duration + DRAIN))
+            end = time;
+        int counts = start && !end;
         for (int i = 0; i < ready; i++) {
             struct one *one = events[i].data.ptr;
             struct epoll_event event = {.events = EPOLLIN, .data.ptr = one};
@@ -196,7 +202,8 @@ static int rate(const struct sockaddr_in *address, size_t at_once, int64_t durat
                 failed++;
                 close(one->fd);
             }
-            if (time < end)
+            ended++;
+            if (!end)
                 begin(one, epoll, address);
             else
                 open--;
@@ -205,7 +212,7 @@ static int rate(const struct sockaddr_in *address, size_t at_once, int64_t durat
     qsort(took, firsts, sizeof *took, compare);
     printf("{\"served\": %zu, \"failed\": %zu, \"unfinished\": %zu, \"seconds\": %.6f, \"p50\": %" PRId64
            ", \"p99\": %" PRId64 "}\n",
-           served, failed, open, (double)duration / 1e9, percentile(took, firsts, 50), percentile(took, firsts, 99));
+           served, failed, open, (double)(end - start) / 1e9, percentile(took, firsts, 50), percentile(took, firsts, 99));
     return 0;
 }
 

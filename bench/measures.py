@@ -545,12 +545,17 @@ def _send_line(load: subprocess.Popen[str]) -> None:
 
 
 def _running(program: str) -> set[int]:
-    """The processes that run this very program."""
+    """The processes that run this very program, or what it has become: a
+    stack's bears its name."""
     found = set()
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{entry.name}/exe") == program:
+                name = Path(entry, "cmdline").read_bytes().partition(b"\0")[0]
+                if program in (
+                    os.readlink(f"{entry.path}/exe"),
+                    os.fsdecode(name),
+                ):
                     found.add(int(entry.name))
     return found
 

@@ -135,6 +135,8 @@ class Programs:
     limit: Path
     load: Path
     busy: Path
+    #: Whether it has --use-stdin-socket.
+    hands_over: bool
     #: bcduggan's qrexec-connect, if the person has it.
     connect: Path | None = None
 
@@ -184,8 +186,23 @@ def build(
     return Programs(
         client,
         *(folder / name for name in ("limit", "load", "busy")),
+        hands_over(client),
         connect,
     )
+
+
+def hands_over(client: Path) -> bool:
+    """Whether it has --use-stdin-socket: since 4.2.19, and in --help since
+    4.3.0."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        said = subprocess.run(
+            [client, "--use-stdin-socket"],
+            stdin=theirs,
+            capture_output=True,
+            check=False,
+        ).stderr
+    return b"--use-stdin-socket'" not in said
 
 
 @contextlib.contextmanager
@@ -367,11 +384,8 @@ def _limit(
         _start(
             stack,
             *(programs.limit, host, str(port), programs.client),
-            *(
-                "--use-stdin-socket",
-                target or "qube",
-                f"qubes.ConnectTCP+{service}",
-            ),
+            *(["--use-stdin-socket"] if programs.hands_over else []),
+            *(target or "qube", f"qubes.ConnectTCP+{service}"),
         )
         for service, port in LISTEN.items()
     ]

@@ -3,22 +3,27 @@ say. No figure is asserted."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import select
+import socket
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import psutil
 import pytest
 
-from bench import plot
+from bench import plot, stack
 from bench.measures import AT_ONCE, BUSY, COMMANDS, STREAMS
 from bench.report import Figures, markdown, targets
-from bench.rivals import RIVALS
+from bench.rivals import RIVALS, build
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = {
@@ -214,6 +219,84 @@ def test_the_plot_is_an_image_of_every_bar() -> None:
         if one.get("rx")
     ]
     assert len(bars) == len(RIVALS) * len(plot.PANELS)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_qube_of_a_stack_echoes_as_long_as_the_bench_runs(
+    tmp_path: Path, linked: bool
+) -> None:
+    services, configs = (
+        tmp_path / "qubes" / "work" / name
+        for name in ("qubes-rpc", "rpc-config")
+    )
+    services.mkdir(parents=True)
+    configs.mkdir()
+    service = services / "qubes.ConnectTCP+7"
+    with stack.serving(tmp_path, "work", linked=linked):
+        if linked:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(service.readlink()))
+                client.sendall(b"x")
+                assert client.recv(2) == b"x"
+            assert (configs / service.name).exists()
+        else:
+            said = subprocess.run(
+                [service], input=b"x", capture_output=True, check=True
+            )
+            assert said.stdout == b"x"
+    assert not [*services.iterdir(), *configs.iterdir()]
+
+
+def test_a_service_that_a_stack_has_already_stays(tmp_path: Path) -> None:
+    services = tmp_path / "qubes" / "work" / "qubes-rpc"
+    services.mkdir(parents=True)
+    service = services / "qubes.ConnectTCP+7"
+    service.write_text("mine")
+    for linked in (True, False):
+        with (
+            pytest.raises(FileExistsError),
+            stack.serving(tmp_path, "work", linked=linked),
+        ):
+            pass
+    assert service.read_text() == "mine"
+    with (
+        pytest.raises(SystemExit, match="no qube gitweb"),
+        stack.serving(tmp_path, "gitweb", linked=True),
+    ):
+        pass
+
+
+def test_who_serves_all_at_once_and_seldom_is_counted_too(
+    tmp_path: Path,
+) -> None:
+    load = build(tmp_path, Path("/bin/true")).load
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    batch = [listener.accept()[0]]
+                    # Longer than the load is told to count.
+                    time.sleep(0.2)
+                    while select.select([listener], [], [], 0)[0]:
+                        batch.append(listener.accept()[0])
+                    for client in batch:
+                        with client:
+                            client.sendall(client.recv(1))
+                            client.recv(1)
+
+        threading.Thread(target=serve, daemon=True).start()
+        port = str(listener.getsockname()[1])
+        said = subprocess.run(
+            [load, "rate", "127.0.0.1", port, "4", "0.02"],
+            capture_output=True,
+            check=True,
+        )
+        # What accept() sleeps in ends with this, not with close().
+        listener.shutdown(socket.SHUT_RDWR)
+    counted = json.loads(said.stdout)
+    assert counted["served"] >= 4
+    assert counted["seconds"] >= 0.02
 
 
 @pytest.mark.slow
