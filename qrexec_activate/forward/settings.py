@@ -11,7 +11,8 @@ __all__ = ["CARETAKER", "STOP_SIGNALS", "Relay", "Settings"]
 
 #: Orders to stop. The second is that of the units (KillSignal=): one that comes
 #: before there is somebody to receive it does no harm, and serve asks for it.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGURG)
+#: Of a hang-up systemd would take the end for a clean one, and start nobody.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGURG, signal.SIGHUP)
 
 #: In the environment of a process that has no listeners, and looks after the
 #: connections of an earlier daemon, whose number this says, until the next one

@@ -81,6 +81,16 @@ async def test_a_stop_says_how_many_go_on_without_the_daemon(
         await scene.logged("3 open connections go on without the daemon")
 
 
+async def test_a_hang_up_is_an_order_to_stop(scene: Scene) -> None:
+    """Killed by it, the daemon would be gone for good, to systemd: nobody would
+    look after its connections."""
+    address = await scene.route(echo)
+    async with AsyncExitStack() as stack:
+        await open_many(scene, stack, address, 3)
+        os.kill(scene.pid(), signal.SIGHUP)
+        await scene.logged("3 open connections go on without the daemon")
+
+
 async def test_the_next_daemon_watches_over_the_connections_of_the_last_one(
     scene: Scene,
 ) -> None:
