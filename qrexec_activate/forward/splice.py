@@ -22,13 +22,14 @@ from .watch import NO_MEMORY_PAUSE, readable, writable
 
 __all__ = ["ClientGone", "Splice", "discard", "half_close", "unread"]
 
-#: What one call may move. More than a pipe holds, so that the pipe's size is
+#: What one call may move. No less than a pipe holds, so that the pipe's size is
 #: the limit.
 CHUNK = 1 << 20
-#: Pipes of this size, as long as all of this process stay within the budget:
-#: the kernel allows a user 64 MiB in all pipes of more than one page
-#: (fs.pipe-user-pages-soft), and whoever comes after that gets pipes of 4 KiB.
-PIPE_SIZE = 1 << 18
+#: Pipes to and from the child are of these sizes, as long as all of this
+#: process stay within the budget: the kernel allows a user 64 MiB in all pipes
+#: of more than one page (fs.pipe-user-pages-soft), and whoever comes after that
+#: gets pipes of 4 KiB. From the child a larger one moves more at once.
+UP_SIZE, DOWN_SIZE = 1 << 18, 1 << 20
 PIPE_BUDGET = 16 << 20
 #: struct linger: what close() does. A reset destroys what the client has not
 #: read yet, so not where all went well.
@@ -64,8 +65,8 @@ class Splice:
         #: Whether nothing more is taken from the client.
         self.input_over = False
         try:
-            self._ends["child_in"], self._ends["up"] = self._pipe()
-            self._ends["down"], self._ends["child_out"] = self._pipe()
+            self._ends["child_in"], self._ends["up"] = self._pipe(UP_SIZE)
+            self._ends["down"], self._ends["child_out"] = self._pipe(DOWN_SIZE)
             sock.setblocking(False)
             # Our own ends; and what the child writes to. qrexec-client-vm makes
             # both of its ends non-blocking as the data phase begins, and
@@ -79,15 +80,15 @@ class Splice:
             self.close()
             raise
 
-    def _pipe(self) -> tuple[int, int]:
+    def _pipe(self, size: int) -> tuple[int, int]:
         global _enlarged
         reader, writer = os.pipe2(os.O_CLOEXEC)
-        if _enlarged + PIPE_SIZE <= PIPE_BUDGET:
+        if _enlarged + size <= PIPE_BUDGET:
             # EPERM: this user's pipes are large enough already.
             with contextlib.suppress(OSError):
-                fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-                _enlarged += PIPE_SIZE
-                self._enlarged += PIPE_SIZE
+                fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, size)
+                _enlarged += size
+                self._enlarged += size
         return reader, writer
 
     @property
