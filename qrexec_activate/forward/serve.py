@@ -13,17 +13,13 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from ..errors import ActivateError, BadName, ManagerError, UsageProblem
 from ..printable import printable
 from ..routing.claim import Claim, PassedSocket
 from ..systemd.passed import passed_sockets
 from .background import Background
-from .settings import CARETAKER, STOP_SIGNALS
-
-if TYPE_CHECKING:
-    from .serve_options import Request
+from .settings import CARETAKER, STOP_SIGNALS, Request
 
 __all__ = ["main"]
 

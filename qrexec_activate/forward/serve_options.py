@@ -10,26 +10,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
 from ..errors import UsageProblem
-from .settings import Relay, Settings
+from .settings import Relay, Request, Settings
 
-__all__ = ["Request", "command", "parse"]
-
-
-class Request(NamedTuple):
-    """What is to be served. At most one of unit and argument is given."""
-
-    service: str
-    unit: str | None
-    argument: str | None
-    settings: Settings
-    #: Whether systemd has told this unit to stop already.
-    stopping: bool = False
-
+__all__ = ["command", "parse"]
 
 #: The user id that the kernel shows for all that have none in this user
 #: namespace, and the one that is none.

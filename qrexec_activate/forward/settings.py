@@ -6,8 +6,9 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
-__all__ = ["CARETAKER", "STOP_SIGNALS", "Relay", "Settings"]
+__all__ = ["CARETAKER", "STOP_SIGNALS", "Relay", "Request", "Settings"]
 
 #: Orders to stop. The second is that of the units (KillSignal=): one that comes
 #: before there is somebody to receive it does no harm, and serve asks for it.
@@ -48,3 +49,15 @@ class Settings:
     allow_uids: tuple[int, ...] = ()
     #: How long systemd waits between an order to stop and SIGKILL.
     stop_timeout: float = 5.0
+
+
+class Request(NamedTuple):
+    """What is to be served. At most one of unit and argument is given. Here, as
+    the daemon gets it from where click is, and is itself without."""
+
+    service: str
+    unit: str | None
+    argument: str | None
+    settings: Settings
+    #: Whether systemd has told this unit to stop already.
+    stopping: bool = False
