@@ -16,7 +16,7 @@ from ..errors import UsageProblem
 from ..given.address import parse_address
 from ..printable import printable
 from ..routing.address import AddressKey, address_key
-from ..routing.names import parse_unit_name
+from ..routing.names import c_escape, parse_unit_name
 from ..routing.unitfile import assignments, declared_listeners
 from .address import (
     Obstacle,
@@ -60,6 +60,21 @@ def routes(context: Context) -> Iterator[Step]:
             "there are no routes",
             advice="make one, as with qrexec-activate add tcp 1234 QUBE",
         )
+
+
+def _not_open(listener: str) -> str:
+    """Why nobody listens at an address that systemd has loaded."""
+    if listener.startswith(("/", "@")):
+        raw = os.fsencode(listener)
+        if c_escape(raw) != listener:
+            # systemd 252 takes a listener over by the text that it shows, and
+            # does not know it again.
+            return (
+                "systemd does not listen there: each daemon-reload closes an"
+                " address that it has to write with a backslash; use plain"
+                " letters, or restart it each time"
+            )
+    return "systemd does not listen there yet, only after a restart"
 
 
 def _route(context: Context, entry: Entry) -> Step:
@@ -106,7 +121,7 @@ def _route(context: Context, entry: Entry) -> Step:
         return Step(
             "routes",
             Level.ERROR,
-            f"{route}: systemd does not listen there yet, only after a restart",
+            f"{route}: {_not_open(entry.listener)}",
             written("restart", entry.unit),
         )
     if entry.enabled == "disabled":

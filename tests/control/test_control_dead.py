@@ -195,6 +195,16 @@ def test_a_path_that_is_not_ascii_can_be_added(desk: Desk) -> None:
     assert desk.routes() == {}
 
 
+def test_a_path_that_systemd_loses_is_told_with_the_cause(desk: Desk) -> None:
+    """systemd 252 closes what it has to show with a backslash at each
+    daemon-reload, and goes on to call the unit active."""
+    path = str(desk.machine.home / "é.sock")
+    desk.run("add", "unix", "notes", "vault", "--listen", path)
+    desk.machine.systemctl("daemon-reload")
+    said = desk.try_("check").stdout
+    assert ("each daemon-reload closes" in said) is not listens(path)
+
+
 @pytest.fixture(params=["user", "systemd"])
 def linked(desk: Desk, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A folder of dotfiles into which the user's folder of units is a link, or
