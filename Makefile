@@ -13,7 +13,7 @@
 #
 # make deb, make rpm                    the packages, in dist/
 # make check-installed                  install the debs in Debian 12 and 13, boot these, and try everything
-# make check-trixie, make check-sid     the same in one Debian, and all other tests in there; an hour each
+# make check-trixie, make check-sid     the same in one Debian, and what make check runs; half an hour each
 # make install-client, install-services without a package manager; with DESTDIR= for one
 # make uninstall                        what these two have installed
 

@@ -18,12 +18,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 #: What the tests run beside what Debian calls like the Python package.
-PACKAGES = "git make socat zsh fish dbus-user-session python3-pytest python3-hypothesis"
+PACKAGES = "git make socat zsh fish dbus-user-session python3-pytest python3-pytest-xdist python3-hypothesis"
 LIBRARIES = ("trio", "click", "systemd", "jeepney", "psutil")
-#: Which tests; those of recipes and packages run on a machine, not in there.
+#: Which tests: what `make check` runs; those of recipes and packages run on a
+#: machine, not in there.
 CHOSEN = os.environ.get(
     "CHECK_INSIDE_TESTS",
-    "tests --ignore=tests/recipes --ignore=tests/installed",
+    "-n 2 -m 'not slow' tests --ignore=tests/recipes --ignore=tests/installed",
 )
 
 
