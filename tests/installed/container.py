@@ -466,9 +466,13 @@ class Container:
             input=text,
         )
 
+    def place(self, path: str) -> Path:
+        """Where this machine finds what lies in there."""
+        return Path(f"/proc/{self._leader}/root") / path
+
     def put_while_booted(self, files: Sequence[Path]) -> None:
         for file in files:
-            shutil.copy(file, f"/proc/{self._leader}/root/root")
+            shutil.copy(file, self.place("root"))
 
     def ask(self, *address: str, user: str = "user", check: bool = True) -> str:
         """The line that a local address greets with."""

@@ -8,13 +8,15 @@ qube do.
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from container import ROOT, SUITES, USERS, WANTED, Container, Talk
+from container import CACHE, ROOT, SUITES, USERS, WANTED, Container, Talk
 from debs import UPGRADE
 
 pytestmark = pytest.mark.skipif(
@@ -245,6 +247,78 @@ def test_the_demo(debian: Container) -> None:
     assert "Each address reached its own qube." in debian.run(
         "qrexec-activate", "demo", user="user"
     )
+
+
+def test_what_debian_runs_to_test_a_package_passes(debian: Container) -> None:
+    folder = ROOT / "debian/tests"
+    for text in (folder / "control").read_text().split("\n\n"):
+        words = dict(re.findall(r"^(\w+): *(.*)$", text, re.MULTILINE))
+        test = words["Tests"]
+        debian.write(f"/var/tmp/{test}", (folder / test).read_text())
+        debian.run(
+            *("sh", "-ec", f"AUTOPKGTEST_TMP=$(mktemp -d) sh /var/tmp/{test}"),
+            user=None if "needs-root" in words["Restrictions"] else "user",
+        )
+
+
+SALT_CALL = """\
+import sys
+sys.path.append("/var/salt/modules")
+from salt.scripts import salt_call
+salt_call()
+"""
+
+
+def test_salt_gives_routes_to_a_user_who_is_there(
+    debian: Container,
+) -> None:
+    (modules,) = (CACHE / "salt/lib").glob("python3*/site-packages")
+    python = "import sys; print('python%d.%d' % sys.version_info[:2], end='')"
+    if debian.run("python3", "-c", python) != modules.parent.name:
+        pytest.skip(f"Salt was made for {modules.parent.name}")
+    shutil.copytree(modules, debian.place("var/salt/modules"))
+    shutil.copytree(ROOT / "salt", debian.place("var/salt/formula"))
+    roots = {
+        "file_roots": {"base": ["/var/salt/formula"]},
+        "pillar_roots": {"base": ["/var/salt/pillar"]},
+    }
+    conf = {"file_client": "local", "root_dir": "/var/salt/root", **roots}
+    routes = {
+        f"r{number}": {
+            "client": "work",
+            "listen": f"127.0.5.{number}:8080",
+            "rpc": "qubes.ConnectTCP",
+            "argument": 80,
+            "target": "web",
+        }
+        for number in range(1, 4)
+    }
+    for name, content in {
+        "minion": conf,
+        "pillar/top.sls": {"base": {"work": ["routes"]}},
+        "pillar/routes.sls": {"qrexec-activate": {"routes": routes}},
+    }.items():
+        debian.write(f"/var/salt/{name}", json.dumps(content))
+
+    def changed() -> list[str]:
+        """What Salt changes as it applies the formula."""
+        options = "--local --out=json --id=work --retcode-passthrough"
+        said = debian.run(
+            *("python3", "-c", SALT_CALL, *options.split()),
+            *("--config-dir=/var/salt", "state.apply", "qrexec-activate"),
+            timeout=600,
+        )
+        states = json.loads(said)["local"]
+        return [name for name, state in states.items() if state["changes"]]
+
+    assert changed()
+    for number in (1, 2, 3):
+        assert debian.ask(f"127.0.5.{number}", "8080").startswith("web to ")
+    assert changed() == []
+    unit = "qrexec-connect-tcp@80.socket"
+    debian.user_systemctl("disable", "--now", unit)
+    debian.run("rm", "-r", f"/home/user/.config/systemd/user/{unit}.d")
+    debian.user_systemctl("daemon-reload")
 
 
 def test_a_port_under_1024_for_the_whole_qube(debian: Container) -> None:
