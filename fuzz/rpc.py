@@ -175,7 +175,7 @@ def expected(service: str, argument: bytes, folder: str) -> list[bytes] | None:
         return [
             *options,
             label,
-            b"STDIO,shut-down",
+            b"STDIN!!STDOUT,shut-down",
             b"UNIX-CONNECT:./" + argument,
         ]
     port, dash, address = argument.partition(b"-")
@@ -207,7 +207,7 @@ def expected(service: str, argument: bytes, folder: str) -> list[bytes] | None:
         *(
             *options,
             b"qubes.ConnectTCPBind to " + target + b" from " + source,
-            b"STDIO,shut-down",
+            b"STDIN!!STDOUT,shut-down",
         ),
         kind + b":" + target + b",bind=" + source + b",sndbuf=212992,nodelay",
     ]
