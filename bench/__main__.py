@@ -117,7 +117,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one round of everything, small, in two minutes",
+        help="less of everything, in two minutes",
     )
     parser.add_argument(
         "--only",

@@ -77,9 +77,6 @@ COMMANDS = {
 }
 #: Rounds of these, each of which takes systemd seconds where routes are many.
 SAYINGS = 3
-#: Rounds end early rather than take the run past its limit; what is measured
-#: once needs the rest.
-TAIL = 150.0
 #: How long the processes of one measure may take to be gone before the next;
 #: proxyd leaves some for ever.
 SETTLE = 3.0
@@ -100,8 +97,10 @@ class Sizes:
     held: tuple[int, ...]
     listeners: tuple[int, ...]
     routes: tuple[int, ...]
-    #: The whole run takes no longer.
+    #: The whole run takes no longer: rounds end early, and leave so much of it
+    #: to what is measured once.
     limit: float
+    tail: float
 
 
 FULL = Sizes(
@@ -114,9 +113,10 @@ FULL = Sizes(
     listeners=(1, 100, 2000),
     routes=(100, 2000),
     limit=600,
+    tail=150,
 )
 QUICK = Sizes(
-    rounds=1,
+    rounds=3,
     firsts=30,
     seconds=0.2,
     slices=1,
@@ -125,6 +125,7 @@ QUICK = Sizes(
     listeners=(1, 100),
     routes=(10, 100),
     limit=120,
+    tail=45,
 )
 
 
@@ -162,14 +163,14 @@ class Bench:
             "busy": self._beside_load,
             "throughput": self._throughput,
         }
-        longest = 0.0
+        longest, most = 0.0, self._sizes.limit - self._sizes.tail
         for number in (
             range(self._sizes.rounds) if set(only) & set(repeated) else ()
         ):
-            if self._elapsed() + longest > self._sizes.limit - TAIL and number:
+            if self._elapsed() + longest > most and number:
                 say(
-                    f"only {number} rounds, to be done in"
-                    f" {self._sizes.limit:.0f} s"
+                    f"only {number} of {self._sizes.rounds} rounds, to be"
+                    f" done in {self._sizes.limit:.0f} s"
                 )
                 break
             began = time.monotonic()
