@@ -28,6 +28,7 @@ from .check_units import daemons, reloads, syntax, units
 from .dom0 import from_dom0
 from .managers import ask
 from .persistence import forgotten
+from .publications import is_offering
 from .steps import Context, Level, Step
 from .survey import Entry, Survey, take_survey
 
@@ -60,7 +61,7 @@ def _walk(
 
     def declares(now: Survey) -> bool:
         context = Context(managers[now.user], now, Systemctl(now.user))
-        return bool(now.units) or any(strays(context))
+        return bool(now.units) or any(strays(context)) or is_offering()
 
     steps: list[Step] = []
     try:
@@ -74,7 +75,9 @@ def _walk(
             others = [one for one in entries if one.manager != now.manager]
             for step in _steps(managers[now.user], now, others):
                 # What is of the machine is said once.
-                if step.area != "qrexec" or step not in steps:
+                if step.area not in ("qrexec", "services") or (
+                    step not in steps
+                ):
                     steps.append(replace(step, manager=now.manager))
     except ActivateError as error:
         user = which != "system"

@@ -29,16 +29,24 @@ from .netproc import listening
 from .survey import read_file
 
 __all__ = [
+    "CONFIG",
+    "CONFIG_FOLDERS",
     "FOLDER",
+    "NOTES",
+    "PREFIX",
     "RPC",
     "RPC_FOLDERS",
     "Publication",
     "check_name",
     "folder",
+    "is_offering",
+    "is_service",
     "managers",
+    "places",
     "published",
     "services_of",
     "symlink_lines",
+    "way_problem",
     "where_installed",
 ]
 
@@ -54,6 +62,19 @@ RPC_FOLDERS = (
     "/usr/local/etc/qubes-rpc",
     "/etc/qubes-rpc",
 )
+#: Where rpc-config is, what wins first; before qrexec 4.3.5 only the last.
+CONFIG_FOLDERS = (
+    "/run/qubes/rpc-config",
+    "/usr/local/etc/qubes/rpc-config",
+    "/etc/qubes/rpc-config",
+)
+#: What a native name has there. Without it the program would read
+#: SERVICE+ARGUMENT SOURCE and a zero first.
+CONFIG = "skip-service-descriptor=true\n"
+#: How units begin that publish makes for a program, and the section, which
+#: systemd ignores, in which they say what else was made for it.
+PREFIX = "qrexec-publish-"
+NOTES = "X-Publish"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +133,25 @@ def check_name(name: str) -> str:
     return name
 
 
+def is_service(unit: str) -> bool:
+    """Whether a socket unit is that of a service that was published with a
+    command."""
+    return unit.startswith(PREFIX) and unit.endswith(".socket")
+
+
+def is_offering() -> bool:
+    """Whether there is something that the system's systemd publishes."""
+    return bool(
+        _names(SYSTEM_FOLDER)
+        or glob.glob(f"{own_folder(user=False)}/{PREFIX}*.socket")
+    )
+
+
 @contextlib.contextmanager
 def managers() -> Iterator[list[Manager]]:
     """The systemd managers that may publish something: the user's, and the
     system's where there is something of it."""
-    system = bool(
-        _names(SYSTEM_FOLDER)
-        or glob.glob(f"{own_folder(user=False)}/qrexec-publish-*.socket")
-    )
+    system = is_offering()
     with contextlib.ExitStack() as stack:
         found = []
         try:
@@ -163,7 +195,12 @@ def published(
             problem += f": {restart(unit)}"
         way = where_installed(f"{RPC}+{name}")
         if way and os.path.realpath(way) != socket:
-            problem = f"{way} is what other qubes reach by this name"
+            problem = (
+                f"{way} is what other qubes reach by this name: remove it, or"
+                f" publish under another"
+            )
+        elif is_service(unit) and not problem:
+            problem = way_problem(name, way, read_file(file).text or "")
         try:
             check_name(name)
         except BadName as error:
@@ -182,6 +219,35 @@ def published(
             )
         )
     return found
+
+
+def places(folders: Iterable[str], name: str) -> list[Path]:
+    """The files of a name alone, in folders of qrexec's."""
+    return [Path(folder, f"{RPC}+{name}") for folder in folders]
+
+
+def way_problem(name: str, way: str, unit: str) -> str:
+    """Why calls of a program do not go the way that its unit, which says so,
+    was made for; empty where they do."""
+    if not way:
+        if any(
+            (one.section, one.key) == (NOTES, "Native")
+            for one in assignments(unit)
+        ):
+            return (
+                "calls take the script, as the link for qrexec is gone:"
+                " publish it without --native, and then with it"
+            )
+        return ""
+    for path in places(CONFIG_FOLDERS, name):
+        if (text := read_file(str(path)).text) is not None:
+            break
+    if CONFIG.strip() in "".join((text or "").split(" ")).splitlines():
+        return ""
+    return (
+        f"{path} has no {CONFIG.strip()}, so its program reads a line of"
+        f" qrexec's first: write that there"
+    )
 
 
 def services_of(manager: Manager, unit: str) -> list[str]:

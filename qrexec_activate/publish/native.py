@@ -13,42 +13,33 @@ import re
 from pathlib import Path
 
 from ..control.check_qrexec import DEFAULT_CLIENT, package_version
-from ..control.publications import RPC, RPC_FOLDERS
-from ..control.survey import read_file
+from ..control.publications import (
+    CONFIG,
+    CONFIG_FOLDERS,
+    RPC_FOLDERS,
+    places,
+)
 from ..errors import UsageProblem
 from .steps import Step, file_step, link_step
 
 __all__ = [
     "check_native",
-    "config_problem",
     "is_too_old",
     "native_files",
     "native_steps",
 ]
 
-#: Where rpc-config is, what wins first; before qrexec 4.3.5 only the last.
-CONFIG_FOLDERS = (
-    "/run/qubes/rpc-config",
-    "/usr/local/etc/qubes/rpc-config",
-    "/etc/qubes/rpc-config",
-)
-#: Without it the program would read SERVICE+ARGUMENT SOURCE and a zero first.
-CONFIG = "skip-service-descriptor=true\n"
-#: The qrexec that knows it.
+#: The qrexec that knows its config.
 SINCE = (4, 2, 19)
 #: What a unix socket's address holds; qrexec connects by that of the link.
 LONGEST = 107
 
 
-def _places(folders: tuple[str, ...], name: str) -> list[Path]:
-    return [Path(folder, f"{RPC}+{name}") for folder in folders]
-
-
 def native_files(name: str) -> tuple[Path, Path]:
     """The rpc-config, and the link."""
     return (
-        _places(CONFIG_FOLDERS, name)[-1],
-        _places(RPC_FOLDERS, name)[-1],
+        places(CONFIG_FOLDERS, name)[-1],
+        places(RPC_FOLDERS, name)[-1],
     )
 
 
@@ -68,7 +59,7 @@ def check_native(name: str) -> None:
             f" the program would read a line of qrexec's first; here is"
             f" {package or 'none that dpkg or rpm knows of'}"
         )
-    for path in _places((*CONFIG_FOLDERS, *RPC_FOLDERS), name):
+    for path in places((*CONFIG_FOLDERS, *RPC_FOLDERS), name):
         if os.path.lexists(path):
             raise UsageProblem(
                 f"--native: {path} is there already, and was not made for"
@@ -92,15 +83,3 @@ def native_steps(name: str, address: Path) -> list[Step]:
         return []
     # The link comes last, and goes first: no call is without its config.
     return [file_step(config, CONFIG), link_step(link, str(address))]
-
-
-def config_problem(name: str) -> str:
-    """What a socket service would get that is not the caller's; empty where it
-    is nothing."""
-    for path in _places(CONFIG_FOLDERS, name):
-        if (text := read_file(str(path)).text) is not None:
-            break
-    lines = "".join((text or "").split(" ")).splitlines()
-    if CONFIG.strip() in lines:
-        return ""
-    return f"{path} has no {CONFIG.strip()}: its program reads a line first"

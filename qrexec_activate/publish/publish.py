@@ -29,6 +29,7 @@ from ..control.publications import (
     Publication,
     check_name,
     folder,
+    is_service,
     managers,
     published,
     socket_path,
@@ -45,7 +46,7 @@ from .caddy import known_routes
 from .change import alteration, check_change, touched
 from .details import MEMORY, TASKS, details
 from .native import native_files
-from .services import Service, creation, domain_step, is_service
+from .services import Service, creation, domain_step
 from .steps import (
     Step,
     audit,

@@ -19,6 +19,7 @@ from ..control.options import debug_option, json_option
 from ..control.publications import (
     RPC,
     Publication,
+    is_service,
     managers,
     published,
     where_installed,
@@ -30,11 +31,9 @@ from ..systemd.units import Manager, open_manager
 from .caddy import NotAllowed, known_routes, status_problem
 from .change import end_unused
 from .counts import Calls, count_calls, count_failures
-from .native import config_problem
 from .services import (
     Service,
     caller,
-    is_service,
     pause_problem,
     state_and_memory,
     units_of,
@@ -229,10 +228,7 @@ def _look(
             continue
         yield Seen(
             one,
-            pauses[one.unit]
-            or problem
-            or lost.get(one.name, "")
-            or _way_problem(one, services[one.unit]),
+            pauses[one.unit] or problem or lost.get(one.name, ""),
             *states[one.unit],
             services[one.unit],
             called,
@@ -240,18 +236,6 @@ def _look(
             if failed is None
             else sum(failed[unit] for unit in units_of(one.unit)[:2]),
         )
-
-
-def _way_problem(one: Publication, service: Service | None) -> str:
-    """Why a call does not go the way that was asked for."""
-    if one.way:
-        return config_problem(one.name)
-    if service and service.native:
-        return (
-            "calls take the script, as the link for qrexec is gone: publish it"
-            " without --native, and then with it"
-        )
-    return ""
 
 
 def _print(seen: list[Seen]) -> None:

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import click
 
-from ..control.publications import FOLDER, RPC, folder
+from ..control.publications import FOLDER, NOTES, PREFIX, RPC, folder
 from ..control.survey import read_file
 from ..errors import ActivateError, UsageProblem
 from ..given.escapes import escape_instance
@@ -69,7 +69,6 @@ __all__ = [
     "check",
     "creation",
     "domain_step",
-    "is_service",
     "load_step",
     "pause_problem",
     "quoted",
@@ -79,7 +78,6 @@ __all__ = [
     "units_of",
 ]
 
-PREFIX = "qrexec-publish-"
 PROGRAM_PREFIX = "qrexec-program-"
 AGAIN_PREFIX = "qrexec-again-"
 DOMAIN_PREFIX = "qrexec-domain-"
@@ -94,9 +92,6 @@ LONGEST_ADDRESS = 107
 DEFAULT_USER = "user"
 CADDY_GROUP = "caddy"
 CADDY = "caddy.service"
-#: What systemd ignores, in which a socket unit says what else was made for its
-#: service.
-NOTES = "X-Publish"
 #: How long a program may take until it listens, and how often it is looked
 #: whether it does.
 START_TIMEOUT = 60
@@ -424,12 +419,6 @@ class Service:
             else f"SocketUser={user}\nSocketMode=0600\n"
         )
         return f"{who}DirectoryMode=0755\nRemoveOnStop=yes\n"
-
-
-def is_service(unit: str) -> bool:
-    """Whether a socket unit is that of a service that was published with a
-    command."""
-    return unit.startswith(PREFIX) and unit.endswith(".socket")
 
 
 def units_of(socket_unit: str) -> tuple[str, str, str, str, str]:

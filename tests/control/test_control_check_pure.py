@@ -11,7 +11,12 @@ from typing import Any, cast
 
 import pytest
 
-from qrexec_activate.control import check_qrexec, check_routes, checks
+from qrexec_activate.control import (
+    check_qrexec,
+    check_routes,
+    check_services,
+    checks,
+)
 from qrexec_activate.control.address import Obstacle, Trouble
 from qrexec_activate.control.check_names import (
     likely_target,
@@ -23,8 +28,10 @@ from qrexec_activate.control.check_qrexec import (
     client_steps,
     refuses,
 )
+from qrexec_activate.control.check_services import services
 from qrexec_activate.control.check_units import reloads
 from qrexec_activate.control.daemons import Daemon
+from qrexec_activate.control.publications import Publication
 from qrexec_activate.control.steps import Context, Level
 from qrexec_activate.control.survey import Entry, Survey, Unit
 from qrexec_activate.routing.routes import SocketUnit
@@ -276,3 +283,72 @@ def test_a_folder_of_units_that_leads_nowhere_is_told(
     path.unlink()
     path.mkdir()
     assert list(strays(context())) == []
+
+
+SCRIPT = "/etc/qubes-rpc/qubes.ConnectUnix"
+
+
+def offered(
+    monkeypatch: pytest.MonkeyPatch, *found: Publication, user: bool
+) -> list[tuple[Level, str, str]]:
+    """What check says of these names, and of the script."""
+    monkeypatch.setattr(check_services, "published", lambda *_: list(found))
+    monkeypatch.setattr(check_services, "where_installed", lambda _: SCRIPT)
+    monkeypatch.setattr("os.access", lambda *_: True)
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/socat")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    look = context()
+    look.now.user = user
+    look.systemctl = Systemctl(user=user)
+    return [(step.level, step.text, step.mend) for step in services(look)]
+
+
+def name(problem: str = "", **fields: Any) -> Publication:
+    socket = "/run/qubes.ConnectUnix/x"
+    given = {
+        "unit": "qrexec-publish-x.socket",
+        "file": "",
+        "alive": not problem,
+        "problem": problem,
+        **fields,
+    }
+    return Publication("x", socket, socket, **given)
+
+
+def test_each_name_shows_which_way_its_calls_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    link = f"{SCRIPT}+x"
+    alive = "x leads to /run/qubes.ConnectUnix/x, which is alive, "
+    installed = (Level.OK, f"{SCRIPT} is installed", "")
+    # Those of the system, too, of which native ones are.
+    assert offered(monkeypatch, name(way=link), name(), user=False) == [
+        installed,
+        (Level.OK, f"{alive}by qrexec alone, as root ({link})", ""),
+        (Level.OK, f"{alive}by the script {SCRIPT}", ""),
+    ]
+    assert offered(monkeypatch, user=True) == [installed]
+    assert offered(monkeypatch, user=False) == []
+
+
+def test_what_mends_a_name_takes_nothing_of_the_systems_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone = name("nobody listens")
+    by_hand = name("nobody listens", unit="")
+    says = "x cannot be called: nobody listens"
+    unit = "qrexec-publish-x.socket"
+    for found, user, mend in (
+        (gone, True, f"systemctl --user restart {unit}"),
+        (gone, False, f"sudo systemctl restart {unit}"),
+        (by_hand, True, "qrexec-activate unpublish x"),
+        (by_hand, False, ""),
+    ):
+        assert offered(monkeypatch, found, user=user)[1:] == [
+            (Level.ERROR, says, mend)
+        ]
+    # To unpublish what goes another way would delete its user and its files.
+    other = name("/x is what other qubes reach", alive=True, way="/x")
+    assert offered(monkeypatch, other, user=False)[1:] == [
+        (Level.ERROR, "x: /x is what other qubes reach", "")
+    ]

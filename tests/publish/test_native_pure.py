@@ -29,6 +29,7 @@ def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="qa-", dir="/tmp") as top:
         for module, name in (
             (native, "CONFIG_FOLDERS"),
+            (publications, "CONFIG_FOLDERS"),
             (native, "RPC_FOLDERS"),
             (publications, "RPC_FOLDERS"),
         ):
@@ -127,13 +128,24 @@ def test_a_name_that_no_address_holds_is_refused(root: Path) -> None:
 def test_a_config_that_lets_a_line_come_first_is_a_problem(
     root: Path, text: str | None, is_fine: bool
 ) -> None:
-    config, _ = native.native_files("wiki")
+    config, link = native.native_files("wiki")
     if text is not None:
         config.write_text(text)
-    assert (native.config_problem("wiki") == "") == is_fine
+
+    def problem() -> str:
+        return publications.way_problem("wiki", str(link), "")
+
+    assert (problem() == "") == is_fine
     # What wins is what counts.
     (root / "run/qubes/rpc-config" / FILE).write_text("")
-    assert "/run/" in native.config_problem("wiki")
+    assert "/run/" in problem()
+
+
+def test_a_link_that_is_gone_is_a_problem_where_there_was_one() -> None:
+    unit = "[Socket]\n[X-Publish]\nUser=wiki\n"
+    assert publications.way_problem("wiki", "", unit) == ""
+    unit += "Native=yes\n"
+    assert "without --native" in publications.way_problem("wiki", "", unit)
 
 
 def test_a_link_whose_end_is_not_there_is_passed_over(root: Path) -> None:

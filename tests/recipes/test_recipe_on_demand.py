@@ -437,6 +437,8 @@ def test_qrexec_itself_connects_to_a_native_one(
     assert published(apps)["bare"]["native"]
     assert published(apps)["bare"]["calls"] is None
     assert " native\n" in apps.run("qrexec-activate published --check")
+    said = apps.run("qrexec-activate check", check=False)
+    assert f"is alive, by qrexec alone, as root ({LINK})" in said
     # The same link and the same config, as this machine sees them.
     here = f"/proc/{apps.leader}/root{apps.run(f'readlink {LINK}').strip()}"
     link = rpc / "qubes.ConnectUnix+bare"
