@@ -11,8 +11,9 @@ from __future__ import annotations
 import difflib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -29,7 +30,6 @@ from .services import (
     check,
     domain_step,
     load_step,
-    running_of,
     units_of,
 )
 from .steps import Step, command
@@ -39,6 +39,8 @@ __all__ = ["alteration", "check_change", "end_unused", "touched"]
 #: For how long the new program waits until nobody is connected to the old one.
 TAKE_OVER_TIMEOUT = 10.0
 LOOK_INTERVAL = 0.05
+#: What does not end by SIGTERM is left to systemd, which knows SIGKILL.
+END_TIMEOUT = 30.0
 #: A signal stops a thread as soon as it has a processor.
 STOP_TIMEOUT = 5.0
 PROC = Path("/proc")
@@ -243,16 +245,17 @@ def end_unused(service: Service, units: Sequence[str]) -> bool:
     if _is_used(service):
         return False
     systemctl = service.systemctl
-    if not (running := running_of(systemctl, units)):
+    runs = _runs(systemctl, units)
+    if any(run.state != "active" for run in runs.values()):
+        # Somebody waits for it, or it ends by itself.
+        return False
+    if not (running := list(runs)):
         return True
     systemctl.run("kill", "--signal=SIGSTOP", *running, check=False)
     ended = False
     try:
         if _stand_still(systemctl, running) and not _is_used(service):
-            # systemd has them go on after its SIGTERM. What ends with another,
-            # and has no file any more, it does not know by then.
-            for unit in running:
-                systemctl.run("stop", unit, check=unit == units[0])
+            _end(service, runs)
             ended = True
     except ActivateError:
         # A connection that waits has it started, and not stopped: systemd
@@ -262,6 +265,58 @@ def end_unused(service: Service, units: Sequence[str]) -> bool:
         if not ended:
             systemctl.run("kill", "--signal=SIGCONT", *running, check=False)
     return ended
+
+
+class _Run(NamedTuple):
+    """What runs of a unit; started again, it has another id."""
+
+    state: str
+    id: bytes
+
+
+def _runs(systemctl: Systemctl, units: Sequence[str]) -> dict[str, _Run]:
+    """Those units that are active, or about to be or not to be."""
+    with open_manager(user=systemctl.user) as manager:
+        rows = manager.unit_properties(
+            units, "Unit", ["ActiveState", "InvocationID"]
+        )
+    return {
+        unit: _Run(row["ActiveState"], bytes(row["InvocationID"] or ()))
+        for unit, row in zip(units, rows, strict=True)
+        if row["ActiveState"] not in (None, "inactive", "failed")
+    }
+
+
+def _end(service: Service, runs: Mapping[str, _Run]) -> None:
+    """End these, which stand still; systemd has them go on after its SIGTERM.
+
+    A program behind a proxy, and bound to it, is ended by a signal, and its
+    proxy by systemd after it. To stop them would stop the proxy first, and
+    whoever waits in its socket would start it again, for the program that has
+    not ended yet: with that it would go, or wait for what only the next one
+    does.
+    """
+    systemctl = service.systemctl
+    main, program = units_of(service.socket_unit)[:2]
+    ends = list(runs)
+    if program in runs and (service.folder / program).exists():
+        ends = [one for one in ends if one not in (main, program)]
+        _end_by_signal(systemctl, program, runs[program].id)
+    for unit in ends:
+        # What ends with another, and has no file any more, it does not know by
+        # then.
+        systemctl.run("stop", unit, check=unit == main)
+
+
+def _end_by_signal(systemctl: Systemctl, unit: str, run: bytes) -> None:
+    for signal in ("SIGTERM", "SIGCONT"):
+        systemctl.run("kill", f"--signal={signal}", unit, check=False)
+    deadline = time.monotonic() + END_TIMEOUT
+    while (now := _runs(systemctl, [unit]).get(unit)) and now.id == run:
+        if time.monotonic() > deadline:
+            systemctl.run("stop", unit)
+            return
+        time.sleep(LOOK_INTERVAL)
 
 
 def _stand_still(systemctl: Systemctl, units: Sequence[str]) -> bool:

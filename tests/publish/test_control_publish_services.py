@@ -1085,6 +1085,42 @@ def test_a_stop_that_systemd_cancels_is_tried_again(
     assert desk.machine.property(unit, "MainPID") == "0"
 
 
+@pytest.mark.parametrize("kind", ["--idle", "--port"])
+def test_who_connects_as_a_proxy_ends_waits_for_the_next_program(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    value = str(free_port()) if kind == "--port" else "1min"
+    text = BY_ITSELF if kind == "--port" else ACTIVATED
+    said_again(desk, program(desk, text, "wiki", value), kind, value)
+    assert ask(desk, "wiki") == "wiki heard me"
+    main, behind = "qrexec-publish-wiki.service", "qrexec-program-wiki.service"
+    pid = desk.machine.property(behind, "MainPID")
+    for name, given in desk.machine.environment.items():
+        monkeypatch.setenv(name, given)
+    really_run = Systemctl.run
+    waiting: list[socket.socket] = []
+
+    def run(systemctl: Systemctl, *words: str, check: bool = True) -> object:
+        if words[0] == "stop" or words[1] == "--signal=SIGTERM":
+            client = socket.socket(socket.AF_UNIX)
+            client.settimeout(PATIENCE)
+            client.connect(address(desk, "wiki"))
+            client.sendall(b"me\n")
+            waiting.append(client)
+        return really_run(systemctl, *words, check=check)
+
+    monkeypatch.setattr(Systemctl, "run", run)
+    until(
+        "nobody is connected any more",
+        lambda: change.end_unused(Service("wiki"), [main, behind]),
+    )
+    assert waiting
+    for client in waiting:
+        with client, client.makefile("rb") as file:
+            assert file.readline() == b"wiki heard me\n"
+    assert desk.machine.property(behind, "MainPID") != pid
+
+
 def test_a_dry_run_shows_what_differs(desk: Desk) -> None:
     said_again(desk, "/bin/cat")
     file = desk.machine.unit_dir / "qrexec-publish-wiki.service"
