@@ -34,6 +34,8 @@ HOMES = Path("/var/lib/qrexec-publish")
 #: What useradd takes everywhere; a name that SQL and systemd take as it is,
 #: too.
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}", re.ASCII)
+#: To the database, for one service: PostgreSQL has 100 for all, by default.
+CONNECTIONS = 20
 _AS_POSTGRES = ("runuser", "-u", "postgres", "--")
 
 
@@ -141,6 +143,7 @@ def database_steps(user: str) -> list[Step]:
                 "--no-superuser",
                 "--no-createdb",
                 "--no-createrole",
+                f"--connection-limit={CONNECTIONS}",
                 user,
             ),
             undo=(*_AS_POSTGRES, "dropuser", quiet, "--if-exists", user),

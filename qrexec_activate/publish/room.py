@@ -44,6 +44,7 @@ SystemCallArchitectures=native
 SHUT_IN = """\
 CapabilityBoundingSet=
 PrivateDevices=yes
+PrivateIPC=yes
 ProcSubset=pid
 ProtectClock=yes
 ProtectControlGroups=yes
@@ -60,6 +61,7 @@ SystemCallErrorNumber=EPERM
 SystemCallFilter=@system-service
 SystemCallFilter=~io_uring_setup io_uring_enter io_uring_register
 TemporaryFileSystem=/run:ro /tmp:mode=1777 /var/tmp:mode=1777
+TemporaryFileSystem=/dev/shm:mode=1777
 UMask=0077
 """
 #: Where programs that have the network look up names; the files, as the folders

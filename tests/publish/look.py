@@ -57,6 +57,7 @@ def facts() -> dict[str, object]:
         "writes /": "ro" not in options("/"),
         "modules": lists("/usr/lib/modules"),
         "host name": os.readlink("/proc/self/ns/uts"),
+        "queues and shared memory": os.readlink("/proc/self/ns/ipc"),
         "namespaces": LIBC.unshare(CLONE_NEWUSER) == 0,
         "netlink": may_make_socket(socket.AF_NETLINK),
         "set-uid": may_set_uid_bit(),
@@ -64,6 +65,7 @@ def facts() -> dict[str, object]:
         "ptrace": LIBC.ptrace(0, 0, 0, 0) == 0,
         "others' /tmp": os.path.exists("/tmp/marker")
         or os.path.exists("/var/tmp/marker"),
+        "others' /dev/shm": os.path.exists("/dev/shm/marker"),
         "umask": f"{os.umask(0o077):03o}",
     }
 

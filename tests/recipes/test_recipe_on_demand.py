@@ -156,6 +156,12 @@ def test_it_can_do_nothing_else(apps: Container, recipe: Recipe) -> None:
         check=False,
     )
     assert "permission denied" in said
+    # PostgreSQL has 100 connections for all.
+    said = apps.run(
+        'runuser -u postgres -- psql -At -c "select rolconnlimit from pg_roles'
+        f" where rolname = '{APP}'\""
+    )
+    assert said == "20\n"
 
 
 def test_who_may_connect(apps: Container, recipe: Recipe) -> None:
@@ -610,7 +616,7 @@ def test_a_hostile_program_stays_in_its_room(
 
 def test_each_part_of_a_room_is_there(apps: Container, recipe: Recipe) -> None:
     apps.run(
-        "mkdir -p /usr/lib/modules/1 && touch /tmp/marker /var/tmp/marker &&"
+        "mkdir -p /usr/lib/modules/1 && touch /tmp/marker /var/tmp/marker /dev/shm/marker &&"
         " qrexec-activate publish looker --user looker --exec"
         " 'python3 /etc/look.py'"
     )
@@ -623,7 +629,8 @@ def test_each_part_of_a_room_is_there(apps: Container, recipe: Recipe) -> None:
         )
     )
     assert seen.pop("umask") == "077"
-    assert seen.pop("host name") != free.pop("host name")
+    for name in ("host name", "queues and shared memory"):
+        assert seen.pop(name) != free.pop(name)
     free.pop("umask")
     assert [name for name, is_so in seen.items() if is_so] == []
     # That any of these can be told apart from a program that has no room: what
@@ -631,7 +638,7 @@ def test_each_part_of_a_room_is_there(apps: Container, recipe: Recipe) -> None:
     assert {
         *("writes /dev", "the kernel's /proc", "other processes", "homes"),
         *("modules", "namespaces", "netlink", "set-uid", "personality"),
-        *("ptrace", "others' /tmp"),
+        *("ptrace", "others' /tmp", "others' /dev/shm"),
     } <= {name for name, is_so in free.items() if is_so}
     # What shows nowhere by itself, as another of them denies the same.
     unit = "qrexec-publish-looker.service"
@@ -642,7 +649,9 @@ def test_each_part_of_a_room_is_there(apps: Container, recipe: Recipe) -> None:
         *("ProtectKernelTunables=yes", "ProtectKernelModules=yes"),
         *("SystemCallArchitectures=native", "ProtectControlGroups=yes"),
     } <= set(shown)
-    apps.run("qrexec-activate unpublish looker --yes && rm /tmp/marker")
+    apps.run(
+        "qrexec-activate unpublish looker --yes && rm /tmp/marker /dev/shm/marker"
+    )
 
 
 def test_a_name_and_a_database_come_later_and_go(
