@@ -12,10 +12,12 @@ import fcntl
 import os
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from ..routing.claim import Route
 from .settings import Relay
+from .spawn import FileAction, Order, Spawner
 from .watch import readable
 
 __all__ = [
@@ -61,47 +63,42 @@ class Client:
     #: Whether it takes a socket (--use-stdin-socket, since 4.2.19); None until
     #: a call has shown it.
     takes_socket: bool | None = None
+    _spawner: Spawner = field(default_factory=Spawner)
 
     def __post_init__(self) -> None:
         if self.relay is not Relay.AUTO:
             self.takes_socket = self.relay is Relay.HAND_OVER
 
-    def spawn(
+    def order(
         self,
         route: Route,
         environment: dict[str, str],
         stdin: int,
         stdout: int | None,
         stderr: int,
-    ) -> int:
-        """Start it and return its pid. `stdout` None: stdin is a socket that
-        serves both ways."""
+    ) -> Order:
+        """What is to be started. `stdout` None: stdin is a socket that serves
+        both ways."""
         argv = [self.path, route.target, route.call]
+        actions: list[FileAction] = [(os.POSIX_SPAWN_DUP2, stdin, 0)]
         if stdout is None:
             argv.insert(1, "--use-stdin-socket")
-        actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
-            (os.POSIX_SPAWN_DUP2, stdin, 0)
-        ]
-        if stdout is None:
             actions.append((os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0))
         else:
             actions.append((os.POSIX_SPAWN_DUP2, stdout, 1))
         if stderr != 2:
             actions.append((os.POSIX_SPAWN_DUP2, stderr, 2))
+        variables = {**self.environment, **environment}
+        return Order(self.path, argv, variables, actions)
+
+    def start(self, orders: Sequence[Order]) -> None:
+        """Start them all at once."""
+        self._spawner.run(orders)
+
+    def pid(self, order: Order) -> int:
+        """Return the pid of one that was to be started."""
         try:
-            return os.posix_spawnp(
-                self.path,
-                argv,
-                {**self.environment, **environment},
-                file_actions=actions,
-                # A group of its own: Ctrl-C at a terminal stops the daemon, not
-                # the connections.
-                setpgroup=0,
-                setsigmask=(),
-                # Python ignores these two, and an ignored signal stays ignored
-                # in a child.
-                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
-            )
+            return order.pid()
         except OSError as error:
             if error.errno in STARVED:
                 raise Starved(str(error)) from error
@@ -109,6 +106,9 @@ class Client:
                 f"cannot start {self.path}: {error.strerror}; it comes with"
                 " qubes-core-qrexec, --client names another"
             ) from error
+
+    def close(self) -> None:
+        self._spawner.close()
 
 
 def bounded_memory(name: str) -> int:

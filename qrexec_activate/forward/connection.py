@@ -18,7 +18,7 @@ import signal
 import socket
 import struct
 import termios
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -45,6 +45,7 @@ from .child import (
     bounded_memory,
 )
 from .outcome import TCP_INFO, Ending, Outcome
+from .spawn import Order
 from .splice import (
     INTERNET,
     NO_LINGER,
@@ -57,7 +58,7 @@ from .splice import (
 )
 from .watch import readable
 
-__all__ = ["Connection", "Host", "reset"]
+__all__ = ["Connection", "Host", "reset", "start"]
 
 #: While the machine is short of descriptors, memory or processes, a start is
 #: tried again after so many seconds.
@@ -253,12 +254,12 @@ class Connection:
 
     # ------------------------------------------------------------------- start
 
-    def start(self) -> None:
-        """Start qrexec-client-vm on the socket, without a checkpoint: between
-        accept and this, nothing may be lost.
+    def _start(self) -> Iterator[Order]:
+        """Yield how qrexec-client-vm is to be started on the socket; the next
+        step takes it over, or raises StartProblem or Starved.
 
-        Takes over the place that the caller has taken for it. Raises
-        StartProblem or Starved, and has then given it back.
+        Takes over the place that the caller has taken for it, and gives it back
+        if anything goes wrong.
         """
         client = self._host.client
         stderr: int | None = None
@@ -281,14 +282,13 @@ class Connection:
                 "QREXEC_ACTIVATE_PEER": self.peer,
                 "QREXEC_ACTIVATE_UNIT": self.route.unit,
             }
+            kept = 2 if stderr is None else stderr
+            ends: tuple[int, int | None, int] = self._sock.fileno(), None, kept
             if self._splice is not None:
-                ends = self._splice.child_ends
-                pid = client.spawn(self.route, own, *ends, 2)
-            else:
-                kept = 2 if stderr is None else stderr
-                pid = client.spawn(
-                    self.route, own, self._sock.fileno(), None, kept
-                )
+                ends = *self._splice.child_ends, 2
+            order = client.order(self.route, own, *ends)
+            yield order
+            pid = client.pid(order)
         except BaseException as error:
             if stderr is not None:
                 os.close(stderr)
@@ -320,12 +320,11 @@ class Connection:
             if self.client_is_gone():
                 self._host.place_back(self)
                 return self._over(Ending.CLIENT_GONE)
-            try:
-                self.start()
-            except StartProblem as problem:
+            problem = start(self._host.client, [self]).get(self)
+            if isinstance(problem, StartProblem):
                 return self._over(Ending.NOT_STARTED, detail=str(problem))
-            except Starved as error:
-                self._host.starved(error)
+            if problem is not None:
+                self._host.starved(problem)
                 if not await self._unless_interrupted(
                     trio.sleep, STARVED_DELAY
                 ):
@@ -714,6 +713,30 @@ class Connection:
         may_send = _drop_input(self._sock)
         unsent = _unsent(self._sock) if may_send else 0
         return farewell.is_over(now, may_send, unsent)
+
+
+def start(
+    client: Client, connections: Sequence[Connection]
+) -> dict[Connection, StartProblem | Starved]:
+    """Start qrexec-client-vm on each socket, all at once and without a
+    checkpoint: between accept and this, nothing may be lost.
+
+    Returns what went wrong, and where.
+    """
+    problems: dict[Connection, StartProblem | Starved] = {}
+
+    def step(one: Connection, steps: Iterator[Order]) -> Order | None:
+        try:
+            return next(steps, None)
+        except (StartProblem, Starved) as problem:
+            problems[one] = problem
+            return None
+
+    starts = [(one, one._start()) for one in connections]
+    client.start([order for each in starts if (order := step(*each))])
+    for each in starts:
+        step(*each)
+    return problems
 
 
 #: Where dropped bytes go.

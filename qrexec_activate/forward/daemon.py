@@ -30,8 +30,8 @@ from . import xen
 from .admission import Admission, Fault, Verdict, fault
 from .call import HANG_UP_GRACE
 from .census import Census
-from .child import STARVED, Client, StartProblem, Starved
-from .connection import HANG_UP_LOOK, Connection, reset
+from .child import STARVED, Client
+from .connection import HANG_UP_LOOK, Connection, reset, start
 from .lifetime import STOP_MARGIN, Idleness, Stop
 from .orphans import (
     Orphan,
@@ -48,6 +48,7 @@ from .process import (
 )
 from .settings import STOP_SIGNALS, Settings
 from .setups import LOOK_INTERVAL, Setups
+from .spawn import AT_ONCE
 from .splice import RESET_AT_CLOSE, at_close
 from .watch import Watch, readable
 
@@ -258,6 +259,7 @@ class Daemon:
     def _close(self) -> None:
         for connection in self.connections:
             connection.abandon()
+        self.client.close()
         self._watch.close()
         self._hang_ups.close()
         self._notifier.close()
@@ -320,18 +322,39 @@ class Daemon:
                     await readable(self._ready.fileno())
             for fd in tuple(self._unheard):
                 self._hear(fd)
-            # One of each listener in turn, and then all others have theirs.
             for _ in range(BATCH):
-                ready = self._ready.poll(0, BATCH)
-                for fd, _ in ready:
-                    if not self._admit(fd):
-                        await trio.sleep(STARVED_PAUSE)
-                if not ready:
+                more, short = self._accept_some()
+                if short:
+                    await trio.sleep(STARVED_PAUSE)
+                if not more:
                     break
+                # All others have their turn.
                 await trio.lowlevel.checkpoint()
             self._first_round.set()
 
-    def _admit(self, fd: int) -> bool:
+    def _accept_some(self) -> tuple[bool, bool]:
+        """Accept from each listener in turn, as many as are started at once,
+        and start them; whether there may be more, and whether the machine is
+        short of something.
+
+        No checkpoint in here: what is accepted is started.
+        """
+        accepted: list[Connection] = []
+        short = False
+        for _ in range(AT_ONCE):
+            ready = self._ready.poll(0, BATCH)
+            for fd, _ in ready:
+                short |= not self._admit(fd, accepted)
+            if not ready or short or len(accepted) >= AT_ONCE:
+                break
+        # A problem is met again, and dealt with, in carry().
+        start(self.client, accepted)
+        for connection in accepted:
+            if not connection.go_untended():
+                self._tend(connection)
+        return bool(ready), short
+
+    def _admit(self, fd: int, accepted: list[Connection]) -> bool:
         """Accept one connection from a listener that has one, if there is room
         for it; False if the machine is short of something."""
         listener = self._listeners[fd]
@@ -349,8 +372,6 @@ class Daemon:
             return self._cannot_accept(fd, route, error)
         # Whatever closes it before a call is established: that is a reset.
         at_close(sock, RESET_AT_CLOSE)
-        # No checkpoint from here to the start of qrexec-client-vm: what is
-        # accepted is started.
         if self._gate is not None:
             try:
                 self._gate.check(sock)
@@ -369,11 +390,7 @@ class Daemon:
             return True
         self._opens(connection)
         self.admission.begins(connection, now)
-        with contextlib.suppress(StartProblem, Starved):
-            # Either is met again, and dealt with, in carry().
-            connection.start()
-        if not connection.go_untended():
-            self._tend(connection)
+        accepted.append(connection)
         return True
 
     def _hear(self, fd: int) -> None:

@@ -19,9 +19,9 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from typing import Any
 
 import pytest
 import trio
@@ -40,6 +40,7 @@ from qrexec_activate.forward.connection import Connection
 from qrexec_activate.forward.daemon import Daemon
 from qrexec_activate.forward.orphans import Orphan
 from qrexec_activate.forward.settings import Relay, Settings
+from qrexec_activate.forward.spawn import AT_ONCE
 from qrexec_activate.forward.splice import RESET_AT_CLOSE
 from qrexec_activate.routing.claim import PassedSocket, Refusal, Route
 from qrexec_activate.systemd.journal import Log, Priority
@@ -147,19 +148,23 @@ class Puppets(Client):
     def __init__(self) -> None:
         super().__init__("qrexec-client-vm", Relay.HAND_OVER, {})
         self.started: list[Started] = []
+        self.at_once: list[int] = []
         self.another = trio.lowlevel.ParkingLot()
         self.program = PUPPET
         self.send_signal = signal.pidfd_send_signal
         self.signals: list[int] = []
 
-    def spawn(
-        self,
-        route: Route,
-        environment: dict[str, str],
-        stdin: int,
-        stdout: int | None,
-        stderr: int,
-    ) -> int:
+    def order(
+        self, route: Route, environment: dict[str, str], *ends: Any
+    ) -> Any:
+        return route, *ends
+
+    def start(self, orders: Sequence[Any]) -> None:
+        if orders:
+            self.at_once.append(len(orders))
+
+    def pid(self, order: Any) -> int:
+        route, stdin, stdout, stderr = order
         reader, writer = os.pipe()
         up, told = os.pipe()
         pid = os.posix_spawn(
@@ -371,9 +376,22 @@ async def test_the_watchdog_is_fed_in_time_and_not_at_each_connection(
             await trio.sleep(3)
     await trio.sleep(60)
     times = [began, *fed, now()]
-    assert max(b - a for a, b in pairwise(times)) < 30
-    assert min(b - a for a, b in pairwise(fed)) > 5
+    assert max(b - a for a, b in itertools.pairwise(times)) < 30
+    assert min(b - a for a, b in itertools.pairwise(fed)) > 5
     await stage.stop()
+
+
+async def test_those_who_wait_are_started_side_by_side(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    # Nobody else has a turn meanwhile.
+    streams = [await stage.connect() for _ in range(AT_ONCE + 1)]
+    await stage.nth(AT_ONCE + 1)
+    assert stage.client.at_once == [AT_ONCE, 1]
+    for started in stage.client.started:
+        started.exits(0)
+    for stream in streams:
+        await stream.aclose()
 
 
 async def test_failed_set_ups_are_tried_again_after_growing_random_delays(

@@ -41,6 +41,7 @@ from trio.testing import MockClock
 from qrexec_activate.forward import daemon, orphans
 from qrexec_activate.forward.daemon import Daemon
 from qrexec_activate.forward.settings import Relay, Settings
+from qrexec_activate.forward.spawn import Spawner
 from qrexec_activate.routing.claim import PassedSocket, Refusal, Route
 from qrexec_activate.systemd.journal import Log, Priority
 
@@ -198,6 +199,8 @@ class Faults:
                 owner, function, self.wrap(name, getattr(owner, function))
             )
         patch.setattr(os, "posix_spawnp", self.wrap("spawn", qrexec.spawn))
+        # One after the other, in this thread.
+        patch.setattr(Spawner, "_has_threads", lambda spawner, count: False)
         make = select.epoll
 
         class Epoll:
