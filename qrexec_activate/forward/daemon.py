@@ -300,7 +300,7 @@ class Daemon:
                 f"stopping; {_count(left, 'open connection')} go on without the"
                 " daemon",
             )
-        return left
+        return left or len(self._orphans)
 
     def _kept_by_daemon(self) -> list[Connection]:
         """The connections that cannot go on without this process."""

@@ -1201,6 +1201,38 @@ async def test_a_stop_in_the_midst_of_adoption_leaves_nobody_alone(
     reap(pids[0])
 
 
+async def test_an_idle_daemon_leaves_nobody_alone_who_is_yet_to_be_seen_out(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    left, pids = [], []
+
+    def find_orphans(known: set[int]) -> Iterator[Orphan]:
+        if not pids:
+            orphan = pretend_orphan(pids)
+            assert orphan.sock is not None
+            orphan.sock.close()
+            yield replace(orphan, sock=None)
+
+    monkeypatch.setattr(daemon_module, "find_orphans", find_orphans)
+    monkeypatch.setattr(daemon_module, "find_caretakers", lambda: iter(()))
+    # What its client sent before it went is not read yet.
+    monkeypatch.setattr(daemon_module, "left_to_read", lambda pidfd: 1)
+    monkeypatch.setattr(
+        daemon_module, "leave_caretaker", lambda: left.append(True)
+    )
+    stage = Stage(Settings(exit_idle_time=60))
+    monkeypatch.setattr(type(stage.daemon._notifier), "wanted", True)
+    nursery.start_soon(stage.run)
+    await stage.recorded("no connection for 1 min 0 s")
+    with trio.fail_after(3600):
+        await stage.over.wait()
+    await stage.stop()
+    assert left == [True]
+    reap(pids[0])
+
+
 async def test_a_hang_up_is_seen_though_at_first_it_could_not_be_watched_for(
     stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
