@@ -141,7 +141,7 @@ class Admission:
         more = 0 if opened else 1
         if len(self._open) + self.others + more > self.max_total:
             return Verdict.ALL_FULL
-        to_target = self._per_target[target]
+        to_target = self._per_target.get(target, 0)
         unknown = 0 if self.knows_all else self.others
         if to_target + unknown + more > self.max_connections:
             return Verdict.TARGET_FULL
@@ -253,9 +253,9 @@ class Admission:
 
     def gives_place_back(self, call: Hashable) -> bool:
         """It is established, has ended, or is too old to hold a place."""
+        self._may_have_room = True
         if self._places.pop(call, None) is None:
             return False
-        self._may_have_room = True
         target = self._open[call]
         held = self._by_target[target]
         del held[call]
@@ -283,7 +283,6 @@ class Admission:
             ceiling = ceilings.get(target)
             if ceiling is not None and count > ceiling.at:
                 del ceilings[target]
-                self._may_have_room = True
 
     def no_room(
         self, call: Hashable, ending: Ending, code: int | None, now: float
@@ -329,7 +328,6 @@ class Admission:
         self.gives_place_back(call)
         self._established.discard(call)
         self._waiting.pop(call, None)
-        self._may_have_room = True
         target = self._open.pop(call)
         self._per_target[target] -= 1
         if not self._per_target[target]:
@@ -359,12 +357,12 @@ class Admission:
         self._may_have_room, self._turns_at = False, now
         none_for: set[tuple[str, bool]] = set()
         for who, target in list(self._waiting.items()):
-            opened = who in self._open
+            kind = target, who in self._open
             # Who comes later does not find more.
-            if who not in self._waiting or (target, opened) in none_for:
+            if kind in none_for or who not in self._waiting:
                 continue
-            if self.verdict(target, now, opened=opened) is Verdict.YES:
+            if self.verdict(target, now, opened=kind[1]) is Verdict.YES:
                 del self._waiting[who]
                 yield who
             else:
-                none_for.add((target, opened))
+                none_for.add(kind)

@@ -65,16 +65,17 @@ class Setups(Generic[Who]):
 
     def next_look(self, now: float) -> float:
         """In how many seconds to look at them all, and to ask for turns."""
-        due = max(self.admission.next_look(now) - now, WANTED_INTERVAL)
-        if not self._calls:
-            return due
-        if self.admission.is_wanted:
-            return WANTED_INTERVAL
-        youngest, _, _ = self._calls[next(reversed(self._calls))]
-        age = now - youngest.began_at
-        if age < YOUNG:
-            return YOUNG_INTERVAL
-        return min(LOOK_INTERVAL if age < PROMPT_AGE else PROMPT_INTERVAL, due)
+        interval = math.inf
+        if self._calls:
+            if self.admission.is_wanted:
+                return WANTED_INTERVAL
+            youngest, _, _ = self._calls[next(reversed(self._calls))]
+            age = now - youngest.began_at
+            if age < YOUNG:
+                return YOUNG_INTERVAL
+            interval = LOOK_INTERVAL if age < PROMPT_AGE else PROMPT_INTERVAL
+        due = self.admission.next_look(now) - now
+        return min(interval, max(due, WANTED_INTERVAL))
 
     def look(self, now: float) -> Iterator[tuple[Who, bool]]:
         """Yield those to look at: whether each is established; and, if so said,

@@ -288,6 +288,19 @@ def test_where_nothing_is_scarce_failures_have_another_reason() -> None:
     assert door.verdict() is Verdict.YES
 
 
+def test_who_waits_for_room_is_asked_once_nothing_is_scarce() -> None:
+    door = Door()
+    door.establish()
+    old = door.begin("slow")
+    door.admission.gives_place_back(old)
+    lack_room(door)
+    door.admission.waits("listener", "work")
+    assert list(door.admission.turns(0)) == []
+    door.admission.scarce = False
+    assert not door.admission.failed(old, 0)
+    assert list(door.admission.turns(0)) == ["listener"]
+
+
 def test_a_ceiling_is_tried_from_time_to_time_and_then_less_often() -> None:
     door = Door()
     door.establish()
