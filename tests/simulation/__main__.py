@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 
@@ -52,6 +53,8 @@ def main() -> int:
         help="with --seed: not with these of " + ",".join(FAULTS),
     )
     told = parser.parse_args()
+    # A connection and its qrexec-client-vm know each other, and are few.
+    gc.set_threshold(100_000)
     if told.seed is not None:
         return report(
             Scenario.of(told.seed, told.events).but(

@@ -103,22 +103,24 @@ class Shell:
         return bool(route.backlog)
 
     def opens(self, conn: Conn) -> None:
+        self.world.moves += 1
         self.ours.add(conn)
         self.admission.opens(conn, conn.route.target)
 
     def count_others(self, now: float) -> bool:
+        if not self.admission.count_is_due(now):
+            return False
         before = self.admission.others
-        if self.admission.count_is_due(now):
-            self.admission.counted(self.world.others_for(self.ours), now)
+        self.admission.counted(self.world.others_for(self.ours), now)
         return self.admission.others < before
 
     def next_turns(self) -> None:
-        now = self.world.now
-        if self.admission.waits_for_others:
+        admission, now = self.admission, self.world.now
+        if admission.waits_for_others:
             self.count_others(now)
-        for who in self.admission.turns(now):
+        for who in admission.turns(now):
             if isinstance(who, Conn):
-                self.admission.begins(who, now)
+                admission.begins(who, now)
                 self.woken.append(who)
             elif isinstance(who, RouteOf):
                 who.parked = False
@@ -236,6 +238,8 @@ class Shell:
         self.sleeps(conn, again.delay)
 
     def no_room(self, conn: Conn, ending: Ending, code: int | None) -> bool:
+        if code == 1:
+            self.admission.scarce = self.world.random.random() < 0.9
         full = self.admission.no_room(conn, ending, code, self.world.now)
         self.next_turns()
         return full
@@ -286,6 +290,7 @@ class Shell:
             return
         self.look_if_established(conn)
         if conn.call.hangs_up(not conn.sent):
+            self.world.left_alone(conn)
             self.interrupt(conn, Ending.CLIENT_GONE)
 
     # ----------------------------------------------------------------- set-ups
@@ -321,13 +326,13 @@ class Shell:
         now, setups = self.world.now, self.setups
         self.world.looks += len(setups._calls)
         for conn, asks_dom0 in setups.look(now):
-            if self.look_if_established(conn):
+            call, child = conn.call, conn.child
+            assert child is not None
+            if child.flag and self.look_if_established(conn):
                 self.setup_ends(conn)
                 continue
-            child = conn.child
-            assert child is not None
             if asks_dom0 and child.answered:
-                conn.call.is_answered(now)
+                call.is_answered(now)
             ending = setups.due(conn, now)
             if ending is not None:
                 self.interrupt(conn, ending)
@@ -365,6 +370,7 @@ class Shell:
             return False
         self.admission.knows_all_now()
         self.has_adopted = True
+        self.world.moves += 1
         self.next_turns()
         return True
 

@@ -8,6 +8,7 @@ crash the next daemon knows what is there.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import traceback
@@ -16,8 +17,12 @@ from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Any
 
-from qrexec_activate.forward.admission import FIRST_PLACES, Verdict
-from qrexec_activate.forward.call import PROMPT_AGE
+from qrexec_activate.forward.admission import (
+    FIRST_PLACES,
+    PLACE_AGE,
+    Verdict,
+)
+from qrexec_activate.forward.call import PROMPT_AGE, RETRIES
 from qrexec_activate.forward.lifetime import STOP_PATIENCE, Stop
 from qrexec_activate.forward.setups import LOOK_INTERVAL
 
@@ -44,6 +49,10 @@ CALM = 4000.0
 ALL = 512
 #: How long it takes at most until an answer is seen.
 MARGIN = 0.021
+#: A place is given back when a look finds it as old as PLACE_AGE.
+OLD = PLACE_AGE + MARGIN
+#: Of a listener.
+BACKLOG_SIZE = 30
 #: Open at once are so many to a qube that is full, or in all on Xen.
 FULL, GRANTS = 40, 30
 EXIT_CODES = (0, 0, 0, 0, 1, 3, 125, 126, 127, 255, -9)
@@ -69,10 +78,10 @@ class Simulation:
             tuple[float, int, Callable[[Any, int], bool], Any, int]
         ] = []
         self._number = 0
+        #: Counts whatever may change a verdict, but the clock.
+        self.moves = 0
         self._checked: object = None
         self._check_at = 0.0
-        #: Calls begun, of connections.
-        self.started = 0
         rng, faults = self.random, scenario.faults
         self.timeout = rng.choice((5.0, 30.0, 300.0))
         kinds = ["healthy", *(kind for kind in KINDS if kind in faults)]
@@ -92,6 +101,8 @@ class Simulation:
         self.idle_time = rng.choice((0.01, 0.5)) if "idle" in faults else None
         self.alive = 0
         self.others = 0
+        #: How many wait in a backlog.
+        self.queued = 0
         #: Connections that are neither in a backlog nor over.
         self.flying: set[Conn] = set()
         self.children_of_this_daemon: set[Child] = set()
@@ -119,43 +130,43 @@ class Simulation:
         self._number += 1
         heappush(self._heap, (self.now + delay, self._number, do, what, timer))
 
-    def step(self) -> bool:
-        """One event, and what must hold after it; False: nothing happened."""
-        self.now, _, do, what, timer = heappop(self._heap)
-        if not do(what, timer):
-            return False
-        shell = self.shell
-        if shell is not None and (shell.woken or shell.ready):
-            shell.settle()
-        self.events += 1
-        self.check()
-        if not self.events % ALL:
-            self.check_all()
-        return True
+    def until(self, events: float, end: float) -> None:
+        """One event after the other, and what must hold after each."""
+        heap, check = self._heap, self.check
+        while (
+            heap
+            and self.events < events
+            and self.now < end
+            and (self.flying or self.queued or not self.calm)
+        ):
+            self.now, _, do, what, timer = heappop(heap)
+            if not do(what, timer):
+                # Nothing has happened.
+                continue
+            shell = self.shell
+            if shell is not None and (shell.woken or shell.ready):
+                shell.settle()
+            self.events += 1
+            check()
+            if self.shell is not None and type(what) in (Conn, Child):
+                conn = what if type(what) is Conn else what.conn
+                self.check_one(conn, self.shell)
+            if not self.events % ALL:
+                self.check_all()
 
     def run(self) -> None:
         """The scenario, and then calm until all is over."""
-        while self.events < self.scenario.events:
-            self.step()
+        self.until(self.scenario.events, math.inf)
         self.calm = True
         self.others = 0
         for route in self.routes:
             route.qube.sick = True
             route.qube.kind = "healthy"
         self.life = 0.01
-        end = self.now + CALM
-        while (
-            self._heap
-            and self.now < end
-            and (self.flying or any(route.backlog for route in self.routes))
-        ):
-            self.step()
+        self.until(math.inf, self.now + CALM)
         self.check_all()
         hold(not self.flying, "connections hang", self.flying)
-        hold(
-            not any(route.backlog for route in self.routes),
-            "clients wait for ever",
-        )
+        hold(not self.queued, "clients wait for ever")
 
     def problem(self) -> str | None:
         """Run, and tell what does not hold."""
@@ -174,9 +185,10 @@ class Simulation:
         rng = self.random
         if self.calm:
             return False
-        self.at(rng.expovariate(self.rate), self.connects, route, 0)
-        if len(route.backlog) > 30:
+        if len(route.backlog) > BACKLOG_SIZE:
+            route.full = True
             return False
+        self.at(rng.expovariate(self.rate), self.connects, route, 0)
         conn = Conn(route, self.now, len(route.backlog))
         if "pipes" in self.scenario.faults:
             conn.by_pipes = rng.random() < 0.5
@@ -184,6 +196,7 @@ class Simulation:
             conn.sent = rng.random() < 0.3
             self.at(rng.expovariate(2.0), self.vanishes, conn, 0)
         route.backlog.append(conn)
+        self.queued += 1
         if self.shell is not None and not route.parked:
             self.shell.ready.append(route)
         return True
@@ -208,15 +221,28 @@ class Simulation:
     def accepted(self, conn: Conn) -> None:
         self.accepted_count += 1
         hold(conn.place == BACKLOG, "accepted twice", conn)
+        assert self.shell is not None
+        hold(
+            len(self.shell.ours) + self.shell.admission.others
+            < self.scenario.max_total,
+            "more than may be open in all",
+            conn,
+        )
         conn.place = ASLEEP
         self.flying.add(conn)
-        qube = conn.route.qube
+        self.queued -= 1
+        self.moves += 1
+        route = conn.route
+        if route.full:
+            route.full = False
+            delay = self.random.expovariate(self.rate)
+            self.at(delay, self.connects, route, 0)
+        qube = route.qube
         if (
             qube.kind == "healthy"
             and not qube.sick
             and "starved" not in self.scenario.faults
         ):
-            assert self.shell is not None
             since = max(
                 conn.arrived,
                 self.now if qube.blocked else qube.blocked_at,
@@ -238,6 +264,7 @@ class Simulation:
         hold(conn.place not in (OVER, BACKLOG), "two outcomes", conn)
         conn.place = OVER
         self.over_count += 1
+        self.moves += 1
         self.flying.remove(conn)
 
     def is_starved(self) -> bool:
@@ -271,7 +298,7 @@ class Simulation:
         qube.open += 1
         qube.started += 1
         self.alive += 1
-        self.started += 1
+        self.moves += 1
         hold(
             qube.open - qube.orphans <= limits.max_connections,
             "more than may be open to a qube",
@@ -349,6 +376,14 @@ class Simulation:
     def kill(self, child: Child, within: float) -> None:
         self.at(self.random.random() * within, self.exits, child, -9)
 
+    def left_alone(self, conn: Conn) -> None:
+        """The daemon ends a call, as its client has gone."""
+        hold(
+            not conn.sent or conn.call.established_at is not None,
+            "what a client sent is dropped",
+            conn,
+        )
+
     def exits(self, child: Child, code: int) -> bool:
         if not child.alive:
             return False
@@ -362,6 +397,7 @@ class Simulation:
         if not child.established:
             qube.started -= 1
         self.alive -= 1
+        self.moves += 1
         if conn.child is child:
             if conn.place == LOOSE:
                 # The kernel closes the last copy of its socket.
@@ -379,6 +415,7 @@ class Simulation:
         if self.shell is not None:
             return False
         self.shell = shell = Shell(self, self.timeout)
+        self.moves += 1
         delay = 0.0
         for conn in sorted(self.flying, key=lambda one: one.arrived):
             hold(
@@ -444,7 +481,8 @@ class Simulation:
         hold(waited < STOP_TIMEOUT, "systemd kills it")
         for conn in shell.ours:
             hold(
-                waited > STOP_TIMEOUT - 1 or shell.outlives_daemon(conn),
+                waited > STOP_TIMEOUT - 1
+                or (conn.place == STARTED and not conn.by_pipes),
                 "cut off by a stop that had time",
                 conn,
             )
@@ -493,55 +531,51 @@ class Simulation:
         shell = self.shell
         if shell is None:
             return
-        admission, limits, now = shell.admission, self.scenario, self.now
+        admission, limits = shell.admission, self.scenario
         places = len(admission._places)
-        hold(
-            places <= limits.max_setups * FIRST_PLACES,
-            "more are set up than may be",
-        )
+        if places > limits.max_setups * FIRST_PLACES:
+            raise Broken("more are set up than may be")
+        if places and (self.now - next(iter(admission._places.values())) > OLD):
+            raise Broken("a place is held for too long")
         if not admission._waiting or not shell.accepts:
             return
         # Of all that a verdict depends on, the clock is the part that moves
         # most, and does little.
-        state = (
-            shell,
-            len(shell.ours),
-            admission.others,
-            shell.has_adopted,
-            places,
-            len(admission._established),
-            len(admission._waiting),
-            self.accepted_count,
-            self.over_count,
-            self.alive,
-            self.started,
+        now, state = (
+            self.now,
+            (
+                self.moves,
+                admission.others,
+                places,
+                len(admission._established),
+                len(admission._waiting),
+            ),
         )
         if state == self._checked and now < self._check_at:
             return
         self._checked, self._check_at = state, admission._next_probe(now)
-        seen = set()
+        # What keeps a qube from its own share: what the limits say, and nothing
+        # else.
+        all_open = len(shell.ours) + admission.others >= limits.max_total
+        for_all = all_open or not shell.has_adopted
+        no_first = places >= limits.max_setups * FIRST_PLACES
         soon = shell.look_at <= now + 0.0011
+        seen = set()
         for who, target in admission._waiting.items():
             opened = type(who) is Conn
             if (target, opened) in seen:
                 continue
             seen.add((target, opened))
-            verdict = admission.verdict(target, now, opened=opened)
-            hold(
-                verdict is not Verdict.YES or soon,
-                "a place is free, wanted and not given",
-                who,
-            )
-            qube = who.route.qube if type(who) is Conn else who.qube  # type: ignore[union-attr,attr-defined]
-            # ... by what the limits say, and by nothing else.
+            if (
+                not (soon or (all_open and not opened))
+                and admission.verdict(target, now, opened=opened) is Verdict.YES
+            ):
+                hold(False, "a place is free, wanted and not given", who)
+            qube = who.route.qube if opened else who.qube  # type: ignore[attr-defined]
             blocked = (
-                qube.open >= limits.max_connections
-                or len(shell.ours) + admission.others >= limits.max_total
-                or not shell.has_adopted
-                or (
-                    places >= limits.max_setups * FIRST_PLACES
-                    and not qube.started
-                )
+                for_all
+                or qube.open >= limits.max_connections
+                or (no_first and not qube.started)
             )
             if blocked or qube.blocked:
                 qube.blocked_at = now
@@ -560,39 +594,12 @@ class Simulation:
             shell.ours == set(shell.admission._open),
             "the core counts others than there are",
         )
+        hold(
+            shell.admission._established <= shell.ours,
+            "the core counts who is over",
+        )
         for conn in self.flying:
-            if conn.place == LOOSE:
-                hold(
-                    not shell.has_adopted,
-                    "left behind by the next daemon",
-                    conn,
-                )
-                continue
-            hold(conn in shell.ours, "in no hand", conn)
-            if conn.place == STARTED:
-                hold(
-                    conn.child is not None and conn.child.alive,
-                    "waits for nothing",
-                    conn,
-                )
-                known = conn in shell.setups._calls
-                hold(
-                    known == (conn.call.established_at is None),
-                    "not looked at",
-                    conn,
-                )
-            elif conn.place == WAITS:
-                hold(conn in shell.admission._waiting, "waits unknown", conn)
-            hold(
-                conn not in shell.admission._waiting or conn.place == WAITS,
-                "in two hands",
-                conn,
-            )
-            hold(
-                conn not in shell.admission._places or conn.place == STARTED,
-                "holds a place for nothing",
-                conn,
-            )
+            self.check_one(conn, shell)
         for route in self.routes:
             hold(
                 not route.backlog
@@ -607,6 +614,43 @@ class Simulation:
                 "parked unknown",
                 route,
             )
+
+    def check_one(self, conn: Conn, shell: Shell) -> None:
+        """It is in one hand, and the core knows in which."""
+        admission = shell.admission
+        if conn.place in (BACKLOG, OVER):
+            hold(conn not in shell.ours, "still in a hand", conn)
+            return
+        if conn.place == LOOSE:
+            hold(not shell.has_adopted, "left behind by the next daemon", conn)
+            return
+        hold(conn in shell.ours, "in no hand", conn)
+        hold(conn.call.tries <= RETRIES + 1, "tried too often", conn)
+        if conn.place == STARTED:
+            hold(
+                conn.child is not None and conn.child.alive,
+                "waits for nothing",
+                conn,
+            )
+            # One that is established is forgotten at the next look.
+            hold(
+                conn in shell.setups._calls
+                or conn.call.established_at is not None,
+                "not looked at",
+                conn,
+            )
+        elif conn.place == WAITS:
+            hold(conn in admission._waiting, "waits unknown", conn)
+        hold(
+            conn not in admission._waiting or conn.place == WAITS,
+            "in two hands",
+            conn,
+        )
+        hold(
+            conn not in admission._places or conn.place == STARTED,
+            "holds a place for nothing",
+            conn,
+        )
 
 
 def hold(truth: object, words: str, what: object = None) -> None:

@@ -223,10 +223,12 @@ class Qube:
 class RouteOf:
     """A listener in the hands of systemd: outlives every daemon."""
 
-    __slots__ = ("backlog", "parked", "qube", "target")
+    __slots__ = ("backlog", "full", "parked", "qube", "target")
 
     def __init__(self, qube: Qube) -> None:
         self.qube = qube
         self.target = qube.name
         self.backlog: deque[Conn] = deque()
+        #: Nobody comes until one is accepted.
+        self.full = False
         self.parked = False
