@@ -26,6 +26,7 @@ __all__ = [
     "check_user",
     "database_steps",
     "home",
+    "image",
     "user_steps",
 ]
 
@@ -41,6 +42,12 @@ _AS_POSTGRES = ("runuser", "-u", "postgres", "--")
 
 def home(user: str) -> Path:
     return HOMES / user
+
+
+def image(user: str) -> Path:
+    """Where the file system of a home lies that has one of its own; no user is
+    named so."""
+    return HOMES / f"{user}.disk"
 
 
 def _find(user: str) -> pwd.struct_passwd | None:
@@ -79,11 +86,12 @@ def check_user(user: str) -> None:
             f"--user {user}: there is a Linux user {user} already, and each"
             f" service has one of its own"
         )
-    if home(user).exists():
-        raise UsageProblem(
-            f"--user {user}: {home(user)} is there already: remove it, or"
-            f" choose another name"
-        )
+    for path in (home(user), image(user)):
+        if os.path.lexists(path):
+            raise UsageProblem(
+                f"--user {user}: {path} is there already: remove it, or choose"
+                f" another name"
+            )
 
 
 def check_database() -> None:

@@ -24,6 +24,7 @@ from ..errors import ActivateError, UsageProblem
 from ..systemd.systemctl import Systemctl
 from ..systemd.units import open_manager
 from .accounts import database_steps
+from .disk import written
 from .native import native_steps
 from .services import (
     Service,
@@ -54,6 +55,13 @@ def check_change(before: Service, after: Service) -> None:
             f"{after.name} is published already, and a service keeps its user,"
             f" which here is {has}: qrexec-activate unpublish {after.name}"
             f" first"
+        )
+    if before.disk != after.disk:
+        has = f"--disk {written(before.disk)}" if before.disk else "no --disk"
+        raise UsageProblem(
+            f"{after.name} was published with {has}, and its files stay where"
+            f" they are: say the same, or qrexec-activate unpublish"
+            f" {after.name} first"
         )
     check(after, before)
 

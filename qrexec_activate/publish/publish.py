@@ -45,6 +45,7 @@ from ..systemd.units import Manager, open_manager
 from .caddy import known_routes
 from .change import alteration, check_change, touched
 from .details import MEMORY, TASKS, details
+from .disk import parse_disk
 from .native import native_files
 from .services import Service, creation, domain_step
 from .steps import (
@@ -143,6 +144,12 @@ Examples:
     "--cpu",
     metavar="PERCENT",
     help="With --exec: so much of one processor at most, like 50%.",
+)
+@click.option(
+    "--disk",
+    metavar="SIZE",
+    help="With --user: its files get no more than this, which is set aside for"
+    " them.",
 )
 @click.option(
     "--env",
@@ -314,6 +321,7 @@ def _services(
     network: bool,
     native: bool,
     domain: str | None,
+    disk: str | None,
     **given: Any,
 ) -> list[Service]:
     """One service, or as many as are wanted, each with a name, address, user
@@ -342,6 +350,7 @@ def _services(
                 database=database,
                 network=network,
                 native=native,
+                disk=parse_disk(disk) if disk else 0,
                 more=more,
                 domain=f"{number}.{domain}"
                 if domain and count

@@ -31,6 +31,7 @@ from ..systemd.units import Manager, open_manager
 from .caddy import NotAllowed, known_routes, status_problem
 from .change import end_unused
 from .counts import Calls, count_calls, count_failures
+from .disk import used, written
 from .services import (
     Service,
     caller,
@@ -106,9 +107,10 @@ def command(ctx: click.Context, walk: bool, as_json: bool) -> None:
     CALLS are those that have ended since the qube was started, as far as the
     journal has them, and how many of these failed; what comes through Caddy is
     none. Of programs that were published with --exec it says whether they run,
-    how often they have failed since then, and how much memory they use. Where
-    any is native, WAY says of each whether qrexec itself connects its callers,
-    or qubes.ConnectUnix, the script; only of this one calls are counted.
+    how often they have failed since then, how much memory they use and, where
+    that has a limit, DISK. Where any is native, WAY says of each whether qrexec
+    itself connects its callers, or qubes.ConnectUnix, the script; only
+    of this one calls are counted.
     """
     calls = _calls()
     with managers() as found:
@@ -165,6 +167,10 @@ class Seen:
             "database": service.user if service and service.database else None,
             "domain": (service and service.domain) or None,
             "native": bool(one.way),
+            "disk": (service and service.disk) or None,
+            "disk_used": used(service.user)
+            if service and service.disk
+            else None,
         }
 
     def row(self) -> list[str]:
@@ -185,8 +191,19 @@ class Seen:
         return [
             (self.state or "-")
             + f", failed {times} time{'s' * (times > 1)}" * bool(times),
-            "-" if self.memory is None else f"{self.memory / 2**20:.1f} MiB",
+            "-" if self.memory is None else _mebibytes(self.memory),
         ]
+
+    def disk(self) -> str:
+        if not self.service or not self.service.disk:
+            return "-"
+        taken = used(self.service.user)
+        of = f"of {written(self.service.disk)}"
+        return of if taken is None else f"{_mebibytes(taken)} {of}"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _calls() -> dict[str, Calls] | None:
@@ -252,6 +269,10 @@ def _print(seen: list[Seen]) -> None:
         rows = [
             row + one.program() for row, one in zip(rows, seen, strict=True)
         ]
+    if any(one.service and one.service.disk for one in seen):
+        header.append("disk")
+        for row, one in zip(rows, seen, strict=True):
+            row.append(one.disk())
     if any(one.publication.way for one in seen):
         header.append("way")
         for row, one in zip(rows, seen, strict=True):

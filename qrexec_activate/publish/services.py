@@ -51,6 +51,15 @@ from .accounts import (
     home,
     user_steps,
 )
+from .disk import (
+    check_disk,
+    disk_steps,
+    mount_steps,
+    mount_text,
+    mount_unit,
+    size_of,
+    written,
+)
 from .native import check_native, native_steps
 from .room import (
     BY_ITSELF,
@@ -143,6 +152,8 @@ class Service:
     network: bool = False
     #: Whether qrexec itself connects callers to its socket.
     native: bool = False
+    #: How much its files may take, in bytes; 0 where there is no limit.
+    disk: int = 0
     #: Further directives of the program: its limits, and what it is given.
     more: tuple[str, ...] = ()
 
@@ -205,6 +216,7 @@ class Service:
             database=bool(user and notes.get("Database")),
             domain=notes.get("Domain", ""),
             native=bool(user and notes.get("Native")),
+            disk=size_of(user) if user else 0,
         )
 
     @property
@@ -215,24 +227,27 @@ class Service:
         parts += [f"database {self.user}"] if self.database else []
         parts += [f"{self.domain} in Caddy"] if self.domain else []
         parts += ["native"] if self.native else []
+        parts += [f"{written(self.disk)} of disk"] if self.disk else []
         return ", ".join(parts)
+
+    def _names(self) -> list[str]:
+        names = [self.socket_unit, *units_of(self.socket_unit)]
+        return [*names, mount_unit(self.user)] if self.disk else names
 
     def files(self) -> list[Path]:
         """Its unit files that are there."""
-        units = (self.socket_unit, *units_of(self.socket_unit))
         return [
             self.folder / unit
-            for unit in units
+            for unit in self._names()
             if os.path.lexists(self.folder / unit)
         ]
 
     def drop_ins(self) -> list[Path]:
         """What a person has added to its units, which would hold for the next
         of that name."""
-        units = (self.socket_unit, *units_of(self.socket_unit))
         return [
             file
-            for unit in units
+            for unit in self._names()
             for file in sorted((self.folder / f"{unit}.d").glob("*.conf"))
         ]
 
@@ -249,12 +264,16 @@ class Service:
     def _units(self) -> dict[str, str]:
         main, program, inner, again, domain = units_of(self.socket_unit)
         about = f"[Unit]\nDescription={self.name}, started by other qubes\n"
+        if self.disk:
+            about += f"RequiresMountsFor={home(self.user)}\n"
         # Who restarts the socket restarts what holds it, which systemd would
         # not do by itself: it would close the socket for good.
         bound = f"Requires={self.socket_unit}\nAfter={self.socket_unit}\n"
         texts = {self.socket_unit: self._socket(), again: self._again()}
         if self.domain:
             texts[domain] = self._domain()
+        if self.disk:
+            texts[mount_unit(self.user)] = mount_text(self.user, self.disk)
         if not self.idle:
             texts[main] = f"{about}{bound}{LIMITS}\n{self._program()}"
             return texts
@@ -574,6 +593,13 @@ def check(service: Service, before: Service | None = None) -> None:
         _check_native(service, before)
     if service.database and not (before and before.database):
         check_database()
+    if service.disk and not service.user:
+        raise UsageProblem(
+            "--disk needs --user: what a program of yours writes is among all"
+            " else that is yours"
+        )
+    if service.disk and before is None:
+        check_disk(service.disk)
     if before is None and (there := service.drop_ins()):
         raise UsageProblem(
             f"{there[0]} would change what {service.name} does: it is of one"
@@ -722,7 +748,12 @@ def _steps(
     for service in services:
         steps += user_steps(service.user) if service.user else []
         steps += database_steps(service.user) if service.database else []
+        if service.disk:
+            steps += disk_steps(service.user, service.disk)
     steps.append(load)
+    for service in services:
+        if service.disk:
+            steps += mount_steps(systemctl, service.user, place)
     # What was started of them is stopped also if not all could be.
     ends = [("disable", *there)] if there else []
     ends.append(("stop", *files))

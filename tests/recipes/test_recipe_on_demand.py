@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ chmod 755 {{top}}/root/usr/bin/qrexec-activate
 cp {ROOT}/tests/publish/hostile.py {ROOT}/tests/publish/look.py {ROOT}/tests/publish/crowd.py {{top}}/root/etc/
 """
 APP = "guestbook"
+#: What --disk takes of the kernel.
+LOOPS = sorted(Path("/dev").glob("loop[0-9-]*"))
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,7 @@ def apps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
         tmp_path_factory.mktemp("apps"),
         INSTALL,
         system="services",
+        binds=map(str, LOOPS),
     ) as container:
         state = "systemctl --user is-active basic.target"
         until(
@@ -478,6 +482,113 @@ def test_qrexec_itself_connects_to_a_native_one(
     assert traces(apps, "bare") == ""
     assert apps.run("ls /etc/qubes-rpc /etc/qubes/rpc-config") == before
     apps.run("dpkg --purge qubes-core-qrexec")
+
+
+#: Writes what fits into its home, after what is there, and says how much that
+#: was, and what is there.
+FILLER = """\
+import os, socket
+listener = socket.socket(fileno=3)
+while True:
+    with listener.accept()[0] as client, open("filled", "ab", 0) as file:
+        count = 0
+        try:
+            while count < 1 << 28:
+                count += file.write(bytes(1 << 16))
+        except OSError as error:
+            client.sendall(f"{count} {os.listdir()} {error}".encode())
+"""
+
+
+def disk_words(apps: Container) -> str:
+    """How a program here gets a file system of its own; empty where a container
+    cannot have one."""
+    loop = "losetup --find --show /root/image"
+    said = apps.run(
+        f"truncate --size 1M /root/image; device=$({loop}) && losetup --detach"
+        f" $device; rm /root/image; echo $device",
+        check=False,
+    )
+    return "--disk 16M" if said.strip() else ""
+
+
+def test_what_a_program_writes_has_a_limit(
+    apps: Container, recipe: Recipe
+) -> None:
+    mount = "systemctl is-active 'var-lib-qrexec\\x2dpublish-filler.mount'"
+    homes = "/var/lib/qrexec-publish"
+    publish = (
+        "qrexec-activate publish filler --user filler --exec"
+        " 'python3 /etc/filler.py'"
+    )
+    loops = "losetup --list --noheadings --output BACK-FILE 2>/dev/null; true"
+    image = f"{homes}/filler.disk"
+    there = f"ls -A {homes} 2>/dev/null; true"
+    before = apps.run(there)
+    if not disk_words(apps):
+        pytest.skip("recipe on-demand: no loop devices in a container here")
+    apps.run(f"cat >/etc/filler.py <<'EOF'\n{FILLER}EOF")
+
+    def fill() -> tuple[int, str]:
+        path = "/run/qubes.ConnectUnix/filler"
+        said = as_user(apps, f"socat -u UNIX-CONNECT:{path} -")
+        count, _, rest = said.partition(" ")
+        return int(count), rest
+
+    # All of it, or nothing.
+    apps.run("systemctl stop caddy")
+    caddy = f"{publish} --disk 16M --domain x.localhost 2>&1"
+    assert "Caddy's admin API" in apps.run(caddy, check=False)
+    apps.run("systemctl start caddy")
+    assert traces(apps, "filler") == apps.run(loops) == ""
+    assert apps.run(there) == before
+
+    apps.run(f"{publish} --disk 16M")
+    assert apps.run(f"stat --format='%U %a' {image} {homes}/filler") == (
+        "root 600\nfiller 700\n"
+    )
+    first, said = fill()
+    assert 8 << 20 < first < 16 << 20
+    assert "No space left on device" in said
+    assert ".bashrc" in said
+    one = published(apps)["filler"]
+    assert one["disk"] == 16 << 20
+    assert first < one["disk_used"] < 16 << 20
+    assert " of 16M\n" in apps.run("qrexec-activate published")
+    assert "nothing changed" in apps.run(f"{publish} --disk 16M")
+    for words in ("", "--disk 48M"):
+        said = apps.run(f"{publish} {words} 2>&1", check=False)
+        assert "with --disk 16M" in said
+    # It is mounted again by who needs it, as after a reboot.
+    apps.run("systemctl stop qrexec-publish-filler.service 'var-lib-*.mount'")
+    assert apps.run(mount, check=False) == "inactive\n"
+    assert published(apps)["filler"]["disk_used"] is None
+    assert fill()[0] == 0
+    assert apps.run(mount) == "active\n"
+    assert "filler.mount" in apps.run(
+        "ls /etc/systemd/system/local-fs.target.wants"
+    )
+    # Not while somebody is in it; and then with all that was made.
+    # WorkingDirectory= would have it end with the mount.
+    apps.run(
+        f"systemd-run --quiet --unit=inside sh -c 'cd {homes}/filler; exec"
+        f" sleep 600'; until [ $(readlink /proc/$(systemctl show --value -p"
+        f" MainPID inside)/cwd) = {homes}/filler ]; do sleep 0.1; done"
+    )
+    said = apps.run("qrexec-activate unpublish filler --yes 2>&1", check=False)
+    assert "is in use" in said
+    apps.run("systemctl stop inside")
+    apps.run("qrexec-activate unpublish filler --yes")
+    assert traces(apps, "filler") == apps.run(loops) == ""
+    assert apps.run(there) == before
+    said = apps.run(f"{publish} --disk 1000T 2>&1", check=False)
+    assert "to give" in said
+    # Nor is it added to what has files already.
+    apps.run(publish)
+    assert "with no --disk" in apps.run(
+        f"{publish} --disk 16M 2>&1", check=False
+    )
+    apps.run("qrexec-activate unpublish filler --yes")
 
 
 def test_it_ends_when_idle(apps: Container, recipe: Recipe) -> None:
