@@ -274,7 +274,7 @@ class Stack:
     lacking = ""
     CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"
     SCRIPT = (
-        "#!/bin/sh\nexec socat -b 65536 -t 604800 STDIO,shut-close TCP:{}:{}\n"
+        "#!/bin/sh\nexec socat -b 65536 -t 604800 STDIN!!STDOUT,shut-close TCP:{}:{}\n"
     )
 
     def __init__(self, folder: Path) -> None:
