@@ -316,13 +316,13 @@ class Daemon:
     async def _accept(self) -> None:
         """Accept until there was nothing to do for long enough."""
         while not self._idle():
-            self._feed()
             if self._first_round.is_set():
                 with trio.move_on_after(self._tick()) as self._nap:
                     await readable(self._ready.fileno())
             for fd in tuple(self._unheard):
                 self._hear(fd)
             for _ in range(BATCH):
+                self._feed()
                 more, short = self._accept_some()
                 if short:
                     await trio.sleep(STARVED_PAUSE)
@@ -525,7 +525,8 @@ class Daemon:
     def _tick(self) -> float:
         """How long the accept loop may sleep at most."""
         starved = STARVED_PAUSE if self._unheard else math.inf
-        return min(self._watchdog, starved, self._idle_for())
+        hungry = self._fed_at + self._watchdog - trio.current_time()
+        return min(hungry, starved, self._idle_for())
 
     def _feed(self) -> None:
         """Tell the watchdog, but not at each connection: systemd would be busy

@@ -381,6 +381,41 @@ async def test_the_watchdog_is_fed_in_time_and_not_at_each_connection(
     await stage.stop()
 
 
+async def test_the_watchdog_is_fed_while_many_are_started_slowly(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    stage, fed = Stage(Settings(max_setups=50)), []
+
+    def tell(_: object, state: str) -> bool:
+        if state == "WATCHDOG=1":
+            fed.append(now())
+        return True
+
+    def slowly(*arguments: Any) -> Any:
+        autojump_clock.jump(10)
+        return begin(*arguments)
+
+    begin = daemon_module.start
+    monkeypatch.setattr(type(stage.daemon._notifier), "tell", tell)
+    monkeypatch.setattr(daemon_module, "start", slowly)
+    streams = [await stage.connect() for _ in range(40)]
+    began = now()
+    nursery.start_soon(stage.run)
+    await stage.nth(40)
+    times = [began, *fed, now()]
+    assert times[-1] - began >= 100
+    assert max(b - a for a, b in itertools.pairwise(times)) < 30
+    for started in stage.client.started:
+        started.exits(0)
+    for stream in streams:
+        await stream.aclose()
+    await stage.stop()
+
+
 async def test_those_who_wait_are_started_side_by_side(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
