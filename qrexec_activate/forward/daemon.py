@@ -291,7 +291,7 @@ class Daemon:
         cut = self._kept_by_daemon()
         for connection in cut:
             connection.interrupt(Ending.STOPPED)
-        with trio.move_on_after(STOP_MARGIN):
+        with trio.move_on_after(STOP_MARGIN / 2):
             while any(one in self.connections for one in cut):
                 await self._connection_ends(STOP_MARGIN)
         if left := len(self.connections):

@@ -16,8 +16,8 @@ __all__ = ["STOP_MARGIN", "Idleness", "Stop"]
 #: TimeoutStopSec= in the units.
 STOP_PATIENCE = 4.0
 #: The margin before systemd's SIGKILL in which spliced connections are reset
-#: and reported.
-STOP_MARGIN = 0.6
+#: and reported; half of it is for what comes after that.
+STOP_MARGIN = 1.0
 
 
 @dataclass(slots=True)
