@@ -24,7 +24,10 @@ SERVICE = f"qubes.ConnectTCP+{ECHO}"
 #: As of qubes.ConnectTCP since 4.2.19: the agent itself connects; before, a
 #: script did.
 CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"
-SCRIPT = "#!/bin/sh\nexec socat -b 65536 STDIN!!STDOUT,shut-close UNIX-CONNECT:{}\n"
+SCRIPT = """\
+#!/bin/sh
+exec socat -b 65536 STDIN!!STDOUT,shut-close UNIX-CONNECT:{}
+"""
 
 
 def client_of(folder: Path) -> Path:
