@@ -273,9 +273,7 @@ class Stack:
     #: Why a test is skipped: pytest-trio drops what pytest.skip says.
     lacking = ""
     CONFIG = "skip-service-descriptor=true\nexit-on-service-eof=true\n"
-    SCRIPT = (
-        "#!/bin/sh\nexec socat -b 65536 -t 604800 STDIN!!STDOUT,shut-close TCP:{}:{}\n"
-    )
+    SCRIPT = "#!/bin/sh\nexec socat -b 65536 -t 604800 STDIN!!STDOUT,shut-close TCP:{}:{}\n"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
