@@ -102,6 +102,11 @@ def test_a_qube_that_does_not_answer_gets_fewer_places() -> None:
     assert door.verdict("silent", 64 + SLOW_AGE / 2) is Verdict.YES
     assert door.verdict("silent", 65) is Verdict.NO_PLACE
     assert door.verdict("work", 65) is Verdict.YES
+    # To the very moment.
+    door = Door()
+    for target in ("silent",) * SLOW_PLACES + ("work",):
+        door.begin(target, 0)
+    assert door.verdict("silent", SLOW_AGE) is Verdict.NO_PLACE
 
 
 def test_alone_a_slow_qube_has_all_places() -> None:
@@ -288,6 +293,14 @@ def test_where_nothing_is_scarce_failures_have_another_reason() -> None:
     assert door.verdict() is Verdict.YES
 
 
+def test_where_nobody_takes_room_a_failure_has_another_reason() -> None:
+    door = Door()
+    only = door.establish()
+    lack_room(door)
+    door.admission.closes(only)
+    assert not door.admission.failed(door.begin(now=1), 1)
+
+
 def test_who_waits_for_room_is_asked_once_nothing_is_scarce() -> None:
     door = Door()
     door.establish()
@@ -403,6 +416,26 @@ def test_another_call_that_is_established_shows_that_it_was_not_full() -> None:
     assert refuse(door, 0)
     door.establish(now=FIRST_PROBE)
     assert door.verdict("work", FIRST_PROBE) is Verdict.YES
+
+
+def test_who_is_neither_set_up_nor_established_is_without_a_place() -> None:
+    door = Door()
+    for _ in range(3):
+        door.establish()
+    door.admission.gives_place_back(door.begin())
+    door.admission.gives_place_back(door.begin())
+    assert not door.admission.is_wanted
+    door.begin()
+    assert not door.admission.is_wanted
+    assert door.admission.without_place == 2
+    door.admission.closes(1)
+    assert door.admission.without_place == 2
+
+
+def test_nobody_wants_a_place_of_others_where_there_are_none() -> None:
+    door = Door()
+    door.admission.waits("listener", "work")
+    assert not door.admission.is_wanted
 
 
 def test_who_waits_goes_in_turn_as_far_as_there_is_room() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from qrexec_activate.forward.admission import PLACE_AGE, Admission
+from qrexec_activate.forward.admission import PLACE_AGE, Admission, Verdict
 from qrexec_activate.forward.call import OVERTAKEN_AGE, PROMPT_AGE, Call
 from qrexec_activate.forward.outcome import Ending
 from qrexec_activate.forward.setups import (
@@ -97,6 +97,13 @@ def test_an_end_is_told_once_and_gives_the_place_back() -> None:
     other = scene.begin(0)
     scene.establish(other, 0.1)
     assert scene.admission.without_place == 1
+
+
+def test_who_is_established_holds_no_place() -> None:
+    scene = Scene()
+    for _ in range(8):
+        scene.establish(scene.begin(0), 0.1)
+    assert scene.admission.verdict("work", 1, opened=False) is Verdict.YES
 
 
 def test_dom0_is_asked_about_now_and_then_and_only_for_what_is_old() -> None:
