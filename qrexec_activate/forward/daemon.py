@@ -297,8 +297,7 @@ class Daemon:
         if left := len(self.connections):
             self.log(
                 Priority.INFO,
-                f"stopping; {_count(left, 'open connection')} go on without the"
-                " daemon",
+                f"stopping; open connections that go on without it: {left}",
             )
         return left or len(self._orphans)
 

@@ -7,6 +7,7 @@ lives as long as a session.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -120,13 +121,13 @@ def _user_id(text: str) -> int:
     metavar="TIME",
     type=_duration,
     default="5min",
-    help="Give up on a call without an answer.",
+    help="Give up on a call without an answer; 0: never.",
 )
 @click.option(
     "--exit-idle-time",
     metavar="TIME",
     type=_duration,
-    help="End after so long without a connection.  [default: never]",
+    help="End after so long without a connection; 0: never.  [default: 0]",
 )
 @click.option(
     "--allow-uid",
@@ -170,6 +171,7 @@ def command(
             "QREXEC_ACTIVATE_ALLOW_UID is empty; set it to the ids of users,"
             " or do not set it"
         )
+    limits["setup_timeout"] = limits["setup_timeout"] or math.inf
     settings = Settings(
         relay=Relay(relay),
         exit_idle_time=exit_idle_time or None,

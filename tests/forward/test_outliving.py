@@ -78,7 +78,7 @@ async def test_a_stop_says_how_many_go_on_without_the_daemon(
     async with AsyncExitStack() as stack:
         await open_many(scene, stack, address, 3)
         await scene.systemctl("stop", SERVICE)
-        await scene.logged("3 open connections go on without the daemon")
+        await scene.logged("open connections that go on without it: 3")
 
 
 async def test_a_hang_up_is_an_order_to_stop(scene: Scene) -> None:
@@ -88,7 +88,7 @@ async def test_a_hang_up_is_an_order_to_stop(scene: Scene) -> None:
     async with AsyncExitStack() as stack:
         await open_many(scene, stack, address, 3)
         os.kill(scene.pid(), signal.SIGHUP)
-        await scene.logged("3 open connections go on without the daemon")
+        await scene.logged("open connections that go on without it: 3")
 
 
 async def test_the_next_daemon_watches_over_the_connections_of_the_last_one(

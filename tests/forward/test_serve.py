@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import trio
 from qrexec_activate.__main__ import NOT_NEEDED, Later
 from qrexec_activate.errors import ManagerError
 from qrexec_activate.forward import serve
+from qrexec_activate.forward.serve_options import parse
 from qrexec_activate.forward.settings import CARETAKER
 from qrexec_activate.routing.claim import PassedSocket
 from qrexec_activate.systemd.manager import Manager
@@ -168,3 +170,10 @@ def test_what_is_imported_by_its_parts_is_imported_at_once(
     from colorsys import rgb_to_hls
 
     assert rgb_to_hls(0, 0, 0) == (0, 0, 0)
+
+
+def test_a_time_of_nothing_is_no_limit() -> None:
+    words = "rpc --argument 1 --setup-timeout 0 --exit-idle-time 0s"
+    settings = parse(words.split()).settings
+    assert settings.setup_timeout == math.inf
+    assert settings.exit_idle_time is None
