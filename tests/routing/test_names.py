@@ -344,6 +344,8 @@ def test_a_unit_name_falls_into_prefix_and_instance() -> None:
     assert parts("my-rpc.socket") == ("my-rpc", None, "socket")
     assert parse_unit_name(r"x@a@b\x2f.c.service").instance == r"a@b\x2f.c"
     assert parse_unit_name("x@.socket").instance == ""
+    for name in ("my-rpc.socket", "x@1.socket"):
+        assert str(parse_unit_name(name)) == name
 
 
 @pytest.mark.parametrize(
