@@ -79,14 +79,16 @@ async def test_a_service_may_half_close_first_and_still_hear_the_client(
 
 
 async def test_a_service_that_ends_leaves_its_last_words_to_a_client_that_goes_on_sending(
-    scene: Scene,
+    scene: Scene, relay: str
 ) -> None:
     """Unread input at the end would turn into a reset, and destroy the answer
-    on its way."""
+    on its way. Handed over, that is as qrexec-client-vm leaves the socket: what
+    the client's kernel has by then is kept, and no more."""
+    size = 200_000 if relay == "splice" else 20_000
 
     async def rude(stream: trio.SocketStream) -> None:
         await stream.receive_some()
-        await stream.send_all(bytes(200_000) + b"done")
+        await stream.send_all(bytes(size) + b"done")
         await stream.send_eof()
         await trio.sleep(0.2)
 
@@ -103,7 +105,7 @@ async def test_a_service_that_ends_leaves_its_last_words_to_a_client_that_goes_o
         await trio.sleep(0.5)
         answer = await receive_all(stream)
         assert answer[-4:] == b"done"
-        assert len(answer) == 200_004
+        assert len(answer) == size + 4
         nursery.cancel_scope.cancel()
     await scene.nobody_stays()
 
