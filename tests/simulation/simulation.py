@@ -571,7 +571,7 @@ class Simulation:
                 and admission.verdict(target, now, opened=opened) is Verdict.YES
             ):
                 hold(False, "a place is free, wanted and not given", who)
-            qube = who.route.qube if opened else who.qube  # type: ignore[attr-defined]
+            qube = who.route.qube if opened else who.qube  # type: ignore[attr-defined]  # only calls and listeners of the world wait
             blocked = (
                 for_all
                 or qube.open >= limits.max_connections
