@@ -6,7 +6,7 @@ import re
 
 import pytest
 from hypothesis import example, given
-from hypothesis import strategies as st
+from samples import REAL_TEXT, TARGETS
 
 from qrexec_activate.errors import BadName
 from qrexec_activate.given.escapes import escape_instance, escape_target
@@ -15,14 +15,6 @@ from qrexec_activate.routing.names import (
     check_target,
     decode_escapes,
     parse_unit_name,
-)
-
-REAL_TEXT = st.text(max_size=60)
-QUBES = st.from_regex(r"[A-Za-z][A-Za-z0-9_.-]{0,30}", fullmatch=True)
-TARGETS = st.one_of(
-    st.sampled_from(["@default", "@dispvm", "dom0"]),
-    QUBES,
-    QUBES.map("@dispvm:{}".format),
 )
 
 

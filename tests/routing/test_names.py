@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from samples import REAL_TEXT, TARGETS
 
 from qrexec_activate.errors import BadName
 from qrexec_activate.routing.names import (
@@ -26,13 +27,6 @@ from qrexec_activate.routing.names import (
 #: Text that may hold lone surrogates, as undecodable bytes of a command line
 #: do.
 ANY_TEXT = st.text(st.characters(blacklist_categories=()), max_size=60)
-REAL_TEXT = st.text(max_size=60)
-QUBES = st.from_regex(r"[A-Za-z][A-Za-z0-9_.-]{0,30}", fullmatch=True)
-TARGETS = st.one_of(
-    st.sampled_from(["@default", "@dispvm", "dom0"]),
-    QUBES,
-    QUBES.map("@dispvm:{}".format),
-)
 
 
 def refusal(function: Callable[[], object]) -> str:

@@ -9,6 +9,7 @@ import socket
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from samples import SHOWN
 
 from qrexec_activate.routing.address import (
     address_key,
@@ -498,19 +499,7 @@ def test_places_are_told_by_file_and_line() -> None:
     assert Declaration("Stream", "1", "/d/a.conf", 7).where == "/d/a.conf:7"
 
 
-@pytest.mark.parametrize(
-    ("written", "shown"),
-    [
-        ("/run/é.sock", r"/run/\303\251.sock"),
-        ("@a b", "@a b"),
-        ("@é", r"@\303\251"),
-        (r"/run/a\b", r"/run/a\\b"),
-        ("127.0.0.1:80", "127.0.0.1:80"),
-        ("vsock::80", "vsock::80"),
-        # What is no name of a unix socket has no escapes.
-        (r"no\\such", r"no\\such"),
-    ],
-)
+@pytest.mark.parametrize(("written", "shown"), SHOWN)
 def test_an_address_is_shown_as_systemd_shows_it(
     written: str, shown: str
 ) -> None:
