@@ -28,17 +28,11 @@ from ..systemd.notify import Notifier, watchdog_interval
 from ..systemd.passed import format_address
 from . import xen
 from .admission import Admission, Fault, Verdict, fault
-from .call import HANG_UP_GRACE
 from .census import Census
-from .child import STARVED, Client
+from .child import Client
 from .connection import HANG_UP_LOOK, Connection, reset, start
 from .lifetime import STOP_MARGIN, Idleness, Stop
-from .orphans import (
-    Orphan,
-    find_caretakers,
-    find_orphans,
-    left_to_read,
-)
+from .orphans import Orphan
 from .outcome import Ending, Outcome, format_seconds
 from .peers import Gate, GateProblem, borrowed, exposure
 from .process import (
@@ -46,31 +40,20 @@ from .process import (
     leave_caretaker,
     raise_descriptor_limit,
 )
+from .reports import Reports
 from .settings import STOP_SIGNALS, Settings
 from .setups import LOOK_INTERVAL, Setups
 from .spawn import AT_ONCE
 from .splice import RESET_AT_CLOSE, at_close
+from .succession import see_out, take_over
 from .watch import Watch, readable
 
 __all__ = ["Daemon"]
 
-#: An earlier daemon's caretaker has so long to end.
-CARETAKER_PATIENCE = 4.0
 #: How long accept pauses when the machine is short of descriptors or memory.
 STARVED_PAUSE = 0.25
-#: A shortage is over, and the next one worth a line in the log, after so long
-#: without another failure. Meanwhile some connections go through, and more
-#: wait.
-SHORTAGE_OVER = 10.0
 #: STATUS is not sent more often than this.
 STATUS_INTERVAL = 0.5
-#: The log speaks of connections reset at one refused listener not more often
-#: than this.
-REFUSAL_LOG_INTERVAL = 30.0
-#: ... and of connections that --allow-uid keeps out.
-KEPT_OUT_LOG_INTERVAL = 1.0
-#: ... and of a limit at which connections wait.
-LIMIT_LOG_INTERVAL = 60.0
 #: What one turn of the accept loop looks at.
 BATCH = 64
 
@@ -83,29 +66,18 @@ class Listener:
     claim: Claim
 
 
-@dataclass(slots=True)
-class Tally:
-    """What STATUS and the last line of the log say."""
-
-    served: int = 0
-    failed: int = 0
-    reset: int = 0
-
-
 class Daemon:
     """The service: its listeners, its connections, and what they wait for."""
 
     def __init__(self, service: str, settings: Settings, log: Log) -> None:
-        self.service = service
         self.settings = settings
-        self.log = log
         self.client = Client(
             settings.client, settings.relay, client_environment()
         )
         self.admission = Admission(
             settings.max_setups, settings.max_connections, settings.max_total
         )
-        self.tally = Tally()
+        self._reports = Reports(service, log)
         self.connections: set[Connection] = set()
         #: Those of an earlier daemon that are only seen out, by their pids.
         self._orphans: set[int] = set()
@@ -127,14 +99,10 @@ class Daemon:
         self._setups_changed = trio.Event()
         self._first_round = trio.Event()
         self._some_ended = trio.Event()
-        self._status_changed = trio.Event()
         self._last_status = ""
-        self._starved_at = -math.inf
-        self._spoke_of: dict[object, float] = {}
         self._looks_often = False
         self._nap = trio.CancelScope()
         self._idleness = Idleness(settings.exit_idle_time, 0.0)
-        self._unusable = 0
         pid = os.getpid()
         self._numbers = (f"{pid:x}-{number}" for number in itertools.count(1))
         self._watchdog = watchdog_interval() or math.inf
@@ -149,34 +117,13 @@ class Daemon:
         served."""
         for passed, claim in zip(sockets, claims, strict=True):
             claim = self._guarded(passed, claim)
-            if isinstance(claim, Refusal):
-                self.log(
-                    Priority.ERROR,
-                    str(claim),
-                    QREXEC_SERVICE=self.service,
-                    LISTENER=claim.address,
-                    UNIT=claim.unit or None,
-                    FILE=claim.file or None,
-                )
-            else:
-                self.log(
-                    Priority.INFO,
-                    f"serving {claim}",
-                    QREXEC_TARGET=claim.target,
-                    QREXEC_SERVICE=claim.call,
-                    LISTENER=claim.address,
-                    UNIT=claim.unit or None,
-                    FILE=claim.file or None,
-                )
+            self._reports.listens(claim)
             if passed.kind in ("Stream", "SequentialPacket", "Datagram"):
                 sock = socket.socket(fileno=passed.fd)
                 sock.setblocking(False)
                 self._listeners[passed.fd] = Listener(sock, claim)
                 self._hear(passed.fd)
-            else:
-                # Nothing can connect to it; it is refused by name and left
-                # alone.
-                self._unusable += 1
+            # Else nothing can connect to it; it is left alone.
 
     def _guarded(self, passed: PassedSocket, claim: Claim) -> Claim:
         """Warn of a listener that others can reach; with --allow-uid, refuse
@@ -186,11 +133,8 @@ class Daemon:
         with borrowed(passed.fd) as sock:
             if self._gate is None:
                 if danger := exposure(sock):
-                    self.log(
-                        Priority.NOTICE,
-                        f"{claim.address}: {danger}",
-                        LISTENER=claim.address,
-                        UNIT=claim.unit or None,
+                    self._reports.of_listener(
+                        claim, Priority.NOTICE, f"{claim.address}: {danger}"
                     )
             elif problem := self._gate.problem(sock):
                 return Refusal(
@@ -207,23 +151,15 @@ class Daemon:
         """Serve until told to stop, or idle for long enough; connections that
         were handed over outlive this."""
         self._idleness.since = trio.current_time()
-        raise_descriptor_limit()
-        with trio.open_signal_receiver(signal.SIGINT, *STOP_SIGNALS) as signals:
-            # They were blocked until there was somebody to receive them.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                with trio.CancelScope() as accepting:
-                    nursery.start_soon(self._stop_on_signal, signals, accepting)
-                    self.admission.knows_all = False
-                    self._start_looking()
-                    nursery.start_soon(self._report)
-                    nursery.start_soon(self._adopt)
-                    self._notifier.tell(f"READY=1\nSTATUS={self.status()}")
-                    await self._accept()
-                self._notifier.tell("STOPPING=1")
-                left = await self._wind_up() or not self.admission.knows_all
-                nursery.cancel_scope.cancel()
+        self.admission.knows_all = False
+        async with self._at_work() as told_to_stop:
+            with told_to_stop:
+                self._nursery.start_soon(self._report)
+                self._nursery.start_soon(self._adopt)
+                self._notifier.tell(f"READY=1\nSTATUS={self.status()}")
+                await self._accept()
+            self._notifier.tell("STOPPING=1")
+            left = await self._wind_up() or not self.admission.knows_all
         if left and self._notifier.wanted:
             leave_caretaker()
         self._close()
@@ -235,26 +171,33 @@ class Daemon:
         Who would else reset the client of a call that is refused after a
         prompt, or make a call again that was lost?
         """
-        raise_descriptor_limit()
-        with trio.open_signal_receiver(signal.SIGINT, *STOP_SIGNALS) as signals:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                with trio.CancelScope() as looking:
-                    self._first_round.set()
-                    nursery.start_soon(self._stop_on_signal, signals, looking)
-                    self._start_looking()
-                    await self._adopt()
-                    while self.connections or self._orphans:
-                        await self._connection_ends(math.inf)
-                nursery.cancel_scope.cancel()
+        self._first_round.set()
+        async with self._at_work() as told_to_stop:
+            with told_to_stop:
+                await self._adopt()
+                while self.connections or self._orphans:
+                    await self._connection_ends(math.inf)
         self._close()
 
-    def _start_looking(self) -> None:
-        self._nursery.start_soon(self._watch.run)
-        self._nursery.start_soon(self._hang_ups.run)
-        self._nursery.start_soon(self._look_after_hang_ups)
-        self._nursery.start_soon(self._look_after_setups)
+    @contextlib.asynccontextmanager
+    async def _at_work(self) -> AsyncIterator[trio.CancelScope]:
+        """Look after the connections meanwhile; an order to stop cancels the
+        scope."""
+        raise_descriptor_limit()
+        told_to_stop = trio.CancelScope()
+        with trio.open_signal_receiver(signal.SIGINT, *STOP_SIGNALS) as signals:
+            # They were blocked until there was somebody to receive them.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(
+                    self._stop_on_signal, signals, told_to_stop
+                )
+                self._nursery.start_soon(self._watch.run)
+                self._nursery.start_soon(self._hang_ups.run)
+                self._nursery.start_soon(self._look_after_hang_ups)
+                self._nursery.start_soon(self._look_after_setups)
+                yield told_to_stop
+                self._nursery.cancel_scope.cancel()
 
     def _close(self) -> None:
         for connection in self.connections:
@@ -295,9 +238,8 @@ class Daemon:
             while any(one in self.connections for one in cut):
                 await self._connection_ends(STOP_MARGIN)
         if left := len(self.connections):
-            self.log(
-                Priority.INFO,
-                f"stopping; open connections that go on without it: {left}",
+            self._reports.info(
+                f"stopping; open connections that go on without it: {left}"
             )
         return left or len(self._orphans)
 
@@ -375,16 +317,18 @@ class Daemon:
             try:
                 self._gate.check(sock)
             except GateProblem as problem:
-                self._keep_out(
-                    listener, sock, _peer(sock, address), str(problem)
-                )
+                peer = _peer(sock, address)
+                reset(sock)
+                self._reports.kept_out(route, peer, str(problem))
                 return True
         connection = Connection(
             self, route, sock, next(self._numbers), _peer(sock, address)
         )
         if connection.client_is_gone():
             # No call for nobody: each might ask a person.
-            self._record(connection, Outcome(Ending.CLIENT_GONE, False, 0.0))
+            self._reports.ended(
+                connection, Outcome(Ending.CLIENT_GONE, False, 0.0)
+            )
             connection.abandon()
             return True
         self._opens(connection)
@@ -418,17 +362,9 @@ class Daemon:
             self.starved(error)
         elif what is Fault.NO_LISTENER:
             self._ignore(fd)
-            self.log(
-                Priority.ERROR,
-                f"{claim.address} accepts no more: {error.strerror}; restart"
-                f" {claim.unit or 'its socket unit'}",
-            )
+            self._reports.accepts_no_more(claim, error)
         elif what is Fault.LOST:
-            self._say_once(
-                claim.address,
-                f"{claim.address}: a connection was lost before it was"
-                f" accepted: {error.strerror}",
-            )
+            self._reports.lost(claim, error)
         return what is not Fault.SHORTAGE
 
     def _verdict(self, target: str, now: float) -> Verdict:
@@ -450,7 +386,7 @@ class Daemon:
     def _opens(self, connection: Connection) -> None:
         self.connections.add(connection)
         self.admission.opens(connection, connection.route.target)
-        self._status_changed.set()
+        self._reports.changed.set()
 
     def _tend(self, connection: Connection) -> None:
         """Give a connection a task that sees it through, if it has none."""
@@ -476,43 +412,16 @@ class Daemon:
                 )
             # Said before it is done: whoever sees the reset finds the reason in
             # the log.
-            if self._is_news(listener, REFUSAL_LOG_INTERVAL):
-                self.log(
-                    Priority.WARNING,
-                    f"reset a connection: {refusal}",
-                    LISTENER=refusal.address,
-                    UNIT=refusal.unit or None,
-                )
+            self._reports.turned_away(refusal)
             reset(sock)
-            self.tally.reset += 1
-            self._status_changed.set()
         return True
-
-    def _keep_out(
-        self, listener: Listener, sock: socket.socket, peer: str, problem: str
-    ) -> None:
-        """Reset a connection of somebody who may not connect."""
-        reset(sock)
-        self.tally.reset += 1
-        self._status_changed.set()
-        # Whoever is kept out decides how often there is something to say.
-        if self._is_news(listener, KEPT_OUT_LOG_INTERVAL):
-            self.log(
-                Priority.WARNING,
-                f"reset a connection of {peer} on {listener.claim.address}:"
-                f" {problem}",
-                PEER=peer,
-                LISTENER=listener.claim.address,
-                UNIT=listener.claim.unit or None,
-            )
 
     def _idle(self) -> bool:
         if self._idle_for() > 0:
             return False
         limit = format_seconds(self.settings.exit_idle_time or 0)
-        self.log(
-            Priority.INFO,
-            f"no connection for {limit}; the next one starts the daemon again",
+        self._reports.info(
+            f"no connection for {limit}; the next one starts the daemon again"
         )
         return True
 
@@ -542,35 +451,7 @@ class Daemon:
         self._ignore(fd)
         self.admission.waits(fd, route.target)
         self._setups_changed.set()
-        if verdict is Verdict.TARGET_FULL:
-            self._say_once(
-                route.target,
-                f"{self.admission.open_to(route.target)} connections are open"
-                f" to {route.target}; more wait until one ends",
-                QREXEC_TARGET=route.target,
-            )
-        elif verdict is Verdict.ALL_FULL:
-            others = self.admission.others
-            self._say_once(
-                "",
-                f"{self.admission.open} connections are open"
-                + (f", and {others} of others in this qube" if others else "")
-                + "; more wait until one ends",
-            )
-
-    def _say_once(self, about: str, text: str, **fields: object) -> None:
-        """Say it, unless it was said a moment ago."""
-        if self._is_news(about, LIMIT_LOG_INTERVAL):
-            self.log(Priority.NOTICE, text, **fields)
-
-    def _is_news(self, about: object, interval: float) -> bool:
-        """Whether the log, which is spoken to now, last heard of this so many
-        seconds ago."""
-        now = trio.current_time()
-        if now - self._spoke_of.get(about, -math.inf) < interval:
-            return False
-        self._spoke_of[about] = now
-        return True
+        self._reports.waits(route.target, verdict, self.admission)
 
     def _next_turns(self) -> None:
         """Let those go on who wait for room, as far as there is some."""
@@ -614,17 +495,8 @@ class Daemon:
             )
         full = self.admission.no_room(connection, ending, code, now)
         if full:
-            self._say_once(
-                target,
-                f"{target} refuses more while"
-                f" {self.admission.open_to(target) - 1} connections are"
-                " open to it: taken for full (qrexec opens 128 to a qube,"
-                " and counts those of other qubes); more wait"
-                if code == 126
-                else f"qrexec sets up no more calls to {target}; more"
-                f" wait{xen.limit()}",
-                QREXEC_TARGET=target,
-            )
+            open_to_it = self.admission.open_to(target) - 1
+            self._reports.no_room(target, code, open_to_it)
         self._next_turns()
         return full
 
@@ -636,14 +508,9 @@ class Daemon:
         try:
             outcome = await connection.carry()
         except Exception as error:
-            self.log(
-                Priority.ERROR,
-                f"{connection}: internal error:"
-                f" {type(error).__name__}: {error}",
-            )
-            self.tally.failed += 1
+            self._reports.broke(connection, error)
         else:
-            self._record(connection, outcome)
+            self._reports.ended(connection, outcome)
         finally:
             self._closes(connection)
 
@@ -658,45 +525,10 @@ class Daemon:
             self._nap.deadline = min(self._nap.deadline, now + self._idle_for())
         self.admission.closes(connection)
         self._next_turns()
-        self._status_changed.set()
-
-    def _record(self, connection: Connection, outcome: Outcome) -> None:
-        if outcome.failed:
-            self.tally.failed += 1
-        else:
-            self.tally.served += 1
-        hint = ""
-        if outcome.failed and not outcome.established:
-            hint = xen.denial() if outcome.exit_code == 1 else ""
-        self.log(
-            Priority.WARNING if outcome.failed else Priority.INFO,
-            f"{connection}: {outcome.words()}{hint}",
-            CONNECTION_ID=connection.id,
-            QREXEC_TARGET=connection.route.target,
-            QREXEC_SERVICE=connection.route.call,
-            PEER=connection.peer,
-            LISTENER=connection.route.address,
-            UNIT=connection.route.unit or None,
-            OUTCOME=outcome.ending.name.lower().replace("_", "-"),
-            ESTABLISHED=int(outcome.established),
-            EXIT_CODE=outcome.exit_code,
-            TRIES=outcome.tries,
-            SETUP_USEC=(
-                None if outcome.setup is None else round(outcome.setup * 1e6)
-            ),
-            DURATION_USEC=round(outcome.duration * 1e6),
-            BYTES_TO_QUBE=outcome.bytes_to_qube,
-            BYTES_FROM_QUBE=outcome.bytes_from_qube,
-        )
+        self._reports.changed.set()
 
     def starved(self, error: Exception) -> None:
-        before, self._starved_at = self._starved_at, trio.current_time()
-        if self._starved_at - before > SHORTAGE_OVER:
-            self.log(
-                Priority.WARNING,
-                "connections wait, as the machine is short of something:"
-                f" {error}",
-            )
+        self._reports.starved(error)
 
     def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
         (self._watch if events else self._hang_ups).add(fd, events, callback)
@@ -709,7 +541,7 @@ class Daemon:
         if (outcome := connection.over_at_once()) is None:
             self._tend(connection)
         else:
-            self._record(connection, outcome)
+            self._reports.ended(connection, outcome)
             self._closes(connection)
 
     def client_gone(self, connection: Connection) -> None:
@@ -741,67 +573,10 @@ class Daemon:
     async def _adopt(self) -> None:
         """Watch again over the connections that outlived an earlier daemon."""
         try:
-            await self._adopt_all()
+            await take_over(self._take_over, self._reports)
         finally:
             self.admission.knows_all_now()
             self._next_turns()
-
-    async def _adopt_all(self) -> None:
-        known: set[int] = set()
-        again = True
-        while again:
-            found: list[Orphan] = []
-            shortage: OSError | None = None
-            try:
-                for orphan in find_orphans(known):
-                    known.add(orphan.pid)
-                    found.append(orphan)
-            except OSError as error:
-                if error.errno in STARVED:
-                    shortage = error
-                else:
-                    # Where ptrace is restricted to descendants, a stranger's
-                    # descriptors cannot be had.
-                    self.log(
-                        Priority.NOTICE,
-                        "connections of an earlier daemon go on, unwatched:"
-                        f" {error}",
-                    )
-            # Not before their sockets are held here, too: a qrexec-client-vm
-            # that is killed while nobody else holds its socket ends cleanly.
-            # And what a caretaker has started itself is an orphan only once
-            # that has gone: look again.
-            try:
-                again = await self._relieve_caretakers()
-            finally:
-                for orphan in found:
-                    self._take_over(orphan)
-            if shortage is not None:
-                self.starved(shortage)
-                await trio.sleep(STARVED_PAUSE)
-                again = True
-        if known:
-            self.log(
-                Priority.INFO,
-                f"watching over {_count(len(known), 'connection')} of an"
-                " earlier daemon",
-            )
-
-    async def _relieve_caretakers(self) -> bool:
-        """End those who look after what an earlier daemon left; whether any has
-        gone."""
-        any_gone = False
-        for pidfd in find_caretakers():
-            try:
-                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-                with trio.move_on_after(CARETAKER_PATIENCE):
-                    await readable(pidfd)
-                    any_gone = True
-            except ProcessLookupError:
-                any_gone = True
-            finally:
-                os.close(pidfd)
-        return any_gone
 
     def _take_over(self, orphan: Orphan) -> None:
         if orphan.sock is None:
@@ -817,25 +592,9 @@ class Daemon:
             self._tend(connection)
 
     async def _see_out(self, orphan: Orphan) -> None:
-        """End a qrexec-client-vm whose pipes led to the daemon that is gone,
-        and with it went the client; but what it has yet to read is to
-        arrive."""
-        try:
-            while left_to_read(orphan.pidfd):
-                with trio.move_on_after(HANG_UP_LOOK):
-                    await readable(orphan.pidfd)
-                    return
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                with trio.move_on_after(HANG_UP_GRACE):
-                    await readable(orphan.pidfd)
-                    return
-                signal.pidfd_send_signal(orphan.pidfd, number)
-        except ProcessLookupError:
-            return
-        finally:
-            os.close(orphan.pidfd)
-            self._orphans.discard(orphan.pid)
-            self._some_ended.set()
+        await see_out(orphan)
+        self._orphans.discard(orphan.pid)
+        self._some_ended.set()
 
     # ----------------------------------------------------------------- set-ups
 
@@ -852,7 +611,7 @@ class Daemon:
         if established is None:
             return
         if established:
-            self._status_changed.set()
+            self._reports.changed.set()
             if connection.call.client_left:
                 self.client_gone(connection)
         self._next_turns()
@@ -887,48 +646,28 @@ class Daemon:
                 self._tend(connection)
         for one in self.admission.old(now):
             self.admission.gives_place_back(one)
-            self._status_changed.set()
+            self._reports.changed.set()
 
     # ------------------------------------------------------------------ status
 
     def status(self) -> str:
         """One line for systemctl status."""
-        refused = self._unusable + sum(
-            isinstance(one.claim, Refusal) for one in self._listeners.values()
+        return self._reports.status(
+            len(self.connections), self.admission.without_place
         )
-        served = sum(
-            isinstance(one.claim, Route) for one in self._listeners.values()
-        )
-        waiting = self.admission.without_place
-        parts = [
-            f"{_count(served, 'listener')} served, {refused} refused",
-            f"{_count(len(self.connections), 'connection')} open",
-        ]
-        if waiting:
-            parts.append(f"{waiting} waiting for an answer")
-        parts.append(
-            f"{self.tally.served} ended well, {self.tally.failed} failed"
-        )
-        if self.tally.reset:
-            parts.append(f"{self.tally.reset} reset")
-        return "; ".join(parts)
 
     async def _report(self) -> None:
         """Keep STATUS true, and cheap."""
         while True:
-            await self._status_changed.wait()
-            self._status_changed = trio.Event()
+            await self._reports.changed.wait()
+            self._reports.changed = trio.Event()
             if (status := self.status()) != self._last_status:
                 if self._notifier.tell(f"STATUS={status}"):
                     self._last_status = status
                 else:
                     # systemd does not read at the moment.
-                    self._status_changed.set()
+                    self._reports.changed.set()
             await trio.sleep(STATUS_INTERVAL)
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _peer(sock: socket.socket, address: object) -> str:

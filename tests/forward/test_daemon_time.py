@@ -29,6 +29,7 @@ from scenario import is_reset_error, sees_reset, vanish
 from trio.testing import MockClock
 
 from qrexec_activate.forward import daemon as daemon_module
+from qrexec_activate.forward import succession
 from qrexec_activate.forward.call import (
     HANG_UP_GRACE,
     OVERTAKEN_AGE,
@@ -817,7 +818,7 @@ async def test_a_lost_call_of_an_earlier_daemon_is_made_again(
         pidfd = os.pidfd_open(lost)
         yield Orphan(lost, pidfd, ours, route, "1-1", "pid 1", 5.0)
 
-    monkeypatch.setattr(daemon_module, "find_orphans", find)
+    monkeypatch.setattr(succession, "find_orphans", find)
     monkeypatch.setattr(Child, "is_answered", lambda self: True)
     stage = Stage(Settings())
     monkeypatch.setattr(signal, "pidfd_send_signal", stage.client.signal)
@@ -935,7 +936,7 @@ async def test_what_an_earlier_daemon_left_counts_before_it_is_adopted(
         for _ in range(2):
             yield pretend_orphan(pids)
 
-    monkeypatch.setattr(daemon_module, "find_orphans", find)
+    monkeypatch.setattr(succession, "find_orphans", find)
     stage = Stage(Settings(max_connections=2))
     monkeypatch.setattr(signal, "pidfd_send_signal", stage.client.signal)
     stage.daemon._census = Others(2)  # type: ignore[assignment]
@@ -1136,7 +1137,7 @@ async def test_adoption_goes_on_after_a_shortage(
             raise OSError(errno.EMFILE, "Too many open files")
 
     pids: list[int] = []
-    monkeypatch.setattr(daemon_module, "find_orphans", find)
+    monkeypatch.setattr(succession, "find_orphans", find)
     stage = Stage(Settings())
     nursery.start_soon(stage.run)
     await stage.recorded("watching over 3 connections of an earlier daemon")
@@ -1164,8 +1165,8 @@ async def test_who_looked_after_a_connection_is_relieved_once_it_is_held(
         order.append("relieved")
         yield from ()
 
-    monkeypatch.setattr(daemon_module, "find_orphans", find_orphans)
-    monkeypatch.setattr(daemon_module, "find_caretakers", find_caretakers)
+    monkeypatch.setattr(succession, "find_orphans", find_orphans)
+    monkeypatch.setattr(succession, "find_caretakers", find_caretakers)
     stage = Stage(Settings())
     nursery.start_soon(stage.run)
     await trio.sleep(1)
@@ -1198,8 +1199,8 @@ async def test_what_a_caretaker_has_started_is_adopted_once_that_has_gone(
         if pidfds:
             yield pidfds.pop()
 
-    monkeypatch.setattr(daemon_module, "find_orphans", find_orphans)
-    monkeypatch.setattr(daemon_module, "find_caretakers", find_caretakers)
+    monkeypatch.setattr(succession, "find_orphans", find_orphans)
+    monkeypatch.setattr(succession, "find_caretakers", find_caretakers)
     stage = Stage(Settings())
     nursery.start_soon(stage.run)
     await stage.recorded("watching over 1 connection of an earlier daemon")
@@ -1218,12 +1219,12 @@ async def test_a_stop_in_the_midst_of_adoption_leaves_nobody_alone(
     def find_orphans(known: set[int]) -> Iterator[Orphan]:
         yield pretend_orphan(pids)
 
-    async def never(daemon: object) -> bool:
+    async def never() -> bool:
         await trio.sleep_forever()
         return False
 
-    monkeypatch.setattr(daemon_module, "find_orphans", find_orphans)
-    monkeypatch.setattr(Daemon, "_relieve_caretakers", never)
+    monkeypatch.setattr(succession, "find_orphans", find_orphans)
+    monkeypatch.setattr(succession, "_relieve_caretakers", never)
     monkeypatch.setattr(
         daemon_module, "leave_caretaker", lambda: left.append(True)
     )
@@ -1250,10 +1251,10 @@ async def test_an_idle_daemon_leaves_nobody_alone_who_is_yet_to_be_seen_out(
             orphan.sock.close()
             yield replace(orphan, sock=None)
 
-    monkeypatch.setattr(daemon_module, "find_orphans", find_orphans)
-    monkeypatch.setattr(daemon_module, "find_caretakers", lambda: iter(()))
+    monkeypatch.setattr(succession, "find_orphans", find_orphans)
+    monkeypatch.setattr(succession, "find_caretakers", lambda: iter(()))
     # What its client sent before it went is not read yet.
-    monkeypatch.setattr(daemon_module, "left_to_read", lambda pidfd: 1)
+    monkeypatch.setattr(succession, "left_to_read", lambda pidfd: 1)
     monkeypatch.setattr(
         daemon_module, "leave_caretaker", lambda: left.append(True)
     )
@@ -1542,7 +1543,7 @@ async def test_an_earlier_daemons_connection_lasted_from_its_beginning(
         orphan.sock.setblocking(False)
         yield replace(orphan, age=100.0)
 
-    monkeypatch.setattr(daemon_module, "find_orphans", find)
+    monkeypatch.setattr(succession, "find_orphans", find)
     stage = Stage(Settings())
     nursery.start_soon(stage.run)
     await stage.recorded("watching over 1 connection of an earlier daemon")
