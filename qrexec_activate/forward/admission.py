@@ -138,19 +138,19 @@ class Admission:
 
     def verdict(self, target: str, now: float, *, opened: bool) -> Verdict:
         """Whether a call may begin; `opened`: for a connection that counts."""
-        more = 0 if opened else 1
+        more = not opened
         if len(self._open) + self.others + more > self.max_total:
             return Verdict.ALL_FULL
-        to_target = self._per_target.get(target, 0)
+        to_target = self._per_target.get(target, 0) + more
         unknown = 0 if self.knows_all else self.others
-        if to_target + unknown + more > self.max_connections:
+        if to_target + unknown > self.max_connections:
             return Verdict.TARGET_FULL
         all_held = len(self._places)
         ceiling = self._no_room.get(target)
         if ceiling and ceiling.holds(len(self._established) + all_held, now):
             return Verdict.ALL_FULL
         ceiling = self._full.get(target)
-        if ceiling and ceiling.holds(to_target - 1 + more, now):
+        if ceiling and ceiling.holds(to_target - 1, now):
             return Verdict.TARGET_FULL
         held = self._by_target.get(target)
         if not held:
@@ -314,10 +314,10 @@ class Admission:
         target = self._open[call]
         ceiling = self._full.get(target)
         if ceiling is None:
-            if self._per_target[target] - 1 < MANY_OPEN:
-                return False
-            self._full[target] = _Ceiling(self._per_target[target] - 1, now)
-            return True
+            at = self._per_target[target] - 1
+            if at >= MANY_OPEN:
+                self._full[target] = _Ceiling(at, now)
+            return at >= MANY_OPEN
         if now - ceiling.since >= FULL_PATIENCE:
             del self._full[target]
             return False
@@ -356,10 +356,12 @@ class Admission:
             return
         self._may_have_room, self._turns_at = False, now
         none_for: set[tuple[str, bool]] = set()
+        room = len(self._open) + self.others < self.max_total
         for who, target in list(self._waiting.items()):
             kind = target, who in self._open
+            gone = who not in self._waiting
             # Who comes later does not find more.
-            if kind in none_for or who not in self._waiting:
+            if gone or kind in none_for or not (room or kind[1]):
                 continue
             if self.verdict(target, now, opened=kind[1]) is Verdict.YES:
                 del self._waiting[who]

@@ -295,12 +295,10 @@ class Call:
             return None
         if self.interrupted not in (None, Ending.LOST):
             return None
-        refused = ending is Ending.CLIENT_EXITED and code == 126
-        failed = ending is Ending.CLIENT_EXITED and code == 1
         lost = ending is Ending.LOST
-        if refused and (slow or not no_room):
-            return None
-        if not (lost or failed or refused):
+        exited = ending is Ending.CLIENT_EXITED
+        refused_for_now = code == 126 and no_room and not slow
+        if not (lost or (exited and (code == 1 or refused_for_now))):
             return None
         if no_room:
             self.tries -= 1

@@ -89,11 +89,12 @@ class Setups(Generic[Who]):
     def due(self, who: Who, now: float) -> Ending | None:
         """Whether to give up waiting for an answer to it, and why."""
         call, target, service = self._calls[who]
-        overtaken = (
-            now - call.began_at >= OVERTAKEN_AGE
-            # Where every call starts a qube of its own, none overtakes another.
-            and not target.startswith("@dispvm")
-            and self._paces[target, service].overtook(call.began_at)
+        age = now - call.began_at
+        if age < OVERTAKEN_AGE and age < self.timeout:
+            return None
+        # Where every call starts a qube of its own, none overtakes another.
+        overtaken = not target.startswith("@dispvm") and (
+            self._paces[target, service].overtook(call.began_at)
         )
         return call.due(now, self.timeout, overtaken)
 
