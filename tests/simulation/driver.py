@@ -46,6 +46,8 @@ class Shell:
         self.has_adopted = False
         self.setups: Setups[Conn] = Setups(self.admission, timeout)
         self.ours: set[Conn] = set()
+        #: How many of these have a qrexec-client-vm that lives.
+        self.alive = 0
         self.accepts = True
         self.stop: Stop | None = None
         self.idleness = Idleness(world.idle_time, world.now)
@@ -53,7 +55,7 @@ class Shell:
         self.ready: list[RouteOf] = list(world.routes)
         self.look_id = 0
         self.looks_often = False
-        self.up_at = world.now
+        self.up_at = self.turned_at = world.now
         for route in world.routes:
             route.parked = False
         self.is_idle()
@@ -111,20 +113,22 @@ class Shell:
         if not self.admission.count_is_due(now):
             return False
         before = self.admission.others
-        self.admission.counted(self.world.others_for(self.ours), now)
+        self.admission.counted(self.world.others_for(self), now)
         return self.admission.others < before
 
     def next_turns(self) -> None:
         admission, now = self.admission, self.world.now
+        self.turned_at = now
         if admission.waits_for_others:
             self.count_others(now)
         for who in admission.turns(now):
-            if isinstance(who, Conn):
-                admission.begins(who, now)
-                self.woken.append(who)
-            elif isinstance(who, RouteOf):
+            if type(who) is RouteOf:
                 who.parked = False
                 self.ready.append(who)
+            else:
+                assert isinstance(who, Conn)
+                admission.begins(who, now)
+                self.woken.append(who)
 
     # ------------------------------------------------------------- connections
 
@@ -326,13 +330,11 @@ class Shell:
         now, setups = self.world.now, self.setups
         self.world.looks += len(setups._calls)
         for conn, asks_dom0 in setups.look(now):
-            call, child = conn.call, conn.child
-            assert child is not None
-            if child.flag and self.look_if_established(conn):
+            if conn.child.flag and self.look_if_established(conn):  # type: ignore[union-attr]  # it has one as long as it is here
                 self.setup_ends(conn)
                 continue
-            if asks_dom0 and child.answered:
-                call.is_answered(now)
+            if asks_dom0 and conn.child.answered:  # type: ignore[union-attr]
+                conn.call.is_answered(now)
             ending = setups.due(conn, now)
             if ending is not None:
                 self.interrupt(conn, ending)
@@ -356,6 +358,7 @@ class Shell:
         conn.call = Call(self.world.now, random=self.world.random)
         self.opens(conn)
         conn.call.adopt(self.world.now, age)
+        self.alive += 1
         conn.place = STARTED
         conn.tended = False
         self.setups.begins(conn, conn.call, conn.route.target, "service")

@@ -12,7 +12,7 @@ import math
 import random
 import re
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Any
@@ -82,6 +82,9 @@ class Simulation:
         self.moves = 0
         self._checked: object = None
         self._check_at = 0.0
+        #: Whether a limit keeps every qube from what is its own share, and since
+        #: when none does.
+        self.all_blocked, self.all_blocked_at = False, 0.0
         rng, faults = self.random, scenario.faults
         self.timeout = rng.choice((5.0, 30.0, 300.0))
         kinds = ["healthy", *(kind for kind in KINDS if kind in faults)]
@@ -136,8 +139,10 @@ class Simulation:
         while (
             heap
             and self.events < events
-            and self.now < end
-            and (self.flying or self.queued or not self.calm)
+            and (
+                not self.calm
+                or (self.now < end and (self.flying or self.queued))
+            )
         ):
             self.now, _, do, what, timer = heappop(heap)
             if not do(what, timer):
@@ -148,9 +153,12 @@ class Simulation:
                 shell.settle()
             self.events += 1
             check()
-            if self.shell is not None and type(what) in (Conn, Child):
-                conn = what if type(what) is Conn else what.conn
-                self.check_one(conn, self.shell)
+            if what is not None and self.shell is not None:
+                kind = type(what)
+                if kind is Child:
+                    self.check_one(what.conn, self.shell)
+                elif kind is Conn:
+                    self.check_one(what, self.shell)
             if not self.events % ALL:
                 self.check_all()
 
@@ -246,6 +254,7 @@ class Simulation:
             since = max(
                 conn.arrived,
                 self.now if qube.blocked else qube.blocked_at,
+                self.now if self.all_blocked else self.all_blocked_at,
                 self.shell.up_at,
             )
             # Those ahead, and as many on each other route to that qube; and
@@ -253,11 +262,12 @@ class Simulation:
             share = ((conn.ahead + 1) * qube.routes + 1) * (
                 self.answer + MARGIN
             )
-            hold(
-                self.now - since <= share,
-                f"waited {self.now - since} s, its share is {share} s",
-                conn,
-            )
+            if self.now - since > share:
+                hold(
+                    False,
+                    f"waited {self.now - since} s, its share is {share} s",
+                    conn,
+                )
 
     def over(self, conn: Conn) -> None:
         """Its one outcome."""
@@ -274,13 +284,10 @@ class Simulation:
             and self.random.random() < 0.05
         )
 
-    def others_for(self, ours: Iterable[Conn]) -> int:
-        """What a census counts: all that are alive, without those of `ours`."""
-        return (
-            self.others
-            + self.alive
-            - sum(one.child is not None and one.child.alive for one in ours)
-        )
+    def others_for(self, shell: Shell) -> int:
+        """What a census counts: all that are alive, without those of a
+        daemon's own."""
+        return self.others + self.alive - shell.alive
 
     # --------------------------------------------------------- qrexec-client-vm
 
@@ -298,6 +305,8 @@ class Simulation:
         qube.open += 1
         qube.started += 1
         self.alive += 1
+        if self.shell is not None:
+            self.shell.alive += 1
         self.moves += 1
         hold(
             qube.open - qube.orphans <= limits.max_connections,
@@ -403,6 +412,7 @@ class Simulation:
                 # The kernel closes the last copy of its socket.
                 self.over(conn)
             elif self.shell is not None and conn in self.shell.ours:
+                self.shell.alive -= 1
                 self.shell.child_ended(conn, child)
         self.children_of_this_daemon.discard(child)
         if child.orphan:
@@ -540,9 +550,9 @@ class Simulation:
         if not admission._waiting or not shell.accepts:
             return
         # Of all that a verdict depends on, the clock is the part that moves
-        # most, and does little.
-        now, state = (
-            self.now,
+        # most, and does little: with time, only a probe can turn it to yes.
+        at, state = (
+            shell.turned_at,
             (
                 self.moves,
                 admission.others,
@@ -551,31 +561,38 @@ class Simulation:
                 len(admission._waiting),
             ),
         )
-        if state == self._checked and now < self._check_at:
+        if state == self._checked and at < self._check_at:
             return
-        self._checked, self._check_at = state, admission._next_probe(now)
+        self._checked, self._check_at = state, admission._next_probe(at)
+        if shell.look_at > max(self._check_at, self.now) + MARGIN:
+            raise Broken("nobody looks when there may be room")
+        self.check_waiting(shell, at)
+
+    def check_waiting(self, shell: Shell, at: float) -> None:
+        """Nobody waits who could go when it was last asked who may, and still
+        can."""
+        admission, limits, now = shell.admission, self.scenario, self.now
         # What keeps a qube from its own share: what the limits say, and nothing
         # else.
         all_open = len(shell.ours) + admission.others >= limits.max_total
         for_all = all_open or not shell.has_adopted
-        no_first = places >= limits.max_setups * FIRST_PLACES
-        soon = shell.look_at <= now + 0.0011
+        if for_all or self.all_blocked:
+            self.all_blocked, self.all_blocked_at = for_all, now
+        no_first = len(admission._places) >= limits.max_setups * FIRST_PLACES
         seen = set()
         for who, target in admission._waiting.items():
             opened = type(who) is Conn
-            if (target, opened) in seen:
+            if (all_open and not opened) or (target, opened) in seen:
                 continue
             seen.add((target, opened))
             if (
-                not (soon or (all_open and not opened))
+                admission.verdict(target, at, opened=opened) is Verdict.YES
                 and admission.verdict(target, now, opened=opened) is Verdict.YES
             ):
-                hold(False, "a place is free, wanted and not given", who)
+                raise Broken("a place is free, wanted and not given")
             qube = who.route.qube if opened else who.qube  # type: ignore[attr-defined]  # only calls and listeners of the world wait
-            blocked = (
-                for_all
-                or qube.open >= limits.max_connections
-                or (no_first and not qube.started)
+            blocked = qube.open >= limits.max_connections or (
+                no_first and not qube.started
             )
             if blocked or qube.blocked:
                 qube.blocked_at = now
@@ -597,6 +614,9 @@ class Simulation:
         hold(
             shell.admission._established <= shell.ours,
             "the core counts who is over",
+        )
+        assert shell.alive == sum(
+            one.child is not None and one.child.alive for one in shell.ours
         )
         for conn in self.flying:
             self.check_one(conn, shell)
