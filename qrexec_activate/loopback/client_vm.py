@@ -700,10 +700,13 @@ def connect(call: Call, service: services.Service) -> Running:
         sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         connect_unix(sock, service.path)
     else:
-        found = _socket.getaddrinfo(
-            service.host, service.port, 0, _socket.SOCK_STREAM
+        # As qrexec does, which takes no names.
+        ((family, kind, protocol, _, address),) = _socket.getaddrinfo(
+            service.host,
+            service.port,
+            type=_socket.SOCK_STREAM,
+            flags=_socket.AI_NUMERICHOST,
         )
-        family, kind, protocol, _, address = found[0]
         sock = _socket.socket(family, kind, protocol)
         sock.connect(address)
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)

@@ -397,7 +397,7 @@ def test_a_tcp_service_takes_its_port_from_the_argument_or_its_link(
     pretend: Pretend,
 ) -> None:
     port = pretend.serve_tcp(echo).port
-    pretend.link("test.Host", "/dev/tcp/localhost")
+    pretend.link("test.Host", "/dev/tcp/127.0.0.1")
     pretend.link("test.Fixed", f"/dev/tcp/127.0.0.1/{port}")
     assert (
         pretend.call("work", f"test.Host+{port}").converse()
@@ -406,6 +406,13 @@ def test_a_tcp_service_takes_its_port_from_the_argument_or_its_link(
     assert (
         pretend.call("work", "test.Fixed").converse() == b"test.Fixed+ client\0"
     )
+
+
+def test_a_tcp_service_takes_an_address_and_no_name(pretend: Pretend) -> None:
+    port = pretend.serve_tcp(echo).port
+    pretend.link("test.Name", f"/dev/tcp/localhost/{port}")
+    done = pretend.run("work", "test.Name")
+    assert (done.returncode, done.stdout, done.stderr) == (125, b"", b"")
 
 
 def test_exit_on_client_eof_ends_the_call_at_once(pretend: Pretend) -> None:
