@@ -214,7 +214,11 @@ async def test_each_directive_holds_in_what_qrexec_client_vm_starts(
     address = scene.address()
     scene.drop_in("work", address)
     await scene.start()
-    assert json.loads(await ask(address)) == HELD
+    held = json.loads(await ask(address))
+    # From systemd 253 and Linux 6.3 on, the kernel itself refuses that.
+    if held["MemoryDenyWriteExecute"] == "EACCES":
+        held["MemoryDenyWriteExecute"] = "EPERM"
+    assert held == HELD
 
 
 async def test_each_directive_holds_in_the_daemon(scene: Scene) -> None:
