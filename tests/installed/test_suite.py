@@ -18,7 +18,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 #: What the tests run beside what Debian calls like the Python package.
-PACKAGES = "git make socat zsh fish dbus-user-session python3-pytest python3-pytest-xdist python3-hypothesis"
+PACKAGES = (
+    "dbus-user-session fish gcc git groff iproute2 libc6-dev make mandoc"
+    " python3-hypothesis python3-pytest python3-pytest-xdist shellcheck socat zsh"
+)
 LIBRARIES = ("trio", "click", "systemd", "jeepney", "psutil")
 #: Which tests: what `make check` runs; those of recipes and packages run on a
 #: machine, not in there.
@@ -53,11 +56,15 @@ def test_the_suite_passes(
         shutil.copytree(path, container.upper / "root/more" / path.name)
     container.boot(read_only=False)
     try:
-        container.run(
+        # Interrupted, it says what it has found until then.
+        said = container.run(
             "sh",
             "-ec",
-            f"cd /root/source; PYTHONPATH=/root/more exec python3 -m pytest -q {CHOSEN}",
-            timeout=5400,
+            "cd /root/source; PYTHONPATH=/root/more exec"
+            f" timeout --signal=INT 5400 python3 -m pytest -q -rfEs {CHOSEN}",
+            timeout=5500,
         )
+        # What was skipped, and how many passed: `pytest -rP` shows it.
+        print(said)
     finally:
         container.shut_down()
