@@ -90,7 +90,7 @@ check-installed:
 check-trixie check-sid: check-%:
 	@tools/setup check
 	@tools/packages-setup
-	@CHECK_INSTALLED=yes CHECK_INSIDE=yes CHECK_SUITES=$* .venv/bin/python -m pytest tests/installed -k '[$*]'
+	@CHECK_INSTALLED=yes CHECK_INSIDE=$* CHECK_SUITES=$* .venv/bin/python -m pytest tests/installed -k '[$*]'
 
 # What decides where a byte goes is pure, and tested where a package is built. All else needs a systemd user manager.
 .PHONY: check-pure
