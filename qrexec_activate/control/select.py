@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ..errors import ActivateError, ManagerError, UsageProblem
-from ..given.kinds import unit_of
+from ..given.kinds import KINDS, unit_of
 from ..routing.address import address_key
 from ..routing.claim import Route
 from ..routing.names import parse_unit_name
@@ -126,6 +126,12 @@ def the_routes(
             groups = [(word, select(entries, [word])) for word in words]
         except UsageProblem:
             _look_elsewhere(words, entries, user=now.user)
+            if _is_kind(words):
+                route = " ".join(words)
+                raise UsageProblem(
+                    f"there is no route {route!r}: qrexec-activate list shows"
+                    " all"
+                ) from None
             raise
     meant: dict[Entry, None] = {}
     for word, found in groups:
@@ -166,6 +172,11 @@ def _names(word: str, units: set[str]) -> bool:
     return len(units) == 1 and word.removesuffix(".socket") == next(
         iter(units)
     ).removesuffix(".socket")
+
+
+def _is_kind(words: Sequence[str]) -> bool:
+    """Whether these are words for one route, as add takes them."""
+    return len(words) in (2, 3) and words[0] in KINDS
 
 
 def _by_kind(words: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:

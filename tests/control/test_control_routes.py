@@ -319,6 +319,10 @@ def test_a_word_that_may_mean_several_routes_removes_none(desk: Desk) -> None:
     assert "may mean 2 routes" in desk.fails("remove", "gitweb", code=2)
     assert len(desk.routes()) == 2
     assert "there is no route 'nope'" in desk.fails("remove", "nope", code=2)
+    words = ("tcp", str(desk.port), "gitwep")
+    assert f"there is no route {' '.join(words)!r}" in desk.fails(
+        "remove", *words, code=2
+    )
     desk.run("remove", "gitweb", "--all")
     assert desk.files() == set()
 
