@@ -22,6 +22,7 @@ from ..control.publications import (
     is_service,
     managers,
     published,
+    services_of,
     where_installed,
 )
 from ..control.table import BAD, GOOD, print_json, print_rows, short_path
@@ -409,7 +410,7 @@ def _walk_on(one: Publication, manager: Manager, client: socket.socket) -> str:
     state = stays(_sights(manager, one.unit))
     if state is None or _has_answered(client):
         return ""
-    units = units_of(one.unit)[:2]
+    units = services_of(manager, one.unit)
     return (
         f"its program does not stay ({state}):"
         f" {Systemctl(user=manager.user).written('status', *units)}"

@@ -33,7 +33,14 @@ from pathlib import Path
 
 import click
 
-from ..control.publications import FOLDER, NOTES, PREFIX, RPC, folder
+from ..control.publications import (
+    FOLDER,
+    NOTES,
+    PREFIX,
+    RPC,
+    folder,
+    services_of,
+)
 from ..control.survey import read_file
 from ..errors import ActivateError, UsageProblem
 from ..given.escapes import escape_instance
@@ -848,7 +855,7 @@ def pause_problem(
             yield ""
             continue
         status = Systemctl(user=manager.user).written(
-            "status", *units_of(unit)[:2]
+            "status", *services_of(manager, unit)
         )
         yield (
             f"its program ended {MAX_STARTS} times within"

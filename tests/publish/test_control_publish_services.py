@@ -458,6 +458,7 @@ def test_check_goes_the_whole_way(desk: Desk) -> None:
     ]
     assert len(problems) == 1, result
     assert problems[0].startswith("bad: its program does not stay"), result
+    assert problems[0].endswith("status qrexec-publish-bad.service")
     assert ask(desk, "good") == "good heard me"
 
 
