@@ -35,6 +35,7 @@ from ..systemd.units import Manager, open_manager
 from .address import (
     Trouble,
     is_open_to_others,
+    is_plain,
     next_free,
     obstacle,
 )
@@ -531,6 +532,12 @@ def _tell(plans: list[Plan]) -> None:
     for plan in plans:
         for note in plan.notes:
             click.echo(note, err=True)
+        if not is_plain(plan.entry.listener):
+            click.echo(
+                f"{plan.entry.listener}: systemd 252 closes it at each"
+                " daemon-reload; use plain letters",
+                err=True,
+            )
 
 
 def _change(plans: list[Plan], no_start: bool) -> Change:

@@ -15,6 +15,7 @@ from enum import Enum
 
 from ..given.address import Address, parse_address
 from ..routing.address import AddressKey, address_key
+from ..routing.names import c_escape
 from .netproc import Listening, holders, is_wildcard, overlaps
 from .survey import Entry
 
@@ -22,6 +23,7 @@ __all__ = [
     "Obstacle",
     "Trouble",
     "is_open_to_others",
+    "is_plain",
     "next_free",
     "obstacle",
 ]
@@ -42,6 +44,14 @@ class Obstacle:
 
     trouble: Trouble
     words: str
+
+
+def is_plain(listener: str) -> bool:
+    """Whether systemd shows an address as it is. Others, which it has to show
+    with a backslash, 252 does not know again at a daemon-reload, and closes."""
+    if not listener.startswith(("/", "@")):
+        return True
+    return c_escape(os.fsencode(listener)) == listener
 
 
 # --------------------------------------------------------------- can it be had?

@@ -16,12 +16,13 @@ from ..errors import UsageProblem
 from ..given.address import parse_address
 from ..printable import printable
 from ..routing.address import AddressKey, address_key
-from ..routing.names import c_escape, parse_unit_name
+from ..routing.names import parse_unit_name
 from ..routing.unitfile import assignments, declared_listeners
 from .address import (
     Obstacle,
     Trouble,
     is_open_to_others,
+    is_plain,
     obstacle,
 )
 from .kinds import will_refuse
@@ -64,16 +65,12 @@ def routes(context: Context) -> Iterator[Step]:
 
 def _not_open(listener: str) -> str:
     """Why nobody listens at an address that systemd has loaded."""
-    if listener.startswith(("/", "@")):
-        raw = os.fsencode(listener)
-        if c_escape(raw) != listener:
-            # systemd 252 takes a listener over by the text that it shows, and
-            # does not know it again.
-            return (
-                "systemd does not listen there: each daemon-reload closes an"
-                " address that it has to write with a backslash; use plain"
-                " letters, or restart it each time"
-            )
+    if not is_plain(listener):
+        return (
+            "systemd does not listen there: each daemon-reload closes an"
+            " address that it has to write with a backslash; use plain"
+            " letters, or restart it each time"
+        )
     return "systemd does not listen there yet, only after a restart"
 
 
@@ -285,18 +282,20 @@ def clashes(context: Context) -> Iterator[Step]:
     found = any(
         "different qubes" in entry.refused for entry in context.now.entries
     )
+    said: dict[str, Step] = {}
     for group in by_port.values():
         for (one_key, one), (other_key, other) in combinations(group, 2):
             if one_key != other_key and not overlaps(one_key, other_key):
                 continue
-            found = True
-            yield Step(
-                "routes",
-                Level.ERROR,
+            # A file of a template's is that of each instance.
+            text = (
                 f"{one.listener} and {other.listener} exclude each other:"
-                f" {one.file or one.unit} and {other.file or other.unit}",
-                *context.edit(other.unit, other.file),
+                f" {one.file or one.unit} and {other.file or other.unit}"
             )
+            mend = context.edit(other.unit, other.file)
+            said.setdefault(text, Step("routes", Level.ERROR, text, *mend))
+    yield from said.values()
+    found = found or bool(said)
     if context.now.entries and not found:
         yield Step("routes", Level.OK, "no two routes claim one address")
 

@@ -159,6 +159,21 @@ def test_a_listener_that_comes_only_with_a_restart_is_found(desk: Desk) -> None:
     assert step["mend"] == f"systemctl --user restart {desk.gitweb}"
 
 
+def test_a_file_of_all_instances_is_named_once(desk: Desk) -> None:
+    desk.drop_in(
+        "qrexec-connect-tcp@.socket",
+        "all",
+        "[Socket]",
+        f"ListenStream=127.0.0.1:{desk.port}",
+        "FileDescriptorName=work",
+    )
+    units = [f"qrexec-connect-tcp@{number}.socket" for number in (1, 2, 3)]
+    desk.machine.systemctl("daemon-reload")
+    desk.machine.systemctl("enable", *units)
+    texts = [step["text"] for step in wrong(desk, code=2)]
+    assert len([one for one in texts if "exclude each other" in one]) == 1
+
+
 def test_two_files_that_claim_one_address_are_both_named(desk: Desk) -> None:
     for name in ("one", "two"):
         desk.drop_in(

@@ -187,7 +187,8 @@ def test_a_path_is_shown_found_and_removed_as_it_was_written(
 def test_a_path_that_is_not_ascii_can_be_added(desk: Desk) -> None:
     path = str(desk.machine.home / "é.sock")
     for _ in range(2):
-        desk.run("add", "unix", "notes", "vault", "--listen", path)
+        words = ("add", "unix", "notes", "vault", "--listen", path)
+        assert "closes it at each daemon-reload" in desk.try_(*words).stderr
     assert listens(path)
     assert desk.routes() == {path: "vault"}
     assert len([one for one in desk.files() if one.endswith(".conf")]) == 1
