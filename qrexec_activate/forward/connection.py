@@ -500,9 +500,9 @@ class Connection:
             )
             if has_run(seen):
                 self._is_established()
-        if call.established_at is not None:
-            return None
-        no_room = self._host.no_room(self, ending, code)
+        no_room = call.established_at is None and self._host.no_room(
+            self, ending, code
+        )
         return call.after_try(trio.current_time(), ending, code, no_room)
 
     def _learn(self, child: Child, code: int | None) -> bool:

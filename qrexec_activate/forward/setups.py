@@ -89,7 +89,7 @@ class Setups(Generic[Who]):
     def due(self, who: Who, now: float) -> Ending | None:
         """Whether to give up waiting for an answer to it, and why."""
         call, target, service = self._calls[who]
-        if now - call.began_at < min(OVERTAKEN_AGE, self.timeout):
+        if (age := now - call.began_at) < OVERTAKEN_AGE and age < self.timeout:
             return None
         # Where every call starts a qube of its own, none overtakes another.
         overtaken = not target.startswith("@dispvm") and (

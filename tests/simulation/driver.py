@@ -16,6 +16,7 @@ from qrexec_activate.forward.call import (
     Evidence,
     has_run,
     signals,
+    takes_socket,
 )
 from qrexec_activate.forward.lifetime import Idleness, Stop
 from qrexec_activate.forward.outcome import Ending
@@ -49,6 +50,8 @@ class Shell:
         #: How many of these have a qrexec-client-vm that lives.
         self.alive = 0
         self.accepts = True
+        #: It has learnt that qrexec-client-vm takes no socket.
+        self.by_pipes = False
         self.stop: Stop | None = None
         self.idleness = Idleness(world.idle_time, world.now)
         self.woken: list[Conn] = []
@@ -97,6 +100,7 @@ class Shell:
             world.over(conn)
             return bool(route.backlog)
         conn.call = Call(now, random=world.random)
+        conn.by_pipes |= self.by_pipes
         self.opens(conn)
         self.admission.begins(conn, now)
         self.start(conn)
@@ -215,31 +219,47 @@ class Shell:
             assert conn.ran == 1, "over at once, and nothing has run"
             self.closes(conn)
             return
+        if not conn.by_pipes and self.learns(conn, code):
+            return
         if (
             conn.by_pipes
             and call.established_at is None
             and has_run(
                 Evidence(
                     # Its stdout was made blocking, and tells so at its end.
-                    child.established,
+                    child.established and not child.unseen,
                     by_pipes=True,
-                    bytes_out=child.loud,
-                    bytes_in=child.loud,
+                    bytes_out=child.given,
+                    bytes_in=child.taken,
                     exit_code=code,
                 )
             )
         ):
             call.is_established(world.now)
-        if call.established_at is not None:
-            self.closes(conn)
-            return
-        no_room = self.no_room(conn, ending, code)
+        no_room = call.established_at is None and self.no_room(
+            conn, ending, code
+        )
         again = call.after_try(world.now, ending, code, no_room)
         if again is None:
+            world.ended(conn, call.over(world.now, ending, code, ""))
             self.closes(conn)
             return
         conn.child = None
         self.sleeps(conn, again.delay)
+
+    def learns(self, conn: Conn, code: int | None) -> bool:
+        """_learn(): this qrexec-client-vm takes no socket; pipes can do it."""
+        said = b"unrecognized option --use-stdin-socket"
+        said = said if self.world.is_old else b""
+        established = conn.call.established_at is not None
+        if takes_socket(said, code, established) is not False:
+            return False
+        self.by_pipes = conn.by_pipes = True
+        conn.child = None
+        conn.call.tries = 0
+        self.sleeps(conn, 0.0)
+        self.wakes(conn, conn.timer)
+        return True
 
     def no_room(self, conn: Conn, ending: Ending, code: int | None) -> bool:
         if code == 1:
@@ -256,11 +276,13 @@ class Shell:
         if before is not None:
             return
         if conn.place == STARTED:
+            child = conn.child
+            assert child is not None
+            if ending is not Ending.CLIENT_GONE:
+                self.world.last_moment(child)
             self.look_if_established(conn)
             if call.takes_back(self.world.now):
                 return
-            child = conn.child
-            assert child is not None
             (number, grace), *_ = signals(ending)
             if number == SIGKILL:
                 self.world.kill(child, 0.005)

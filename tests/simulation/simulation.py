@@ -24,6 +24,7 @@ from qrexec_activate.forward.admission import (
 )
 from qrexec_activate.forward.call import PROMPT_AGE, RETRIES
 from qrexec_activate.forward.lifetime import STOP_PATIENCE, Stop
+from qrexec_activate.forward.outcome import Ending, Outcome
 from qrexec_activate.forward.setups import LOOK_INTERVAL
 
 from .driver import STOP_TIMEOUT, Shell
@@ -102,6 +103,8 @@ class Simulation:
         self.life = rng.choice((0.01, 0.3, 5.0))
         #: A daemon without connections ends after so many seconds.
         self.idle_time = rng.choice((0.01, 0.5)) if "idle" in faults else None
+        #: Its qrexec-client-vm takes no socket.
+        self.is_old = "old" in faults
         self.alive = 0
         self.others = 0
         #: How many wait in a backlog.
@@ -316,6 +319,9 @@ class Simulation:
         rng = self.random.random
         after = rng() * self.answer
         kind = qube.kind
+        if self.is_old and not conn.by_pipes:
+            self.at(0.001, self.exits, child, 2)
+            return
         if kind == "silent" and rng() < 0.95:
             return
         if kind == "prompt":
@@ -371,7 +377,8 @@ class Simulation:
             return False
         conn, rng = child.conn, self.random
         child.established = child.flag = child.answered = True
-        child.loud = rng.random() < 0.8
+        child.given = rng.random() < 0.5
+        child.taken = rng.random() < 0.5
         conn.ran += 1
         conn.route.qube.started -= 1
         hold(conn.ran == 1, "a service runs twice", conn)
@@ -379,11 +386,40 @@ class Simulation:
         if conn.gone:
             life = min(life, 0.01)
         code = rng.choice(EXIT_CODES)
+        # Its exit code, or a byte, tells all the same.
+        child.unseen = (
+            conn.by_pipes
+            and rng.random() < 0.5
+            and code >= 0
+            and (child.given or child.taken or code in (0, 3, 125, 127))
+        )
         self.at(life, self.exits, child, code)
         return True
 
+    def last_moment(self, child: Child) -> None:
+        """An answer may come just as the daemon gives up waiting for it."""
+        if self.random.random() < 0.2:
+            self.establishes(child, 0)
+
     def kill(self, child: Child, within: float) -> None:
+        child.killed = True
         self.at(self.random.random() * within, self.exits, child, -9)
+
+    def ended(self, conn: Conn, outcome: Outcome) -> None:
+        """What is said of a connection whose qrexec-client-vm was seen to
+        end."""
+        child = conn.child
+        assert child is not None
+        hold(
+            outcome.established == bool(conn.ran),
+            "said to have run, or not to, and it is not so",
+            conn,
+        )
+        hold(
+            outcome.ending is Ending.CLIENT_EXITED or child.killed,
+            f"said to be {outcome.ending.value}, and has ended by itself",
+            conn,
+        )
 
     def left_alone(self, conn: Conn) -> None:
         """The daemon ends a call, as its client has gone."""
@@ -547,6 +583,8 @@ class Simulation:
             raise Broken("more are set up than may be")
         if places and (self.now - next(iter(admission._places.values())) > OLD):
             raise Broken("a place is held for too long")
+        if admission._no_room and not admission._established:
+            raise Broken("without room, and nothing is open")
         if not admission._waiting or not shell.accepts:
             return
         # Of all that a verdict depends on, the clock is the part that moves

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,9 @@ from qrexec_activate.forward import admission
 from qrexec_activate.forward.admission import Admission, Verdict
 from qrexec_activate.forward.call import Again, Call
 from qrexec_activate.forward.lifetime import Idleness, Stop
+from qrexec_activate.forward.outcome import Ending
+from qrexec_activate.forward.setups import Setups
+from tests.simulation import driver
 from tests.simulation.simulation import Simulation, failure, shrunk
 from tests.simulation.world import Scenario
 
@@ -119,6 +123,54 @@ def ends_while_it_is_busy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Idleness, "left", lambda self, *_: 0.0 if self.limit else 1e9)
 
 
+def tries_what_is_established(patch: pytest.MonkeyPatch) -> None:
+    before = Call.after_try
+
+    def after_try(self: Call, *told: Any) -> Again | None:
+        established, self.established_at = self.established_at, None
+        again = before(self, *told)
+        self.established_at = established
+        return again
+
+    patch.setattr(Call, "after_try", after_try)
+
+
+def gives_no_place_back(patch: pytest.MonkeyPatch) -> None:
+    before = Setups.ends
+
+    def ends(self: Setups[Any], who: Any) -> bool | None:
+        began_at = self.admission._places.get(who)
+        known = before(self, who)
+        if known is False and began_at is not None:
+            self.admission.begins(who, began_at)
+        return known
+
+    patch.setattr(Setups, "ends", ends)
+
+
+def looks_at_no_bytes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(driver, "has_run", lambda seen: seen.data_phase)
+
+
+def gives_up_what_is_established(patch: pytest.MonkeyPatch) -> None:
+    def takes_back(self: Call, now: float) -> bool:
+        late = (Ending.TIMED_OUT, Ending.LOST)
+        return self.established_at is not None and self.interrupted in late
+
+    patch.setattr(Call, "takes_back", takes_back)
+
+
+def remembers_a_ceiling(patch: pytest.MonkeyPatch) -> None:
+    before = Admission.closes
+
+    def closes(self: Admission, call: object) -> None:
+        kept = dict(self._no_room)
+        before(self, call)
+        self._no_room.update(kept)
+
+    patch.setattr(Admission, "closes", closes)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -133,6 +185,11 @@ def ends_while_it_is_busy(patch: pytest.MonkeyPatch) -> None:
         (stops_at_once, "had time|another try"),
         (stops_too_late, "systemd kills"),
         (ends_while_it_is_busy, "ends with connections"),
+        (tries_what_is_established, "service has run"),
+        (gives_no_place_back, "in begins|holds a place"),
+        (looks_at_no_bytes, "said to have run|service has run"),
+        (gives_up_what_is_established, "has ended by itself"),
+        (remembers_a_ceiling, "nothing is open"),
     ],
 )
 def test_what_does_not_hold_is_found(

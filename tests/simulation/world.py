@@ -20,6 +20,7 @@ FAULTS = (
     "idle",
     "vanish",
     "pipes",
+    "old",
     "starved",
     "others",
     "silent",
@@ -129,9 +130,12 @@ class Child:
         "conn",
         "established",
         "flag",
-        "loud",
+        "given",
+        "killed",
         "orphan",
         "started_at",
+        "taken",
+        "unseen",
     )
 
     def __init__(self, conn: Conn, now: float) -> None:
@@ -143,8 +147,12 @@ class Child:
         self.flag = False
         #: A service runs.
         self.established = False
-        #: A byte went either way.
-        self.loud = False
+        #: A byte came out of it, or was taken in.
+        self.given = self.taken = False
+        #: By pipes, nothing else tells at its end that a service ran.
+        self.unseen = False
+        #: The daemon has ended it.
+        self.killed = False
         self.code: int | None = None
         #: Its daemon is gone, and with it the other end of its pipes.
         self.orphan = False
