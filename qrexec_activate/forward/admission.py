@@ -68,13 +68,9 @@ def fault(number: int | None) -> Fault:
     return Fault.LOST if number in _LOST else Fault.SHORTAGE
 
 
-class Verdict(enum.Enum):
-    """Whether a call to a qube may begin now."""
-
-    YES = "yes"
-    NO_PLACE = "too many calls are being set up"
-    TARGET_FULL = "too many connections are open to that qube"
-    ALL_FULL = "too many connections are open from this qube"
+#: Whether a call to a qube may begin now, or what is used up: the places of
+#: those that are set up, or the connections to that qube, or of this one.
+Verdict = enum.Enum("Verdict", "YES NO_PLACE TARGET_FULL ALL_FULL")
 
 
 @dataclass(slots=True)
@@ -118,10 +114,8 @@ class Admission:
         self._open: dict[Hashable, str] = {}
         self._per_target: Counter[str] = Counter()
         self._established: set[Hashable] = set()
-        #: When each that has a place began: the oldest is the first, also among
-        #: those to one qube.
+        #: When each that has a place began: the oldest is the first.
         self._places: dict[Hashable, float] = {}
-        self._by_target: dict[str, dict[Hashable, float]] = {}
         self._waiting: dict[Hashable, str] = {}
         #: Whether there may be room since everybody who waits was told no.
         self._may_have_room = False
@@ -146,20 +140,25 @@ class Admission:
         if to_target + unknown > self.max_connections:
             return Verdict.TARGET_FULL
         all_held = len(self._places)
+        # Since when those to this qube hold theirs, the oldest first.
+        held = [
+            began_at
+            for call, began_at in self._places.items()
+            if self._open[call] == target
+        ]
         ceiling = self._no_room.get(target)
         if ceiling and ceiling.holds(len(self._established) + all_held, now):
             return Verdict.ALL_FULL
         ceiling = self._full.get(target)
         if ceiling and ceiling.holds(to_target - 1, now):
             return Verdict.TARGET_FULL
-        held = self._by_target.get(target)
         if not held:
             may = all_held < self.max_setups * FIRST_PLACES
         else:
             may = all_held < self.max_setups and (
                 len(held) < SLOW_PLACES
-                or len(self._by_target) == 1
-                or now - next(iter(held.values())) < SLOW_AGE
+                or len(held) == all_held
+                or now - held[0] < SLOW_AGE
             )
         return Verdict.YES if may else Verdict.NO_PLACE
 
@@ -171,9 +170,13 @@ class Admission:
         return len(self._open)
 
     @property
+    def somebody_waits(self) -> bool:
+        return bool(self._waiting)
+
+    @property
     def is_wanted(self) -> bool:
         """Whether somebody waits for a place."""
-        return bool(self._waiting) and bool(self._places)
+        return bool(self._waiting and self._places)
 
     @property
     def without_place(self) -> int:
@@ -198,12 +201,14 @@ class Admission:
 
     def _next_probe(self, after: float) -> float:
         """When a ceiling may be tried next."""
-        soonest = math.inf
-        for ceilings in (self._no_room, self._full):
-            for one in ceilings.values():
-                if after < one.probe_at < soonest:
-                    soonest = one.probe_at
-        return soonest
+        return min(
+            (
+                one.probe_at
+                for one in (*self._no_room.values(), *self._full.values())
+                if one.probe_at > after
+            ),
+            default=math.inf,
+        )
 
     # -------------------------------------------------------------- the others
 
@@ -243,7 +248,6 @@ class Admission:
         target = self._open[call]
         assert call not in self._places
         self._places[call] = now
-        self._by_target.setdefault(target, {})[call] = now
         for ceilings in (self._no_room, self._full):
             ceiling = ceilings.get(target)
             if ceiling is not None and now >= ceiling.probe_at:
@@ -254,14 +258,7 @@ class Admission:
     def gives_place_back(self, call: Hashable) -> bool:
         """It is established, has ended, or is too old to hold a place."""
         self._may_have_room = True
-        if self._places.pop(call, None) is None:
-            return False
-        target = self._open[call]
-        held = self._by_target[target]
-        del held[call]
-        if not held:
-            del self._by_target[target]
-        return True
+        return self._places.pop(call, None) is not None
 
     def old(self, now: float) -> list[Hashable]:
         """Return the calls that have held a place for too long."""
