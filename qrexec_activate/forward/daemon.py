@@ -100,13 +100,10 @@ class Daemon:
         self._first_round = trio.Event()
         self._some_ended = trio.Event()
         self._last_status = ""
-        self._looks_often = False
         self._nap = trio.CancelScope()
         self._idleness = Idleness(settings.exit_idle_time, 0.0)
         pid = os.getpid()
         self._numbers = (f"{pid:x}-{number}" for number in itertools.count(1))
-        self._watchdog = watchdog_interval() or math.inf
-        self._fed_at = -math.inf
 
     # --------------------------------------------------------------- listeners
 
@@ -154,6 +151,7 @@ class Daemon:
         self.admission.knows_all = False
         async with self._at_work() as told_to_stop:
             with told_to_stop:
+                self._nursery.start_soon(self._feed)
                 self._nursery.start_soon(self._report)
                 self._nursery.start_soon(self._adopt)
                 self._notifier.tell(f"READY=1\nSTATUS={self.status()}")
@@ -256,18 +254,17 @@ class Daemon:
 
     async def _accept(self) -> None:
         """Accept until there was nothing to do for long enough."""
-        while not self._idle():
+        while not (self._first_round.is_set() and self._idle()):
             if self._first_round.is_set():
                 with trio.move_on_after(self._tick()) as self._nap:
                     await readable(self._ready.fileno())
             for fd in tuple(self._unheard):
                 self._hear(fd)
             for _ in range(BATCH):
-                self._feed()
                 more, short = self._accept_some()
                 if short:
                     await trio.sleep(STARVED_PAUSE)
-                if not more:
+                if short or not more:
                     break
                 # All others have their turn.
                 await trio.lowlevel.checkpoint()
@@ -427,22 +424,13 @@ class Daemon:
 
     def _idle_for(self) -> float:
         """How long to stay if nothing comes."""
-        busy = bool(self.connections) or not self._first_round.is_set()
-        return self._idleness.left(trio.current_time(), busy)
+        busy = self.connections or self.admission.somebody_waits
+        return self._idleness.left(trio.current_time(), bool(busy))
 
     def _tick(self) -> float:
         """How long the accept loop may sleep at most."""
         starved = STARVED_PAUSE if self._unheard else math.inf
-        hungry = self._fed_at + self._watchdog - trio.current_time()
-        return min(hungry, starved, self._idle_for())
-
-    def _feed(self) -> None:
-        """Tell the watchdog, but not at each connection: systemd would be busy
-        just when qrexec-client-vm is to start."""
-        now = trio.current_time()
-        if now - self._fed_at >= self._watchdog / 2:
-            self._notifier.tell("WATCHDOG=1")
-            self._fed_at = now
+        return min(starved, self._idle_for())
 
     # -------------------------------------------------- what waits for its turn
 
@@ -603,8 +591,7 @@ class Daemon:
         self._setups.begins(
             connection, connection.call, route.target, route.call
         )
-        if not self._looks_often:
-            self._setups_changed.set()
+        self._setups_changed.set()
 
     def setup_ends(self, connection: Connection) -> None:
         established = self._setups.ends(connection)
@@ -621,14 +608,13 @@ class Daemon:
         only who asks."""
         while True:
             interval = self._setups.next_look(trio.current_time())
-            self._looks_often = interval < LOOK_INTERVAL
-            if not self._looks_often:
+            if interval < LOOK_INTERVAL:
+                await trio.sleep(interval)
+            else:
                 self._setups_changed = trio.Event()
                 with trio.move_on_after(interval):
                     await self._setups_changed.wait()
                     continue
-            else:
-                await trio.sleep(interval)
             self._look_at_setups()
             self._next_turns()
 
@@ -655,6 +641,14 @@ class Daemon:
         return self._reports.status(
             len(self.connections), self.admission.without_place
         )
+
+    async def _feed(self) -> None:
+        """Tell the watchdog that tasks have their turn; soon again, if systemd
+        does not read at the moment."""
+        if interval := watchdog_interval():
+            while True:
+                told = self._notifier.tell("WATCHDOG=1")
+                await trio.sleep(interval / 2 if told else STATUS_INTERVAL)
 
     async def _report(self) -> None:
         """Keep STATUS true, and cheap."""

@@ -190,9 +190,9 @@ class Reports:
             self.failed += 1
         else:
             self.well += 1
-        hint = ""
-        if outcome.failed and not outcome.established:
-            hint = xen.denial() if outcome.exit_code == 1 else ""
+        self.changed.set()
+        not_set_up = outcome.failed and not outcome.established
+        hint = xen.denial() if not_set_up and outcome.exit_code == 1 else ""
         self._log(
             Priority.WARNING if outcome.failed else Priority.INFO,
             f"{connection}: {outcome.words()}{hint}",

@@ -434,7 +434,9 @@ def test_who_is_neither_set_up_nor_established_is_without_a_place() -> None:
 
 def test_nobody_wants_a_place_of_others_where_there_are_none() -> None:
     door = Door()
+    assert not door.admission.somebody_waits
     door.admission.waits("listener", "work")
+    assert door.admission.somebody_waits
     assert not door.admission.is_wanted
 
 

@@ -299,6 +299,14 @@ class Stage:
         print(*self.records.lines, sep="\n")
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other daemons in this control group, which are those of other tests.
+    A test that is about them says otherwise."""
+    monkeypatch.setattr(succession, "find_orphans", lambda known: iter(()))
+    monkeypatch.setattr(succession, "find_caretakers", lambda: iter(()))
+
+
 @pytest.fixture
 async def settings() -> Settings:
     return Settings()
@@ -382,6 +390,31 @@ async def test_the_watchdog_is_fed_in_time_and_not_at_each_connection(
     await stage.stop()
 
 
+async def test_the_watchdog_is_fed_though_systemd_seldom_reads(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    """Its queue is full nearly always, as it is busy."""
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    stage, fed = Stage(Settings()), []
+
+    def tell(_: object, state: str) -> bool:
+        reads = now() % 20 >= 18
+        if reads and state == "WATCHDOG=1":
+            fed.append(now())
+        return reads
+
+    monkeypatch.setattr(type(stage.daemon._notifier), "tell", tell)
+    began = now()
+    nursery.start_soon(stage.run)
+    await trio.sleep(200)
+    times = [began, *fed, now()]
+    assert max(b - a for a, b in itertools.pairwise(times)) < 30
+    await stage.stop()
+
+
 async def test_the_watchdog_is_fed_while_many_are_started_slowly(
     nursery: trio.Nursery,
     monkeypatch: pytest.MonkeyPatch,
@@ -414,6 +447,27 @@ async def test_the_watchdog_is_fed_while_many_are_started_slowly(
         started.exits(0)
     for stream in streams:
         await stream.aclose()
+    await stage.stop()
+
+
+async def test_status_counts_who_had_gone_before_the_daemon_came(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+) -> None:
+    stage, told = Stage(Settings()), []
+
+    def tell(_: object, state: str) -> bool:
+        told.extend(line for line in state.split("\n") if "STATUS=" in line)
+        return True
+
+    monkeypatch.setattr(type(stage.daemon._notifier), "tell", tell)
+    vanish(await stage.connect())
+    nursery.start_soon(stage.run)
+    await stage.recorded("127.0.0.1")
+    await trio.sleep(60)
+    assert stage.daemon.status() in told[-1]
+    assert "0 ended well, 0 failed" not in told[-1]
     await stage.stop()
 
 
@@ -976,6 +1030,24 @@ async def test_who_waits_for_the_calls_of_others_goes_when_they_end(
         (await stage.nth(1)).establish()
 
 
+async def test_a_daemon_is_not_idle_while_somebody_waits_for_others(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    stage = Stage(Settings(exit_idle_time=60))
+    others = Others(stage.daemon.settings.max_total)
+    stage.daemon._census = others  # type: ignore[assignment]
+    nursery.start_soon(stage.run)
+    async with await stage.connect():
+        await stage.recorded("of others in this qube")
+        await trio.sleep(600)
+        assert not stage.over.is_set()
+        others.count -= 1
+        (await stage.nth(1)).exits(126)
+        with trio.fail_after(3600):
+            await stage.over.wait()
+    await stage.stop()
+
+
 def reap(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -1077,6 +1149,20 @@ async def test_an_accept_that_goes_on_failing_makes_nobody_spin(
     else:
         await stage.nth(1)
     await stream.aclose()
+
+
+async def test_a_shortage_at_the_start_puts_off_no_stop(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """systemd waits TimeoutStopSec=, and kills."""
+    stage = Stage(Settings())
+    make_fussy(stage, errno.EMFILE, 10**9)
+    async with await stage.connect():
+        nursery.start_soon(stage.run)
+        await stage.recorded("short of something")
+        told_at = now()
+        await stage.stop()
+        assert now() - told_at < stage.daemon.settings.stop_timeout
 
 
 class Full:

@@ -544,7 +544,7 @@ class Simulation:
 
     def goes(self, shell: Shell, number: int) -> bool:
         """_idle(): nothing has come for long enough."""
-        busy = bool(shell.ours)
+        busy = bool(shell.ours) or shell.admission.somebody_waits
         if (
             self.calm
             or self.shell is not shell
