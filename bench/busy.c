@@ -6,6 +6,6 @@
 int main(void) {
     /* Not longer than the bench. */
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    for (volatile unsigned long turns = 0;; turns++)
+    for (volatile int on = 1; on;)
         ;
 }
