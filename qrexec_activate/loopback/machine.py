@@ -525,7 +525,8 @@ def _find_rpc(service: str) -> tuple[Path, Path]:
     if (installed / service).exists():
         return installed, Path("/etc/qubes/rpc-config")
     raise MachineError(
-        f"no {service} in {source} or {installed}: install the package again"
+        f"no {service} in {source} or {installed}:"
+        " install qrexec-activate-services"
     )
 
 

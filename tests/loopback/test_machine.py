@@ -503,6 +503,13 @@ def test_the_demo_goes_where_ports_are_free() -> None:
     assert "Port 1234 is taken on this machine, so this uses " in result.stdout
 
 
+def test_a_service_comes_with_a_package_of_its_own() -> None:
+    from qrexec_activate.loopback import machine as module
+
+    with pytest.raises(MachineError, match="install qrexec-activate-services"):
+        module._find_rpc("none.Such")
+
+
 def test_an_installed_package_brings_its_units(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
