@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from samples import SHOWN
 
 from qrexec_activate.routing.address import (
+    LONGEST_PATH,
     address_key,
     expand_specifiers,
     shown_address,
@@ -243,6 +244,18 @@ def test_a_vsock_address_is_that_of_one_machine_or_of_all() -> None:
     assert address_key("vsock:3:80") == ("vsock", "3", 80)
     assert address_key("vsock:0:4294967295") == ("vsock", "0", 2**32 - 1)
     assert address_key("vsock:1234567890:0") == ("vsock", "1234567890", 0)
+
+
+def test_an_address_is_told_apart_to_its_last_letter() -> None:
+    assert address_key("/run/./a//b/") == ("path", "/run/a/b", 0)
+    assert address_key("@a/b") == ("abstract", "@a/b", 0)
+    assert written_key("/") is None
+    for first in "/@":
+        assert written_key(first + "x" * (LONGEST_PATH - 1)) is not None
+        assert written_key(first + "x" * LONGEST_PATH) is None
+    assert address_key("127.0.0.1:65535") == ("ip", "127.0.0.1", 65535)
+    for text in ("127.0.0.1:65536", "[::1:80", "::1]:80"):
+        assert address_key(text) is None
 
 
 def test_an_address_in_a_file_and_on_the_bus_are_one() -> None:

@@ -386,13 +386,7 @@ class Simulation:
         if conn.gone:
             life = min(life, 0.01)
         code = rng.choice(EXIT_CODES)
-        # Its exit code, or a byte, tells all the same.
-        child.unseen = (
-            conn.by_pipes
-            and rng.random() < 0.5
-            and code >= 0
-            and (child.given or child.taken or code in (0, 3, 125, 127))
-        )
+        child.unseen = conn.by_pipes and rng.random() < 0.5
         self.at(life, self.exits, child, code)
         return True
 
@@ -438,6 +432,12 @@ class Simulation:
         if conn.by_pipes and code >= 0:
             # Whoever is not killed makes its stdin blocking again.
             child.flag = False
+            # Its exit code, or a byte, tells all the same.
+            child.unseen &= (
+                child.given or child.taken or code in (0, 3, 125, 127)
+            )
+        else:
+            child.unseen = False
         qube.open -= 1
         if not child.established:
             qube.started -= 1
