@@ -94,6 +94,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     #: The file is there already, with just this route.
     exists: bool = False
+    #: systemd has the unit in memory.
+    loaded: bool = False
 
     @property
     def listens(self) -> bool:
@@ -385,7 +387,7 @@ def _plan_one(wish: Wish, there: _Situation) -> Plan:
         "inactive",
         None,
     )
-    return Plan(entry, path, text, notes)
+    return Plan(entry, path, text, notes, loaded=unit in there.now.loaded)
 
 
 def _new_unit(wish: Wish, there: _Situation) -> str:
@@ -541,7 +543,10 @@ def _tell(plans: list[Plan]) -> None:
 
 
 def _change(plans: list[Plan], no_start: bool) -> Change:
-    change = Change()
+    change = Change(
+        unread=not no_start
+        and not any(plan.exists or plan.loaded for plan in plans)
+    )
     for plan in plans:
         entry = plan.entry
         if entry.enabled != "enabled" and entry.unit not in change.enable:

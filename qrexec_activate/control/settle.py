@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import click
@@ -63,10 +63,13 @@ class Change:
     before: dict[str, str] = field(default_factory=dict)
     #: Whether systemd reads its files again also where nothing changes.
     reload: bool = False
+    #: Whether systemd has none of the units in memory: it reads the files of
+    #: such as it starts them. A daemon-reload reads those of all units.
+    unread: bool = False
 
     @property
     def rereads(self) -> bool:
-        return bool(
+        return not self.unread and bool(
             self.new
             or self.files
             or self.enable
@@ -102,7 +105,7 @@ def show(change: Change, systemctl: Systemctl) -> None:
     """Print what carry_out() does, in its order."""
     for act in change.acts():
         if act is not FILES:
-            click.echo(f"$ {systemctl.written(*act)}")
+            click.echo(f"$ {_teller(act, change, systemctl).written(*act)}")
             continue
         for path, text in change.new.items():
             click.echo(file_shown(path, text))
@@ -133,9 +136,20 @@ def carry_out(change: Change, systemctl: Systemctl) -> None:
                 _start(systemctl, verb, chunk, change)
         else:
             # What has not failed cannot be reset, which is no error here.
-            systemctl.run(*act, check=verb != "reset-failed")
+            _teller(act, change, systemctl).run(
+                *act, check=verb != "reset-failed"
+            )
     if problem:
         raise problem
+
+
+def _teller(
+    act: Sequence[str], change: Change, systemctl: Systemctl
+) -> Systemctl:
+    """Whom to tell. Where no daemon-reload follows, systemd is not to wait for
+    one."""
+    offline = act[0] == "enable" and not change.rereads
+    return replace(systemctl, offline=offline)
 
 
 def _write(change: Change) -> None:
@@ -183,6 +197,9 @@ def _start(
             systemctl.run(verb if attempt == 0 else "start", *failed)
             return
         except ManagerError as error:
+            if change.unread and attempt == 0:
+                # Another program may have had systemd read one too early.
+                systemctl.daemon_reload()
             failed = [
                 unit for unit, yes in active_of(systemctl, failed) if not yes
             ]

@@ -198,6 +198,8 @@ class Survey:
     user: bool
     daemons: dict[str, Daemon] = field(default_factory=dict)
     units: dict[str, Unit] = field(default_factory=dict)
+    #: All socket and service units that systemd has in memory.
+    loaded: frozenset[str] = frozenset()
     entries: list[Entry] = field(default_factory=list)
     files: UnitFiles = field(default_factory=UnitFiles)
     specifiers: dict[str, str] = field(default_factory=dict)
@@ -243,6 +245,7 @@ def take_survey(manager: Manager) -> Survey:
     loaded = {
         unit.name: unit for unit in manager.list_units("*.socket", "*.service")
     }
+    result.loaded = frozenset(loaded)
     sockets = _our_sockets(manager, result, loaded)
     lost = _lost_sockets(manager, result, loaded, set(sockets))
     sockets |= lost

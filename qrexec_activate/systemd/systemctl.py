@@ -22,10 +22,18 @@ class Systemctl:
     ManagerError where it fails."""
 
     user: bool
+    #: Whether it makes and removes links by itself. systemd 255 and later,
+    #: which make them when they are asked, hold all units for changed
+    #: (NeedDaemonReload) from then to the next daemon-reload.
+    offline: bool = False
 
     @property
     def words(self) -> list[str]:
-        return ["systemctl", "--user"] if self.user else ["systemctl"]
+        return [
+            *(("env", "SYSTEMD_OFFLINE=1") if self.offline else ()),
+            "systemctl",
+            *(("--user",) if self.user else ()),
+        ]
 
     def written(self, *arguments: str) -> str:
         """A command as a person would type it."""

@@ -40,7 +40,9 @@ class Clerk:
         }
         systemctl = folder / "systemctl"
         systemctl.write_text(
-            f'#!/bin/sh\nlook=$({LOOK})\necho "$look $*" >>{self.log}\n'
+            f"#!/bin/sh\nlook=$({LOOK})\n"
+            "how=${SYSTEMD_OFFLINE:+env SYSTEMD_OFFLINE=$SYSTEMD_OFFLINE }\n"
+            f'echo "$look ${{how}}systemctl $*" >>{self.log}\n'
             f'exec {shutil.which("systemctl")} "$@"\n'
         )
         systemctl.chmod(0o755)
@@ -76,13 +78,14 @@ class Clerk:
         them."""
         acts = []
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        for line in [*lines, f"{after} the end"]:
+        for line in [*lines, f"{after} systemctl the end"]:
             look, said = line[: len(after)], line[len(after) + 1 :]
             if look != before:
                 acts.append("FILES")
                 before = look
-            if said.removeprefix("--user ").split()[0] not in QUESTIONS:
-                acts.append(f"$ systemctl {said}")
+            verb = said.partition("systemctl ")[2].removeprefix("--user ")
+            if verb.split()[0] not in QUESTIONS:
+                acts.append(f"$ {said}")
         assert acts.pop() == "$ systemctl the end"
         return acts
 

@@ -294,7 +294,7 @@ def told(desk: Desk) -> Iterator[Path]:
     log.unlink()
 
 
-def test_many_routes_come_and_go_by_one_reload_each(
+def test_many_routes_come_by_no_reload_and_go_by_one(
     desk: Desk, told: Path
 ) -> None:
     lines = [
@@ -317,16 +317,70 @@ def test_many_routes_come_and_go_by_one_reload_each(
         printed = desk.run(*words)
         calls = told.read_text().splitlines()
         verbs = [call.split()[1] for call in calls]
-        reloads = 0 if words[0] in ("start", "stop") else 1
+        reloads = 0 if words[0] in ("add", "start", "stop") else 1
         assert verbs.count("daemon-reload") == reloads, calls
         assert len(verbs) <= 6, calls
         if words[0] == "add":
             assert printed.count(" now reaches work") == count["work"]
             assert len(desk.active()) == 61
+            # The daemon, too, is to take the files for what systemd has read.
+            assert not [
+                unit
+                for unit in desk.active()
+                if desk.machine.property(unit, "NeedDaemonReload") != "no"
+            ]
     assert set(desk.routes().values()) == {"@default"}
     # Once more is no more.
     source.write_text(lines[-1])
     assert "already" in desk.try_("add", "--from", str(source)).stderr
+
+
+def test_a_new_route_of_a_unit_that_systemd_has_in_memory_listens(
+    desk: Desk, told: Path
+) -> None:
+    unit = f"qrexec-connect-tcp@{desk.port}:work.socket"
+    holder = desk.machine.write_unit(
+        "holder.service",
+        f"[Unit]\nWants={unit}\n[Service]\nType=oneshot\n"
+        "RemainAfterExit=yes\nExecStart=/bin/true\n",
+    )
+    desk.machine.systemctl("daemon-reload")
+    desk.machine.systemctl("start", "holder.service")
+    told.write_text("")
+    try:
+        desk.run("add", "tcp", str(desk.port), "work")
+        assert told.read_text().count(" daemon-reload\n") == 1
+        assert desk.active() == {unit}
+        assert desk.routes() == {f"127.0.0.1:{desk.port}": "work"}
+    finally:
+        desk.machine.systemctl("stop", "holder.service")
+        holder.unlink()
+        desk.run("remove", unit)
+        desk.machine.systemctl("daemon-reload")
+
+
+def test_systemd_reads_again_what_it_has_read_too_early() -> None:
+    said: list[str] = []
+
+    class Early(Systemctl):
+        """Has read the unit before its file was there."""
+
+        def run(self, *arguments: str, check: bool = True) -> str:
+            said.append(arguments[0])
+            if arguments[0] == "start" and "daemon-reload" not in said:
+                raise ManagerError("Unit has no Listen setting")
+            return "inactive\n"
+
+    for unread in (True, False):
+        said.clear()
+        change = Change(start=["a.socket"], unread=unread)
+        with contextlib.ExitStack() as stack:
+            if not unread:
+                stack.enter_context(pytest.raises(ActivateError))
+            carry_out(change, Early(user=True))
+        assert ("daemon-reload" in said) is unread
+        if unread:
+            assert said[-3:] == ["daemon-reload", "is-active", "start"]
 
 
 def test_lines_of_standard_input_are_routes(desk: Desk) -> None:
@@ -518,6 +572,24 @@ async def test_no_port_and_no_waiting_connection_is_lost_to_changes(
             with trio.fail_after(120):
                 assert await stream.receive_some() == b"ping"
             await stream.aclose()
+    desk.leave()
+
+
+async def test_a_route_reaches_its_qube_before_any_daemon_reload(
+    scene: Scene,
+) -> None:
+    """Also where systemd holds all units for changed once one was enabled
+    (255 and later)."""
+    desk = Desk(scene.machine)
+    await scene.qube("vault")
+    host, port = scene.address()
+    listen = f"{host}:{port}"
+    await trio.to_thread.run_sync(
+        lambda: desk.run(
+            "add", "tcp", str(scene.port), "vault", "--listen", listen
+        )
+    )
+    assert await ask((host, port)) == "vault"
     desk.leave()
 
 
