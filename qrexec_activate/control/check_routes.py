@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import stat
 from collections.abc import Iterator
 from itertools import combinations
@@ -205,6 +206,8 @@ def _unmet(context: Context, entry: Entry) -> str:
 def _why_inactive(context: Context, entry: Entry) -> str:
     if hindrance := _obstacle(context, entry):
         return hindrance.words
+    if path := _binds_to_device(context, entry):
+        return f"{path} sets BindToDevice=, and systemd cannot listen so"
     if entry.active != "failed":
         return ""
     (row,) = context.manager.unit_properties([entry.unit], "Socket", ["Result"])
@@ -218,6 +221,28 @@ def _why_inactive(context: Context, entry: Entry) -> str:
     return meaning.get(str(row["Result"]), str(row["Result"] or ""))
 
 
+def _binds_to_device(context: Context, entry: Entry) -> str:
+    """The file that ties a unit to a network device, where that has kept it
+    from listening: the device is not there, or this systemd may not; empty
+    elsewhere."""
+    path = device = ""
+    for file in context.now.units[entry.unit].socket.files:
+        for one in assignments(file.text or ""):
+            if (one.section, one.key) == ("Socket", "BindToDevice"):
+                path, device = file.path, one.value
+    if not device:
+        return ""
+    (row,) = context.manager.unit_properties([entry.unit], "Socket", ["Result"])
+    return path if row["Result"] == "resources" or not _is_there(device) else ""
+
+
+def _is_there(device: str) -> bool:
+    try:
+        return socket.if_nametoindex(device) > 0
+    except OSError:
+        return False
+
+
 def _mend_inactive(context: Context, entry: Entry) -> tuple[str, str]:
     """How a route is started that is not: mend and advice."""
     written = context.systemctl.written
@@ -228,6 +253,8 @@ def _mend_inactive(context: Context, entry: Entry) -> tuple[str, str]:
         start = joined(written("reset-failed", entry.unit), start)
     hindrance = _obstacle(context, entry)
     if hindrance is None:
+        if path := _binds_to_device(context, entry):
+            return context.edit(entry.unit, path)
         return start, ""
     if hindrance.trouble is Trouble.TAKEN and not any(
         address_key(one.listener) == address_key(entry.listener)

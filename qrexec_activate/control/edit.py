@@ -23,7 +23,7 @@ from ..routing.unitfile import SourceFile, assignments
 from ..systemd.systemctl import Systemctl
 from ..systemd.unitdirs import own_folder
 from ..systemd.units import open_manager
-from .address import obstacle
+from .address import is_plain, obstacle
 from .dom0 import how_to_change
 from .dropins import locked
 from .finishing import finishing
@@ -315,9 +315,8 @@ def _opens_nothing_new(
         for entry in now.entries
         if entry.unit == unit and entry.listens is not False
     }
-    # systemd 252 loses a path that is not ASCII at any daemon-reload.
     return all(
-        claim.address.isascii() and address_key(claim.address) in opened
+        address_key(claim.address) in opened and is_plain(claim.address)
         for claim in after
     ) and all(
         _rest(text) == _rest(read_file(path).text or "")

@@ -369,6 +369,12 @@ def file_deleted(desk: Desk) -> None:
     (desk.machine.runtime / "qrexec" / "notes").unlink()
 
 
+def no_device(desk: Desk) -> None:
+    desk.machine.systemctl("stop", desk.tcp)
+    own(desk, *section(desk), "BindToDevice=nosuch")
+    desk.machine.systemctl("daemon-reload")
+
+
 def allow_uid(desk: Desk) -> None:
     """As the daemon may not ask whose a connection is."""
     desk.scene.options(ALLOW_UID="0")
@@ -474,6 +480,7 @@ BREAKAGES = [
         retarget("default"), "write @default", "sed -i s/=default/=@default/"
     ),
     Breakage(file_deleted, "the file of the socket was removed"),
+    Breakage(no_device, "sets BindToDevice=", "sed -i /BindToDevice/d"),
     Breakage(allow_uid, "refuses 1 of its listeners"),
 ]
 

@@ -190,9 +190,14 @@ def test_a_unit_that_systemd_has_never_seen_goes_like_any_other(
     assert desk.active() == set()
 
 
-def test_a_path_that_is_not_ascii_is_open_after_a_change(desk: Desk) -> None:
-    path = str(desk.machine.runtime / "ü.sock")
-    desk.run("add", "unix", "x", "work", "--listen", path)
+@pytest.mark.parametrize("name", ["ü", 'a"b', "o'ne"])
+def test_a_path_that_a_reload_closes_is_open_after_a_change(
+    desk: Desk, name: str
+) -> None:
+    path = str(desk.machine.runtime / f"{name}.sock")
+    added = desk.try_("add", "unix", "x", "work", "--listen", path)
+    assert added.returncode == 0
+    assert f"{path}: systemd 252 closes it" in added.stderr
     desk.run("retarget", path, "vault")
     assert listens(path)
     desk.run("remove", path)
