@@ -346,7 +346,9 @@ class Routes:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._prefix = f"{PREFIX}-routes"
+        # With as many dashes as the shipped ones have: systemd looks for
+        # drop-ins of each beginning of a name up to one.
+        self._prefix = "qrexec-connect-routes"
         copy_units(machine, self._prefix)
         self._units: list[str] = []
 
