@@ -49,11 +49,18 @@ CENSUS_INTERVAL, CENSUS_INTERVAL_NEAR, CENSUS_WAITING = 0.05, 0.001, 0.25
 #: Errors of accept(2) that tell of the listener.
 _NO_LISTENER = {errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK}
 #: Those of a connection that has failed already, and is gone from the queue.
-_LOST_NAMES = (
-    "ECONNABORTED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENONET"
-    " ENOPROTOOPT EOPNOTSUPP EPROTO ETIMEDOUT"
-)
-_LOST = {getattr(errno, name) for name in _LOST_NAMES.split()}
+_LOST = {
+    errno.ECONNABORTED,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENONET,
+    errno.ENOPROTOOPT,
+    errno.EOPNOTSUPP,
+    errno.EPROTO,
+    errno.ETIMEDOUT,
+}
 
 Fault = enum.Enum("Fault", "NOBODY NO_LISTENER LOST SHORTAGE")
 

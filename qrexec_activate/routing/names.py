@@ -39,10 +39,19 @@ MAX_QUBE_NAME = 31
 #: the terminating zero).
 MAX_UNIT_NAME = 255
 
-_TYPES = (
-    "automount device mount path scope service slice socket swap target timer"
-)
-UNIT_TYPES = frozenset(_TYPES.split())
+UNIT_TYPES = {
+    "automount",
+    "device",
+    "mount",
+    "path",
+    "scope",
+    "service",
+    "slice",
+    "socket",
+    "swap",
+    "target",
+    "timer",
+}
 
 _DIGITS = frozenset("0123456789")
 _HEX = _DIGITS | frozenset("abcdefABCDEF")

@@ -201,14 +201,10 @@ class _Loaded:
         """Decide where the connections of one entry of the unit's Listen
         property go."""
         if kind != "Stream":
-            files = [
-                item
-                for item in self.declared.listeners
-                if item.kind == kind and self._may_be(item, address)
-            ]
             where, path = self.unit.name, ""
-            if files:
-                where, path = files[-1].where, files[-1].path
+            for item in self.declared.listeners:
+                if item.kind == kind and self._may_be(item, address):
+                    where, path = item.where, item.path
             return self._refuse(address, f"{where}: {no_stream(kind)}", path)
         owners = self._owners_of(address)
         path = owners[-1].path if owners else ""
@@ -220,17 +216,16 @@ class _Loaded:
         if not owners or self.opened[address_key(address)] > len(owners):
             return self._refuse(address, self._nobody(address))
         claims = [self._claim(address, owner) for owner in owners]
+        targets = set()
         for claim in claims:
             if isinstance(claim, Refusal):
                 return claim
-        targets = sorted(
-            {claim.target for claim in claims if isinstance(claim, Route)}
-        )
+            targets.add(claim.target)
         if len(targets) > 1:
             return self._refuse(
                 address,
                 f"{' and '.join(owner.where for owner in owners)} open it for"
-                f" different qubes ({', '.join(targets)});"
+                f" different qubes ({', '.join(sorted(targets))});"
                 f" give each qube an address of its own, then {self.reload}",
                 path,
             )
@@ -250,17 +245,14 @@ class _Loaded:
             return (
                 f"which file opens it cannot be told: {reason}; {self.reload}"
             )
+        nobody = f"no file of {self.unit.name} opens it"
         for owner in self.owners.get(None, []):
             return (
-                f"no file of {self.unit.name} opens it in a form that is"
-                f" understood here; if {owner.where} does"
-                f" (ListenStream={owner.address}), write {address} there,"
-                f" then {self.reload}"
+                f"{nobody} in a form that is understood here; if"
+                f" {owner.where} does (ListenStream={owner.address}), write"
+                f" {address} there, then {self.reload}"
             )
-        return (
-            f"no file of {self.unit.name} opens it, though systemd has it so"
-            f" loaded; {self.reload}"
-        )
+        return f"{nobody}, though systemd has it so loaded; {self.reload}"
 
     def _claim(self, address: str, owner: Declaration) -> Claim:
         """Decide about an address that one declaration opens."""
@@ -283,16 +275,11 @@ class _Loaded:
                 f" {owner.path}, then {self.reload}"
             )
         if name is None or not name.text:
-            reset = (
-                f"{name.where} resets FileDescriptorName="
-                if name
-                else "no file sets FileDescriptorName="
-            )
+            reset = f"{name.where} resets" if name else "no file sets"
             return refuse(
                 f"{self.unit.name} has no target: {owner.where} opens it, but"
-                f" {reset};"
-                f" add FileDescriptorName=QUBE to {owner.path}, then"
-                f" {self.reload}"
+                f" {reset} FileDescriptorName=; add FileDescriptorName=QUBE to"
+                f" {owner.path}, then {self.reload}"
             )
         if owner.rival is not None:
             return refuse(
@@ -392,9 +379,8 @@ def by_unit(
     decided = []
     for socket in sockets:
         key = address_key(socket.address)
-        decided.append(
-            _choose(socket, found.get((socket.kind, key), []) if key else [])
-        )
+        here = found.get((socket.kind, key), []) if key else []
+        decided.append(_choose(socket, here))
     return decided
 
 
@@ -404,22 +390,20 @@ def _choose(
     """Decide about a passed socket, from all that is claimed for its
     address."""
     if not found:
-        return Refusal(
-            socket.address,
-            no_stream(socket.kind)
-            if socket.kind != "Stream"
-            else "no socket unit that starts this service opens it, as"
-            " systemd has them loaded now;"
-            " restart the socket unit that did",
+        reason = (
+            "no socket unit that starts this service opens it, as systemd has"
+            " them loaded now; restart the socket unit that did"
         )
+        if socket.kind != "Stream":
+            reason = no_stream(socket.kind)
+        return Refusal(socket.address, reason)
     unit, claim = found[0]
-    names = sorted({unit.name for unit, _ in found})
+    names = " and ".join(sorted({unit.name for unit, _ in found}))
     if socket.name not in {unit.fd_name for unit, _ in found}:
         return Refusal(
             socket.address,
-            f"systemd passed it as {socket.name!r}, but now has"
-            f" {' and '.join(names)} loaded with"
-            f" FileDescriptorName={unit.fd_name}; restart {unit.name}",
+            f"systemd passed it as {socket.name!r}, but now has {names} loaded"
+            f" with FileDescriptorName={unit.fd_name}; restart {unit.name}",
             unit.name,
         )
     calls = {
@@ -431,8 +415,8 @@ def _choose(
     if len(calls) > 1:
         return Refusal(
             socket.address,
-            f"{' and '.join(names)} open it for different calls; give each an"
-            f" address of its own",
+            f"{names} open it for different calls; give each an address of its"
+            f" own",
         )
     return replace(claim, address=socket.address)
 

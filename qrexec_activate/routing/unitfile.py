@@ -244,9 +244,7 @@ def is_silent(text: str) -> bool:
 
 def _as_known(file: SourceFile) -> SourceFile:
     """Doubt a file that not every systemd reads alike."""
-    if file.text is None or "[]" not in file.text:
-        return file
-    if not _NAMELESS.search(file.text):
+    if file.text is None or not _NAMELESS.search(file.text):
         return file
     problem = "has a section without a name, [] (remove that line)"
     return SourceFile(file.path, None, problem, file.text)

@@ -318,15 +318,8 @@ class Manager:
     def _states(self, names: Sequence[str]) -> Iterable[tuple[str, str, str]]:
         """Tell LoadState and ActiveState of units."""
         states = ("LoadState", "ActiveState")
-        values = iter(
-            self.properties(
-                [
-                    of_unit(name, "Unit", state)
-                    for name in names
-                    for state in states
-                ]
-            )
-        )
+        asked = [of_unit(name, "Unit", one) for name in names for one in states]
+        values = iter(self.properties(asked))
         return zip(names, values, values, strict=True)
 
     def socket_units(

@@ -17,14 +17,12 @@ class Notifier:
 
     def __init__(self) -> None:
         address = os.environ.get("NOTIFY_SOCKET", "")
-        self._address = (
-            "\0" + address[1:] if address.startswith("@") else address
-        )
-        self._sock = (
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            if address
-            else None
-        )
+        if address.startswith("@"):
+            address = "\0" + address[1:]
+        self._address = address
+        self._sock: socket.socket | None = None
+        if address:
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     @property
     def wanted(self) -> bool:

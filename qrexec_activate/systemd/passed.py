@@ -36,16 +36,12 @@ def format_address(family: int, name: object) -> str:
         case socket.AF_VSOCK, (int(cid), int(port)):
             any_cid = cid == socket.VMADDR_CID_ANY
             return f"vsock:{'' if any_cid else cid}:{port}"
+        case socket.AF_UNIX, b"" | "":
+            return "unix socket without a name"
         case socket.AF_UNIX, bytes(raw):
-            return (
-                f"@{c_escape(raw[1:])}" if raw else "unix socket without a name"
-            )
+            return f"@{c_escape(raw[1:])}"
         case socket.AF_UNIX, str(path):
-            return (
-                c_escape(os.fsencode(path))
-                if path
-                else "unix socket without a name"
-            )
+            return c_escape(os.fsencode(path))
     return f"socket of address family {int(family)}"
 
 
@@ -60,17 +56,16 @@ def _interface(scope: int) -> str:
 
 def describe(fd: int, name: str) -> PassedSocket:
     """Tell kind and address of one inherited descriptor."""
-    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-        kind = "FIFO" if stat.S_ISFIFO(os.fstat(fd).st_mode) else "Special"
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISSOCK(mode):
+        kind = "FIFO" if stat.S_ISFIFO(mode) else "Special"
         return PassedSocket(fd, name, kind, os.readlink(f"/proc/self/fd/{fd}"))
     probe = socket.socket(fileno=fd)
     try:
-        kind = (
-            "Netlink"
-            if probe.family == socket.AF_NETLINK
-            else _KINDS.get(probe.type, "Special")
-        )
-        if kind == "Stream" and not probe.getsockopt(
+        kind = _KINDS.get(probe.type, "Special")
+        if probe.family == socket.AF_NETLINK:
+            kind = "Netlink"
+        elif kind == "Stream" and not probe.getsockopt(
             socket.SOL_SOCKET, socket.SO_ACCEPTCONN
         ):
             kind = "Connection"
@@ -103,12 +98,8 @@ def _with_unit_names(parts: list[str]) -> list[str]:
     before an @."""
     names: list[str] = []
     for part in parts:
-        unfinished = (
-            names
-            and names[-1].find("@") > 0
-            and not names[-1].endswith(".socket")
-        )
-        if unfinished:
+        last = names[-1] if names else ""
+        if last.find("@") > 0 and not last.endswith(".socket"):
             names[-1] += f":{part}"
         else:
             names.append(part)
