@@ -16,16 +16,13 @@ from dataclasses import dataclass, field
 from .outcome import Ending, Outcome
 
 __all__ = [
-    "Again",
     "Call",
-    "Evidence",
-    "Farewell",
     "LastBytes",
     "Pace",
     "has_run",
+    "is_heard",
     "output_grace",
     "signals",
-    "takes_socket",
 ]
 
 #: A call that qrexec could not set up (exit code 1) is tried so often again. On
@@ -77,43 +74,12 @@ FAREWELL = 30.0
 _NOT_RUN = {1, 2, 126, 255}
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What the end of a qrexec-client-vm leaves to be seen.
-
-    `data_phase`: whether O_NONBLOCK tells that bytes could flow; with a socket,
-    which keeps the flag, that decides. With pipes it may have been missed, but
-    what came out of them, or was taken in, or the exit code tell.
-    """
-
-    data_phase: bool
-    by_pipes: bool = False
-    bytes_out: bool = False
-    bytes_in: bool = False
-    exit_code: int | None = None
-
-
-def has_run(seen: Evidence) -> bool:
-    """Whether the service may have run, so that it must not run again."""
-    if seen.data_phase or not seen.by_pipes:
-        return seen.data_phase
-    if seen.bytes_out or seen.bytes_in:
-        return True
-    code = seen.exit_code
-    return code is not None and code >= 0 and code not in _NOT_RUN
-
-
-def takes_socket(
-    said: bytes, code: int | None, established: bool
-) -> bool | None:
-    """What the end of a first call tells of --use-stdin-socket (since 4.2.19),
-    by what it said on stderr; None: nothing."""
-    if code is None or code < 0:
-        return None
-    if code != 2:
-        return True
-    unknown = b"unrecognized option" in said and b"use-stdin-socket" in said
-    return False if unknown and not established else None
+def has_run(data_seen: bool, code: int | None) -> bool:
+    """Whether a service behind pipes may have run, so that it must not run
+    again: data was seen to flow, or the exit code tells."""
+    return data_seen or (
+        code is not None and code >= 0 and code not in _NOT_RUN
+    )
 
 
 def signals(ending: Ending) -> list[tuple[signal.Signals, float]]:
@@ -129,13 +95,6 @@ def output_grace(said_anything: bool) -> float:
     """How many seconds a qrexec-client-vm whose output is over has to end,
     before the client is told of the end of a stream."""
     return KILLED_GRACE if said_anything else EMPTY_GRACE
-
-
-@dataclass(frozen=True, slots=True)
-class Again:
-    """The call is to be made again after so many seconds, if there is room."""
-
-    delay: float
 
 
 #: One for all: to seed another takes a tenth of what a call costs here.
@@ -206,11 +165,10 @@ class Call:
 
     # --------------------------------------------------------------- decisions
 
-    def is_over_at_once(self, code: int | None, keeps_stderr: bool) -> bool:
-        """Whether its end leaves nothing to try, to learn or to pass on."""
+    def is_over_at_once(self, code: int | None) -> bool:
+        """Whether its end leaves nothing to try or to pass on."""
         return (
             code is not None
-            and not keeps_stderr
             and self.interrupted is None
             and self.established_at is not None
         )
@@ -226,6 +184,11 @@ class Call:
         return (
             self.reason if self.established_at is None else Ending.CLIENT_EXITED
         )
+
+    def takes_no_socket(self, code: int | None) -> bool:
+        """Whether this try tells that qrexec-client-vm does not know
+        --use-stdin-socket (before 4.2.19): it has read nothing then."""
+        return code == 2 and self.established_at is None
 
     def goes_on_alone(self, by_pipes: bool, all_sent: bool) -> bool:
         """Whether a qrexec-client-vm that runs needs no daemon: it holds the
@@ -280,8 +243,9 @@ class Call:
 
     def after_try(
         self, now: float, ending: Ending, code: int | None, no_room: bool
-    ) -> Again | None:
-        """A try has ended before any service ran: whether to make another.
+    ) -> float | None:
+        """A try has ended before any service ran: in how many seconds to make
+        another, if there is room; None: not at all.
 
         `no_room`: it failed, or was refused, for want of room and not by
         policy; then what others do decides how long it waits, and not how often
@@ -306,9 +270,9 @@ class Call:
             return None
         self.interrupted = None
         if lost:
-            return Again(0.0)
-        delay = RETRY_DELAY * 2 ** max(self.tries - 1, 0)
-        return Again(delay * self.random.uniform(0.5, 1.5))
+            return 0.0
+        delay: float = RETRY_DELAY * 2 ** max(self.tries - 1, 0)
+        return delay * self.random.uniform(0.5, 1.5)
 
 
 @dataclass(slots=True)
@@ -358,18 +322,13 @@ class LastBytes:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class Farewell:
-    """How long a socket whose service has ended is kept, half-closed.
+def is_heard(waited: float, may_send: bool, unsent: int) -> bool:
+    """Whether a socket whose service has ended, half-closed for so many
+    seconds, need not be kept any longer.
 
     Closing a TCP socket with unread input, or input that comes later, sends a
     reset that destroys what the client has not read yet. So what the client
-    still sends is dropped until it has everything.
+    still sends is dropped until it has everything. `may_send`: the client has
+    not half-closed; `unsent`: so much it has yet to acknowledge.
     """
-
-    began_at: float
-
-    def is_over(self, now: float, may_send: bool, unsent: int) -> bool:
-        """`may_send`: the client has not half-closed; `unsent`: so much it has
-        yet to acknowledge."""
-        return not may_send or not unsent or now - self.began_at >= FAREWELL
+    return not may_send or not unsent or waited >= FAREWELL

@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..routing.claim import Route
 from .settings import Relay
-from .spawn import FileAction, Order, Spawner
+from .spawn import FileAction, Order, carry_out
 from .watch import readable
 
 __all__ = [
     "STARVED",
     "Child",
     "Client",
-    "StartProblem",
-    "Starved",
-    "bounded_memory",
 ]
 
-#: What is kept of the stderr of a call that shows whether qrexec-client-vm
-#: takes a socket.
-KEPT_STDERR = 1 << 16
 #: Errors that say that the machine is short of something, and that pass.
 STARVED = {
     errno.EMFILE,
@@ -45,29 +38,15 @@ STARVED = {
 _LISTENS = 1 << 16
 
 
-class StartProblem(Exception):
-    """qrexec-client-vm could not be started, and trying again will not help."""
-
-
-class Starved(Exception):
-    """The machine is short of something; later it may work."""
-
-
 @dataclass(slots=True)
 class Client:
-    """How to start qrexec-client-vm, and what has been learnt about it."""
+    """How to start qrexec-client-vm."""
 
     path: str
+    #: AUTO: it takes a socket, as far as is known (--use-stdin-socket, since
+    #: 4.2.19).
     relay: Relay
     environment: dict[str, str]
-    #: Whether it takes a socket (--use-stdin-socket, since 4.2.19); None until
-    #: a call has shown it.
-    takes_socket: bool | None = None
-    _spawner: Spawner = field(default_factory=Spawner)
-
-    def __post_init__(self) -> None:
-        if self.relay is not Relay.AUTO:
-            self.takes_socket = self.relay is Relay.HAND_OVER
 
     def order(
         self,
@@ -75,7 +54,6 @@ class Client:
         environment: dict[str, str],
         stdin: int,
         stdout: int | None,
-        stderr: int,
     ) -> Order:
         """What is to be started. `stdout` None: stdin is a socket that serves
         both ways."""
@@ -86,68 +64,27 @@ class Client:
             actions.append((os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0))
         else:
             actions.append((os.POSIX_SPAWN_DUP2, stdout, 1))
-        if stderr != 2:
-            actions.append((os.POSIX_SPAWN_DUP2, stderr, 2))
         variables = {**self.environment, **environment}
         return Order(self.path, argv, variables, actions)
 
     def start(self, orders: Sequence[Order]) -> None:
-        """Start them all at once."""
-        self._spawner.run(orders)
-
-    def pid(self, order: Order) -> int:
-        """Return the pid of one that was to be started."""
-        try:
-            return order.pid()
-        except OSError as error:
-            if error.errno in STARVED:
-                raise Starved(str(error)) from error
-            raise StartProblem(
-                f"cannot start {self.path}: {error.strerror}; it comes with"
-                " qubes-core-qrexec, --client names another"
-            ) from error
-
-    def close(self) -> None:
-        self._spawner.close()
-
-
-def bounded_memory(name: str) -> int:
-    """A file in memory that takes no more than KEPT_STDERR: the target qube
-    decides how much there is to write.
-
-    Further writes fail, which qrexec-client-vm 4.4.2 takes without ado.
-    """
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, KEPT_STDERR)
-        fcntl.fcntl(
-            fd,
-            fcntl.F_ADD_SEALS,
-            fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL,
-        )
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+        """Start them all at once; each one's pid() tells what became of it."""
+        carry_out(orders)
 
 
 class Child:
-    """A running qrexec-client-vm: a pid that cannot be mistaken for another's,
-    and what it said on stderr.
+    """A running qrexec-client-vm: a pid that cannot be mistaken for another's.
 
     One that comes with its pidfd was started by an earlier daemon, and is no
     child of this process.
     """
 
-    __slots__ = ("_exit_code", "_pidfd", "_stderr", "adopted", "pid")
+    __slots__ = ("_exit_code", "_pidfd", "adopted", "pid")
 
-    def __init__(
-        self, pid: int, stderr: int | None, pidfd: int | None = None
-    ) -> None:
+    def __init__(self, pid: int, pidfd: int | None = None) -> None:
         self.pid = pid
         self.adopted = pidfd is not None
         self._pidfd = pidfd
-        self._stderr = stderr
         self._exit_code: int | None = None
 
     def open(self) -> int:
@@ -215,26 +152,10 @@ class Child:
         except OSError:
             return 0.0
 
-    # ------------------------------------------------------------------ stderr
-
-    @property
-    def kept_stderr(self) -> bool:
-        return self._stderr is not None
-
-    def said(self) -> bytes:
-        """What it wrote to stderr, where that was kept back; only the
-        beginning."""
-        if self._stderr is None:
-            return b""
-        # Its writes have moved the position, which is shared; behind it are the
-        # zeros of the bounded memory.
-        return os.pread(self._stderr, os.lseek(self._stderr, 0, os.SEEK_CUR), 0)
-
     def close(self) -> None:
-        for fd in (self._pidfd, self._stderr):
-            if fd is not None:
-                os.close(fd)
-        self._pidfd = self._stderr = None
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
 
 
 def _listening(pid: int) -> set[str]:

@@ -18,33 +18,17 @@ import signal
 import socket
 import struct
 import termios
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Protocol
 
 import trio
 
 from ..routing.claim import Route
-from .call import (
-    Again,
-    Call,
-    Evidence,
-    Farewell,
-    LastBytes,
-    has_run,
-    output_grace,
-    signals,
-    takes_socket,
-)
-from .child import (
-    STARVED,
-    Child,
-    Client,
-    StartProblem,
-    Starved,
-    bounded_memory,
-)
+from .call import Call, LastBytes, has_run, is_heard, output_grace, signals
+from .child import STARVED, Child, Client
 from .outcome import TCP_INFO, Ending, Outcome
+from .settings import Relay
 from .spawn import Order
 from .splice import (
     INTERNET,
@@ -53,6 +37,7 @@ from .splice import (
     ClientGone,
     Splice,
     at_close,
+    drop_input,
     half_close,
     unread,
 )
@@ -89,7 +74,7 @@ class Host(Protocol):
     ) -> bool:
         """A try has failed: whether that was for want of room."""
 
-    def starved(self, error: Starved | OSError) -> None:
+    def starved(self, error: OSError) -> None:
         """Say, once, that the machine is short of something."""
 
     def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
@@ -203,10 +188,8 @@ class Connection:
             # If this daemon is killed, the kernel closes the socket: that must
             # not look like the end of the service. So SO_LINGER stays.
             self._splice.release_child_ends()
-            return
-        at_close(self._sock, NO_LINGER)
-        if self._host.client.takes_socket is None:
-            self._host.client.takes_socket = True
+        else:
+            at_close(self._sock, NO_LINGER)
 
     def look_if_answered(self) -> None:
         """See whether dom0 has answered, where the call is not established."""
@@ -254,60 +237,31 @@ class Connection:
 
     # ------------------------------------------------------------------- start
 
-    def _start(self) -> Iterator[Order]:
-        """Yield how qrexec-client-vm is to be started on the socket; the next
-        step takes it over, or raises StartProblem or Starved.
-
-        Takes over the place that the caller has taken for it, and gives it back
-        if anything goes wrong.
-        """
+    def _order(self) -> Order:
+        """How qrexec-client-vm is to be started on the socket."""
         client = self._host.client
-        stderr: int | None = None
-        try:
-            if client.takes_socket is False and self._splice is None:
-                self._splice = Splice(self._sock)
-            if client.takes_socket is None:
-                # One that does not know --use-stdin-socket says so on stderr,
-                # which is nothing for a user to see.
-                try:
-                    stderr = bounded_memory("qrexec-client-vm stderr")
-                except OSError as error:
-                    if error.errno in STARVED:
-                        raise
-                    # It cannot be kept back; pipes are what each one knows.
-                    self._splice = Splice(self._sock)
-            own = {
-                "QREXEC_ACTIVATE_CONNECTION": self.id,
-                "QREXEC_ACTIVATE_LISTENER": self.route.address,
-                "QREXEC_ACTIVATE_PEER": self.peer,
-                "QREXEC_ACTIVATE_UNIT": self.route.unit,
-            }
-            kept = 2 if stderr is None else stderr
-            ends: tuple[int, int | None, int] = self._sock.fileno(), None, kept
-            if self._splice is not None:
-                ends = *self._splice.child_ends, 2
-            order = client.order(self.route, own, *ends)
-            yield order
-            pid = client.pid(order)
-        except BaseException as error:
-            if stderr is not None:
-                os.close(stderr)
-            self._host.place_back(self)
-            if not isinstance(error, OSError):
-                raise
-            if error.errno in STARVED:
-                raise Starved(str(error)) from error
-            raise StartProblem(
-                f"cannot start {client.path}: {error.strerror}"
-            ) from error
-        self._child = Child(pid, stderr)
+        if client.relay is Relay.SPLICE and self._splice is None:
+            self._splice = Splice(self._sock)
+        ends: tuple[int, int | None] = self._sock.fileno(), None
+        if self._splice is not None:
+            ends = self._splice.child_ends
+        own = {
+            "QREXEC_ACTIVATE_CONNECTION": self.id,
+            "QREXEC_ACTIVATE_LISTENER": self.route.address,
+            "QREXEC_ACTIVATE_PEER": self.peer,
+            "QREXEC_ACTIVATE_UNIT": self.route.unit,
+        }
+        return client.order(self.route, own, *ends)
+
+    def _begins(self, pid: int) -> None:
+        self._child = Child(pid)
         self.call.begins(trio.current_time())
         self._host.setup_begins(self)
 
     def adopt(self, pid: int, pidfd: int, age: float) -> None:
         """Take over from an earlier daemon: this qrexec-client-vm, `age`
         seconds old, holds the socket already."""
-        self._child = Child(pid, None, pidfd)
+        self._child = Child(pid, pidfd)
         self.call.adopt(trio.current_time(), age)
         self._host.setup_begins(self)
 
@@ -320,15 +274,19 @@ class Connection:
             if self.client_is_gone():
                 self._host.place_back(self)
                 return self._over(Ending.CLIENT_GONE)
-            problem = start(self._host.client, [self]).get(self)
-            if isinstance(problem, StartProblem):
-                return self._over(Ending.NOT_STARTED, detail=str(problem))
-            if problem is not None:
-                self._host.starved(problem)
-                if not await self._unless_interrupted(
-                    trio.sleep, STARVED_DELAY
-                ):
-                    return self._over(self.call.reason)
+            client = self._host.client
+            error = start(client, [self]).get(self)
+            if error is None:
+                break
+            if error.errno not in STARVED:
+                return self._over(
+                    Ending.NOT_STARTED,
+                    detail=f"cannot start {client.path}: {error.strerror}; it"
+                    " comes with qubes-core-qrexec, --client names another",
+                )
+            self._host.starved(error)
+            if not await self._unless_interrupted(trio.sleep, STARVED_DELAY):
+                return self._over(self.call.reason)
         return None
 
     # ---------------------------------------------------------- without a task
@@ -368,13 +326,13 @@ class Connection:
             return None
         code = child.wait()
         self.look_if_established()
-        if not self.call.is_over_at_once(code, child.kept_stderr):
+        if not self.call.is_over_at_once(code):
             return None
         outcome = self._over(Ending.CLIENT_EXITED, code)
         self._count_bytes(outcome)
         if not outcome.ends_cleanly:
             return None
-        if half_close(self._sock) and not self._is_heard(Farewell(0.0), 0.0):
+        if half_close(self._sock) and not self._is_heard(0.0):
             return None
         self._host.setup_ends(self)
         self.abandon()
@@ -473,9 +431,14 @@ class Connection:
             child = self._child
             assert child is not None
             ending, code = await self._child_ends(child)
-            if self._splice is None and self._learn(child, code):
-                # This qrexec-client-vm takes no socket. Nothing was read from
-                # the client, so pipes can do it.
+            client = self._host.client
+            if (
+                self._splice is None
+                and client.relay is not Relay.HAND_OVER
+                and self.call.takes_no_socket(code)
+            ):
+                # Pipes are what each one knows.
+                client.relay = Relay.SPLICE
                 self._drop_child()
                 self.call.tries = 0
                 continue
@@ -483,47 +446,23 @@ class Connection:
             if again is None:
                 return self._over(ending, code)
             self._drop_child()
-            if not await self._unless_interrupted(trio.sleep, again.delay):
+            if not await self._unless_interrupted(trio.sleep, again):
                 return self._over(self.call.reason, code)
 
-    def _after_try(self, ending: Ending, code: int | None) -> Again | None:
-        """Whether to make the call again, now that qrexec-client-vm has
-        ended."""
+    def _after_try(self, ending: Ending, code: int | None) -> float | None:
+        """In how many seconds to make the call again, now that qrexec-client-vm
+        has ended; None: not at all."""
         call, splice = self.call, self._splice
-        if splice is not None and call.established_at is None:
-            seen = Evidence(
-                splice.in_data_phase(),
-                by_pipes=True,
-                bytes_out=splice.has_given(),
-                bytes_in=splice.has_taken(),
-                exit_code=code,
-            )
-            if has_run(seen):
-                self._is_established()
+        if (
+            splice is not None
+            and call.established_at is None
+            and has_run(splice.has_moved_data(), code)
+        ):
+            self._is_established()
         no_room = call.established_at is None and self._host.no_room(
             self, ending, code
         )
         return call.after_try(trio.current_time(), ending, code, no_room)
-
-    def _learn(self, child: Child, code: int | None) -> bool:
-        """Find out from a first call whether qrexec-client-vm takes a socket;
-        True if it does not.
-
-        What it said on stderr was kept back until now, and is passed on.
-        """
-        client, said = self._host.client, child.said()
-        learnt = takes_socket(said, code, self.call.established_at is not None)
-        # Not whether that is known by now: several first calls may be under
-        # way.
-        if learnt is False:
-            client.takes_socket = False
-            return True
-        if client.takes_socket is None:
-            client.takes_socket = learnt
-        if said:
-            with contextlib.suppress(OSError):
-                os.write(2, said)
-        return False
 
     def _drop_child(self) -> None:
         if self._child is not None:
@@ -702,59 +641,45 @@ class Connection:
         self._leaving = True
         if not half_close(self._sock):
             return
-        farewell = Farewell(trio.current_time())
+        began_at = trio.current_time()
         with contextlib.suppress(OSError):
-            while not self._is_heard(farewell, trio.current_time()):
+            while not self._is_heard(trio.current_time() - began_at):
                 with trio.move_on_after(FAREWELL_LOOK):
                     await readable(self._sock.fileno())
 
-    def _is_heard(self, farewell: Farewell, now: float) -> bool:
+    def _is_heard(self, waited: float) -> bool:
         """Whether the client has all that it will have."""
-        may_send = _drop_input(self._sock)
-        unsent = _unsent(self._sock) if may_send else 0
-        return farewell.is_over(now, may_send, unsent)
+        may_send = drop_input(self._sock)
+        return is_heard(waited, may_send, _unsent(self._sock))
 
 
 def start(
     client: Client, connections: Sequence[Connection]
-) -> dict[Connection, StartProblem | Starved]:
+) -> dict[Connection, OSError]:
     """Start qrexec-client-vm on each socket, all at once and without a
     checkpoint: between accept and this, nothing may be lost.
 
-    Returns what went wrong, and where.
+    Takes over the places that the caller has taken for them. Returns what went
+    wrong, and where; those give their places back.
     """
-    problems: dict[Connection, StartProblem | Starved] = {}
-
-    def step(one: Connection, steps: Iterator[Order]) -> Order | None:
+    orders: dict[Connection, Order] = {}
+    problems: dict[Connection, OSError] = {}
+    for one in connections:
         try:
-            return next(steps, None)
-        except (StartProblem, Starved) as problem:
-            problems[one] = problem
-            return None
-
-    starts = [(one, one._start()) for one in connections]
-    client.start([order for each in starts if (order := step(*each))])
-    for each in starts:
-        step(*each)
+            orders[one] = one._order()
+        except OSError as error:
+            problems[one] = error
+    client.start(list(orders.values()))
+    for one, order in orders.items():
+        try:
+            pid = order.pid()
+        except OSError as error:
+            problems[one] = error
+        else:
+            one._begins(pid)
+    for one in problems:
+        one._host.place_back(one)
     return problems
-
-
-#: Where dropped bytes go.
-_NOWHERE = bytearray(1 << 16)
-
-
-def _drop_input(sock: socket.socket) -> bool:
-    """Take and drop what has come; False once the client has half-closed, or is
-    gone."""
-    try:
-        for _ in range(64):
-            if not sock.recv_into(_NOWHERE, 0, socket.MSG_DONTWAIT):
-                return False
-    except BlockingIOError:
-        pass
-    except OSError:
-        return False
-    return True
 
 
 def _unsent(sock: socket.socket) -> int:

@@ -200,7 +200,6 @@ class Daemon:
     def _close(self) -> None:
         for connection in self.connections:
             connection.abandon()
-        self.client.close()
         self._watch.close()
         self._hang_ups.close()
         self._notifier.close()
@@ -280,7 +279,7 @@ class Daemon:
         accepted: list[Connection] = []
         short = False
         for _ in range(AT_ONCE):
-            ready = self._ready.poll(0, BATCH)
+            ready = self._ready.poll(0, AT_ONCE - len(accepted))
             for fd, _ in ready:
                 short |= not self._admit(fd, accepted)
             if not ready or short or len(accepted) >= AT_ONCE:
@@ -515,7 +514,7 @@ class Daemon:
         self._next_turns()
         self._reports.changed.set()
 
-    def starved(self, error: Exception) -> None:
+    def starved(self, error: OSError) -> None:
         self._reports.starved(error)
 
     def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:

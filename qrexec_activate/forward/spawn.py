@@ -3,21 +3,23 @@ side by side.
 
 Python's own keeps the interpreter's lock until the child has called execve(2):
 on a busy machine that is most of a connection's time, and one program waits for
-the other. Here libc is called with the lock free, in a few threads. They only
-do what they were told; whoever orders waits for all.
+the other. Here libc is called with the lock free, in a few of trio's threads.
+They only do what they were told; whoever orders waits for all.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import queue
 import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
-__all__ = ["AT_ONCE", "FileAction", "Order", "Spawner", "alone", "beside"]
+import trio
+
+__all__ = ["AT_ONCE", "FileAction", "Order", "alone", "beside", "carry_out"]
 
 #: So many are started at once: more than most machines have cores to spare, as
 #: children wait for one most of the time.
@@ -160,48 +162,16 @@ class Order:
         return self._pid
 
 
-class Spawner:
-    """Threads that carry out orders. They are started when there is something
-    for them, and end with close()."""
-
-    def __init__(self) -> None:
-        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-
-    def run(self, orders: Sequence[Order]) -> None:
-        """See to it that each is carried out; its pid() waits for it."""
-        # To hand over a single one would take longer than is gained.
-        if len(orders) > 1 and self._has_threads(min(len(orders), AT_ONCE)):
-            for order in orders:
-                self._orders.put(order)
-        else:
-            for order in orders:
-                order.run(alone)
-
-    def _has_threads(self, count: int) -> bool:
-        """Start so many, or as many as there may be; whether there are any."""
-        while len(self._threads) < count:
-            thread = threading.Thread(target=self._work, daemon=True)
-            # Signals are for the main thread alone.
-            every = signal.valid_signals()
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, every)
-            try:
-                thread.start()
-            except RuntimeError:
-                # No memory, or too many.
-                break
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            self._threads.append(thread)
-        return bool(self._threads)
-
-    def _work(self) -> None:
-        while (order := self._orders.get()) is not None:
-            order.run(beside)
-
-    def close(self) -> None:
-        for _ in self._threads:
-            self._orders.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._threads.clear()
+def carry_out(orders: Sequence[Order]) -> None:
+    """See to it that each is carried out; its pid() waits for it."""
+    for order in orders:
+        try:
+            # To hand over a single one would take longer than is gained.
+            if len(orders) > 1:
+                run = partial(order.run, beside)
+                trio.lowlevel.start_thread_soon(run, lambda _: None)
+                continue
+        except RuntimeError:
+            # No memory for a thread, or too many.
+            pass
+        order.run(alone)

@@ -20,7 +20,7 @@ import trio
 
 from .watch import NO_MEMORY_PAUSE, readable, writable
 
-__all__ = ["ClientGone", "Splice", "discard", "half_close", "unread"]
+__all__ = ["ClientGone", "Splice", "drop_input", "half_close", "unread"]
 
 #: What one call may move. No less than a pipe holds, so that the pipe's size is
 #: the limit.
@@ -106,13 +106,15 @@ class Splice:
         ended = fcntl.fcntl(self._ends["child_out"], fcntl.F_GETFL)
         return bool(begun & os.O_NONBLOCK) or not ended & os.O_NONBLOCK
 
-    def has_given(self) -> bool:
-        """Whether the child has written anything."""
-        return self.from_qube > 0 or unread(self._ends["down"]) > 0
-
-    def has_taken(self) -> bool:
-        """Whether the child has read anything."""
-        return self.to_qube > self.unread()
+    def has_moved_data(self) -> bool:
+        """Whether anything tells that the child has written or read bytes, or
+        could."""
+        return (
+            self.in_data_phase()
+            or self.from_qube > 0
+            or unread(self._ends["down"]) > 0
+            or self.to_qube > self.unread()
+        )
 
     def unread(self) -> int:
         """How many bytes are on their way to the child."""
@@ -183,7 +185,8 @@ class Splice:
             # on sending is taken and dropped: unread bytes at close() would
             # turn into a reset that destroys what the client has yet to read.
             self._drop("up")
-            await discard(self._sock)
+            while drop_input(self._sock):
+                await readable(self._sock.fileno())
         except ClientGone:
             self._end_input()
             raise
@@ -241,16 +244,18 @@ def unread(fd: int) -> int:
     )
 
 
-async def discard(sock: socket.socket) -> None:
-    """Take and drop what the client sends until it half-closes."""
-    while True:
-        try:
-            if not sock.recv(1 << 16):
-                return
-        except BlockingIOError:
-            await readable(sock.fileno())
-        except OSError as error:
-            raise ClientGone from error
+def drop_input(sock: socket.socket) -> bool:
+    """Take and drop what has come; False once the client has half-closed, or is
+    gone."""
+    try:
+        for _ in range(64):
+            if not sock.recv(1 << 16, socket.MSG_DONTWAIT):
+                return False
+    except BlockingIOError:
+        pass
+    except OSError:
+        return False
+    return True
 
 
 def at_close(sock: socket.socket, what: bytes) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from qrexec_activate.forward.child import KEPT_STDERR, Child, bounded_memory
+from qrexec_activate.forward.child import Child
 
 #: A vchan over sockets is a unix socket that listens.
 LISTENS = """
@@ -44,7 +44,7 @@ def running(program: str) -> Iterator[Child]:
     )
     assert process.stdout is not None
     process.stdout.readline()
-    with process, contextlib.closing(Child(process.pid, None)) as child:
+    with process, contextlib.closing(Child(process.pid)) as child:
         yield child
         process.kill()
 
@@ -94,17 +94,3 @@ async def test_a_child_that_has_ended_is_ending() -> None:
 def test_work_is_told_from_idleness() -> None:
     with running("") as idle, running("sum(range(5_000_000))") as busy:
         assert 0 < idle.cpu_time() < busy.cpu_time()
-
-
-def test_what_it_said_is_kept_as_far_as_there_is_room() -> None:
-    with contextlib.closing(
-        Child(os.getpid(), bounded_memory("test"))
-    ) as child:
-        assert child.kept_stderr
-        assert child._stderr is not None
-        os.write(child._stderr, b"unrecognized option\n")
-        assert child.said() == b"unrecognized option\n"
-        os.write(child._stderr, bytes(2 * KEPT_STDERR))
-        with pytest.raises(PermissionError):
-            os.write(child._stderr, b"more")
-        assert os.fstat(child._stderr).st_size == KEPT_STDERR

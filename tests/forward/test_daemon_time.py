@@ -21,6 +21,8 @@ import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,7 +60,6 @@ class Started:
         orders: int,
         stdin: int,
         stdout: int | None,
-        stderr: int,
         route: Route,
     ) -> None:
         self.pid = pid
@@ -66,8 +67,8 @@ class Started:
         self.route = route
         self._orders = orders
         self._stdin = os.dup(stdin)
+        self.takes_pipes = stdout is not None
         self._stdout = -1 if stdout is None else os.dup(stdout)
-        self._stderr = -1 if stderr == 2 else os.dup(stderr)
 
     def establish(self) -> None:
         """What qrexec-client-vm does first in its data phase."""
@@ -78,9 +79,6 @@ class Started:
 
     def writes(self, data: bytes) -> None:
         os.write(self._stdout, data)
-
-    def complains(self, data: bytes) -> None:
-        os.write(self._stderr, data)
 
     def ends_its_output(self) -> None:
         os.close(self._stdout)
@@ -125,10 +123,10 @@ class Started:
             os.waitpid(self.pid, 0)
 
     def close(self) -> None:
-        for fd in (self._orders, self._stdin, self._stdout, self._stderr):
+        for fd in (self._orders, self._stdin, self._stdout):
             if fd >= 0:
                 os.close(fd)
-        self._orders = self._stdin = self._stdout = self._stderr = -1
+        self._orders = self._stdin = self._stdout = -1
 
 
 def await_hang_up(fd: int) -> None:
@@ -158,14 +156,13 @@ class Puppets(Client):
     def order(
         self, route: Route, environment: dict[str, str], *ends: Any
     ) -> Any:
-        return route, *ends
+        return SimpleNamespace(pid=partial(self.begin, route, *ends))
 
     def start(self, orders: Sequence[Any]) -> None:
         if orders:
             self.at_once.append(len(orders))
 
-    def pid(self, order: Any) -> int:
-        route, stdin, stdout, stderr = order
+    def begin(self, route: Route, stdin: int, stdout: int | None) -> int:
         reader, writer = os.pipe()
         up, told = os.pipe()
         pid = os.posix_spawn(
@@ -184,7 +181,7 @@ class Puppets(Client):
             # It has said that it is deaf.
             os.read(up, 1)
         os.close(up)
-        self.started.append(Started(pid, writer, stdin, stdout, stderr, route))
+        self.started.append(Started(pid, writer, stdin, stdout, route))
         self.another.unpark_all()
         return pid
 
@@ -506,7 +503,7 @@ async def test_what_may_have_run_is_never_tried_again(
 ) -> None:
     """A qrexec-client-vm on pipes that is killed as it closes them: nothing but
     the bytes tells."""
-    stage.client.takes_socket = False
+    stage.client.relay = Relay.SPLICE
     async with await stage.connect() as stream:
         await stream.send_all(b"word")
         first = await stage.nth(1)
@@ -529,7 +526,7 @@ async def test_what_may_have_run_is_never_tried_again(
 async def test_an_exit_code_of_the_service_shows_that_it_has_run(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
-    stage.client.takes_socket = False
+    stage.client.relay = Relay.SPLICE
     async with await stage.connect() as stream:
         (await stage.nth(1)).exits(5)
         with trio.fail_after(3600):
@@ -1392,7 +1389,7 @@ async def test_bytes_that_the_pump_cannot_take_are_not_waited_for(
         return genuine(source, sink, *arguments, **named)
 
     monkeypatch.setattr(os, "splice", splice)
-    stage.client.takes_socket = False
+    stage.client.relay = Relay.SPLICE
     stream = await stage.connect()
     await stream.send_all(b"x")
     started = await stage.nth(1)
@@ -1410,27 +1407,6 @@ def fail(patch: pytest.MonkeyPatch, name: str, number: int) -> None:
         raise OSError(number, os.strerror(number))
 
     patch.setattr(os, name, failing)
-
-
-async def test_a_first_call_without_a_memfd_is_made_by_pipes(
-    stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail(monkeypatch, "memfd_create", errno.EPERM)
-    stage.client.takes_socket = None
-    stream = await stage.connect()
-    await stream.send_all(b"question")
-    started = await stage.nth(1)
-    started.establish()
-    await trio.sleep(1)
-    assert started.reads(100) == b"question"
-    started.writes(b"answer")
-    started.exits(0)
-    with trio.fail_after(3600):
-        assert await stream.receive_some() == b"answer"
-        assert await stream.receive_some() == b""
-    # It has shown nothing of what qrexec-client-vm knows.
-    assert stage.client.takes_socket is None
-    await stream.aclose()
 
 
 async def test_a_call_that_cannot_be_watched_at_first_goes_on(
@@ -1451,7 +1427,7 @@ async def test_a_call_that_cannot_be_watched_at_first_goes_on(
 async def test_a_call_without_pipes_is_the_only_one_that_fails(
     stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage.client.takes_socket = False
+    stage.client.relay = Relay.SPLICE
     with monkeypatch.context() as patch:
         fail(patch, "pipe2", errno.EINVAL)
         async with await stage.connect() as stream:
@@ -1513,7 +1489,7 @@ async def test_what_nobody_reads_any_more_does_not_reset_the_client(
 async def test_what_the_pump_has_taken_is_left_its_time_to_be_read(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
-    stage.client.takes_socket = False
+    stage.client.relay = Relay.SPLICE
     stream = await stage.connect()
     await stream.send_all(b"last words")
     started = await stage.nth(1)
@@ -1530,14 +1506,13 @@ async def test_what_the_pump_has_taken_is_left_its_time_to_be_read(
 
 
 @pytest.mark.parametrize("established", [False, True])
-async def test_a_service_that_complains_like_qrexec_is_not_run_again(
+async def test_a_service_that_ends_like_an_old_client_is_not_run_again(
     stage: Stage, autojump_clock: MockClock, established: bool
 ) -> None:
-    """What qrexec-client-vm says on stderr may come from the target qube."""
-    stage.client.takes_socket = None
+    """With 2, as one ends that knows no --use-stdin-socket."""
+    stage.client.relay = Relay.AUTO
     async with await stage.connect() as stream:
         first = await stage.nth(1)
-        first.complains(b"unrecognized option '--use-stdin-socket'\n")
         if established:
             first.establish()
         await trio.sleep(1)
@@ -1547,10 +1522,14 @@ async def test_a_service_that_complains_like_qrexec_is_not_run_again(
                 assert await stream.receive_some() == b""
             await stage.recorded("ended with the service's exit code 2")
             assert len(stage.client.started) == 1
-            assert stage.client.takes_socket
+            assert stage.client.relay is Relay.AUTO
         else:
-            (await stage.nth(2)).exits(0)
-            assert stage.client.takes_socket is False
+            second = await stage.nth(2)
+            assert second.takes_pipes
+            second.exits(2)
+            assert await sees_reset(stream)
+            await stage.recorded("failed with exit code 2")
+            assert len(stage.client.started) == 2
 
 
 @pytest.mark.parametrize("said", [b"", b"half an answer"])
@@ -1558,7 +1537,7 @@ async def test_one_that_dies_after_its_output_does_not_seem_to_have_ended(
     stage: Stage, autojump_clock: MockClock, said: bytes
 ) -> None:
     """The kernel closes its descriptors before its end can be seen."""
-    stage.client.takes_socket = False
+    stage.client.relay = Relay.SPLICE
     async with await stage.connect() as stream:
         started = await stage.nth(1)
         started.establish()
@@ -1579,7 +1558,7 @@ async def test_one_that_takes_long_to_die_does_not_seem_to_have_ended(
     stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Child, "is_ending", lambda self: True)
-    stage.client.takes_socket = False
+    stage.client.relay = Relay.SPLICE
     async with await stage.connect() as stream:
         started = await stage.nth(1)
         started.establish()
@@ -1596,7 +1575,7 @@ async def test_what_a_stop_cuts_off_does_not_seem_to_have_ended(
 ) -> None:
     """Also where qrexec-client-vm ends its output, and not itself."""
     stage.client.program = STUBBORN
-    stage.client.takes_socket = False
+    stage.client.relay = Relay.SPLICE
     async with await stage.connect() as stream:
         started = await stage.nth(1)
         started.establish()

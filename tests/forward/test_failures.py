@@ -358,6 +358,19 @@ async def test_many_first_calls_of_an_old_client_are_all_served(
     assert "unrecognized option" not in scene.log()
 
 
+async def test_a_client_that_is_replaced_by_an_older_one_loses_nobody(
+    scene: Scene,
+) -> None:
+    """What it takes was asked when the daemon started."""
+    address = await scene.route()
+    assert await ask(address) == "work"
+    daemon = scene.pid()
+    be_old(scene)
+    await ask_many(scene, address, 20)
+    await scene.logged("ended,", times=21)
+    assert scene.pid() == daemon
+
+
 async def test_an_old_client_with_hand_over_forced_fails_with_its_message(
     scene: Scene,
 ) -> None:

@@ -41,7 +41,6 @@ from trio.testing import MockClock
 from qrexec_activate.forward import daemon, orphans
 from qrexec_activate.forward.daemon import Daemon
 from qrexec_activate.forward.settings import Relay, Settings
-from qrexec_activate.forward.spawn import Spawner
 from qrexec_activate.routing.claim import PassedSocket, Refusal, Route
 from qrexec_activate.systemd.journal import Log, Priority
 
@@ -67,9 +66,7 @@ ERRORS = {
     # EBADF, for what is no open descriptor.)
     "F_SETFL": "EBADF EPERM",
     "F_SETPIPE_SZ": "EBADF EBUSY EINVAL ENOMEM EPERM",
-    "F_ADD_SEALS": "EBADF EBUSY EINVAL EPERM",
     "pipe2": "EFAULT EINVAL EMFILE ENFILE ENOPKG",
-    "memfd_create": "EFAULT EINVAL EMFILE ENFILE ENOMEM EPERM",
     # splice(2), and what a socket says to recv(2) and send(2).
     "splice": "EAGAIN EBADF EINVAL ENOMEM ESPIPE ECONNRESET EHOSTUNREACH"
     " ETIMEDOUT",
@@ -109,7 +106,6 @@ MAY_LAST = {
     "epoll_add",
     "wait",
     "pipe2",
-    "memfd_create",
     "splice",
 }
 #: The same in all scenarios.
@@ -127,6 +123,10 @@ LASTING = 8.0
 #: So many real seconds are needed by no run, however busy the machine is.
 HANGS = 60
 PREFIX = "qrexec_activate.forward"
+
+
+def no_thread(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 class Faults:
@@ -188,7 +188,6 @@ class Faults:
             (socket.socket, "shutdown", "shutdown"),
             (os, "pidfd_open", "pidfd_open"),
             (os, "pipe2", "pipe2"),
-            (os, "memfd_create", "memfd_create"),
             (os, "splice", "splice"),
             (os, "set_blocking", "F_SETFL"),
             (fcntl, "fcntl", ""),
@@ -200,7 +199,7 @@ class Faults:
             )
         patch.setattr(os, "posix_spawnp", self.wrap("spawn", qrexec.spawn))
         # One after the other, in this thread.
-        patch.setattr(Spawner, "_has_threads", lambda spawner, count: False)
+        patch.setattr(trio.lowlevel, "start_thread_soon", no_thread)
         make = select.epoll
 
         class Epoll:
@@ -253,7 +252,6 @@ class Running:
     pid: int
     stdin: int
     stdout: int
-    stderr: int
     orders: int
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -265,10 +263,10 @@ class Running:
         self.close()
 
     def close(self) -> None:
-        for fd in (self.stdin, self.stdout, self.stderr, self.orders):
+        for fd in (self.stdin, self.stdout, self.orders):
             if fd >= 0:
                 os.close(fd)
-        self.stdin = self.stdout = self.stderr = self.orders = -1
+        self.stdin = self.stdout = self.orders = -1
 
     def has_ended(self) -> bool:
         flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
@@ -333,7 +331,6 @@ class Qrexec:
             pid,
             os.dup(given[0]),
             os.dup(given.get(1, given[0])),
-            os.dup(given.get(2, 2)),
             writer,
         )
         self.running.append(running)
@@ -349,9 +346,6 @@ class Qrexec:
         with contextlib.closing(one), one.scope:
             await trio.sleep(0.001)
             if target == "old" and handed_over:
-                os.write(
-                    one.stderr, b"unrecognized option '--use-stdin-socket'\n"
-                )
                 one.exits(2)
                 return
             if target == "fails-once" and who not in self._failed:

@@ -8,18 +8,20 @@ import fcntl
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
 from qrexec_activate.forward.spawn import (
     AT_ONCE,
     FileAction,
     Order,
-    Spawner,
     alone,
     beside,
+    carry_out,
 )
 
 Spawn = Callable[..., int]
@@ -30,15 +32,6 @@ echo "$A:$#:$1"
 ls /proc/self/fd
 ps -o pgid= -p $$
 """
-
-
-@pytest.fixture
-def spawner() -> Iterator[Spawner]:
-    before = threading.active_count()
-    spawner = Spawner()
-    yield spawner
-    spawner.close()
-    assert threading.active_count() == before
 
 
 both = pytest.mark.parametrize("spawn", [alone, beside])
@@ -139,12 +132,10 @@ def test_a_descriptor_that_is_none_is_an_error(spawn: Spawn) -> None:
         spawn("/bin/true", ["true"], {}, [(os.POSIX_SPAWN_DUP2, -1, 0)])
 
 
-def test_one_that_cannot_be_started_keeps_no_other_from_it(
-    spawner: Spawner,
-) -> None:
+def test_one_that_cannot_be_started_keeps_no_other_from_it() -> None:
     programs = ("/bin/true", "/nonexistent/program", "/bin/false")
     good, missing, another = orders = [order(name) for name in programs]
-    spawner.run(orders)
+    carry_out(orders)
     assert exit_code(good.pid()) == 0
     with pytest.raises(FileNotFoundError, match="/nonexistent/program"):
         missing.pid()
@@ -161,16 +152,13 @@ class Meeting(Order):
         super().run(spawn)
 
 
-def test_orders_are_carried_out_side_by_side(spawner: Spawner) -> None:
-    orders = [
-        Meeting("/bin/true", ["true"], {}, []) for _ in range(2 * AT_ONCE)
-    ]
-    spawner.run(orders)
+def test_orders_are_carried_out_side_by_side() -> None:
+    orders = [Meeting("/bin/true", ["true"], {}, []) for _ in range(AT_ONCE)]
+    carry_out(orders)
     assert [exit_code(one.pid()) for one in orders] == [0] * len(orders)
-    assert len(spawner._threads) == AT_ONCE
 
 
-def test_a_lone_one_is_started_by_who_orders_it(spawner: Spawner) -> None:
+def test_a_lone_one_is_started_by_who_orders_it() -> None:
     seen = []
 
     class Seen(Order):
@@ -179,10 +167,9 @@ def test_a_lone_one_is_started_by_who_orders_it(spawner: Spawner) -> None:
             super().run(spawn)
 
     lone = Seen("/bin/true", ["true"], {}, [])
-    spawner.run([lone])
+    carry_out([lone])
     assert exit_code(lone.pid()) == 0
     assert seen == [(alone, threading.main_thread())]
-    assert spawner._threads == []
 
 
 @pytest.fixture
@@ -200,24 +187,24 @@ def waiting(tmp_path: Path) -> tuple[Order, Callable[..., None]]:
 
 
 def test_python_goes_on_while_a_child_is_yet_to_run_its_program(
-    waiting: tuple[Order, Callable[..., None]], spawner: Spawner
+    waiting: tuple[Order, Callable[..., None]],
 ) -> None:
     one, let_go = waiting
     other = order("/bin/true")
-    spawner.run([one, other])
+    carry_out([one, other])
     assert exit_code(other.pid()) == 0
     let_go()
     assert exit_code(one.pid()) == 0
 
 
 def test_a_signal_ends_no_wait_for_a_child(
-    waiting: tuple[Order, Callable[..., None]], spawner: Spawner
+    waiting: tuple[Order, Callable[..., None]],
 ) -> None:
     one, let_go = waiting
     other = order("/bin/true")
     before = signal.signal(signal.SIGUSR1, let_go)
     try:
-        spawner.run([one, other])
+        carry_out([one, other])
         thread = threading.Thread(
             target=os.kill, args=(os.getpid(), signal.SIGUSR1)
         )
@@ -229,47 +216,19 @@ def test_a_signal_ends_no_wait_for_a_child(
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_without_threads_it_takes_longer(
-    spawner: Spawner, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("threads", [0, 1])
+def test_with_too_few_threads_it_takes_longer(
+    monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    def start(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+    start = trio.lowlevel.start_thread_soon
+    left = iter(range(threads))
 
-    monkeypatch.setattr(threading.Thread, "start", start)
-    orders = [order("/bin/true") for _ in range(3)]
-    spawner.run(orders)
-    assert [exit_code(one.pid()) for one in orders] == [0, 0, 0]
-
-
-def test_with_one_thread_it_takes_longer(
-    spawner: Spawner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = threading.Thread.start
-
-    def start_one(thread: threading.Thread) -> None:
-        if spawner._threads:
+    def start_some(*what: Any) -> None:
+        if next(left, None) is None:
             raise RuntimeError("can't start new thread")
-        start(thread)
+        start(*what)
 
-    monkeypatch.setattr(threading.Thread, "start", start_one)
+    monkeypatch.setattr(trio.lowlevel, "start_thread_soon", start_some)
     orders = [order("/bin/true") for _ in range(3)]
-    spawner.run(orders)
+    carry_out(orders)
     assert [exit_code(one.pid()) for one in orders] == [0, 0, 0]
-    assert len(spawner._threads) == 1
-
-
-def test_signals_are_for_the_main_thread(spawner: Spawner) -> None:
-    orders = [order("/bin/true"), order("/bin/true")]
-    spawner.run(orders)
-    for one in orders:
-        assert exit_code(one.pid()) == 0
-    for thread in spawner._threads:
-        path = f"/proc/self/task/{thread.native_id}/status"
-        (blocked,) = (
-            int(line.split()[1], 16)
-            for line in Path(path).read_text().splitlines()
-            if line.startswith("SigBlk")
-        )
-        assert blocked & 1 << signal.SIGTERM - 1
-        assert blocked & 1 << signal.SIGINT - 1
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -67,11 +67,11 @@ async def test_what_the_child_has_yet_to_read_is_known_after_the_end(
     with trio.fail_after(60):
         await splice.pump_up()
     assert splice.unread() == 5
-    assert not splice.has_taken()
-    splice.release_child_ends()
+    assert not splice.has_moved_data()
     os.read(child, 2)
+    assert splice.has_moved_data()
+    splice.release_child_ends()
     assert splice.unread() == 3
-    assert splice.has_taken()
     os.close(child)
 
 
@@ -94,9 +94,9 @@ def test_what_came_out_is_seen_before_it_is_moved(
     pair: tuple[socket.socket, Splice],
 ) -> None:
     _, splice = pair
-    assert not splice.has_given()
+    assert not splice.has_moved_data()
     os.write(splice.child_ends[1], b"x")
-    assert splice.has_given()
+    assert splice.has_moved_data()
 
 
 def test_all_pipes_together_stay_within_a_budget() -> None:

@@ -13,10 +13,8 @@ from qrexec_activate.forward.admission import Admission, Verdict
 from qrexec_activate.forward.call import (
     HANG_UP_GRACE,
     Call,
-    Evidence,
     has_run,
     signals,
-    takes_socket,
 )
 from qrexec_activate.forward.lifetime import Idleness, Stop
 from qrexec_activate.forward.outcome import Ending
@@ -210,11 +208,7 @@ class Shell:
         self.setup_ends(conn)
         # An earlier daemon's child tells no exit code.
         code = child.code if child in world.children_of_this_daemon else None
-        if (
-            not conn.tended
-            and not conn.by_pipes
-            and call.is_over_at_once(code, False)
-        ):
+        if not conn.tended and not conn.by_pipes and call.is_over_at_once(code):
             # over_at_once(): no task sees it through.
             assert conn.ran == 1, "over at once, and nothing has run"
             self.closes(conn)
@@ -225,14 +219,11 @@ class Shell:
             conn.by_pipes
             and call.established_at is None
             and has_run(
-                Evidence(
-                    # Its stdout was made blocking, and tells so at its end.
-                    child.established and not child.unseen,
-                    by_pipes=True,
-                    bytes_out=child.given,
-                    bytes_in=child.taken,
-                    exit_code=code,
-                )
+                # Its stdout was made blocking, and tells so at its end.
+                (child.established and not child.unseen)
+                or child.given
+                or child.taken,
+                code,
             )
         ):
             call.is_established(world.now)
@@ -245,14 +236,11 @@ class Shell:
             self.closes(conn)
             return
         conn.child = None
-        self.sleeps(conn, again.delay)
+        self.sleeps(conn, again)
 
     def learns(self, conn: Conn, code: int | None) -> bool:
-        """_learn(): this qrexec-client-vm takes no socket; pipes can do it."""
-        said = b"unrecognized option --use-stdin-socket"
-        said = said if self.world.is_old else b""
-        established = conn.call.established_at is not None
-        if takes_socket(said, code, established) is not False:
+        """This qrexec-client-vm takes no socket; pipes can do it."""
+        if not conn.call.takes_no_socket(code):
             return False
         self.by_pipes = conn.by_pipes = True
         conn.child = None

@@ -11,7 +11,7 @@ import pytest
 
 from qrexec_activate.forward import admission
 from qrexec_activate.forward.admission import Admission, Verdict
-from qrexec_activate.forward.call import Again, Call
+from qrexec_activate.forward.call import Call
 from qrexec_activate.forward.lifetime import Idleness, Stop
 from qrexec_activate.forward.outcome import Ending
 from qrexec_activate.forward.setups import Setups
@@ -50,8 +50,8 @@ def test_a_seed_repeats_a_run_to_the_last_event() -> None:
 
 
 def tries_what_has_run(patch: pytest.MonkeyPatch) -> None:
-    def after_try(self: Call, *_: object) -> Again | None:
-        return Again(0.1) if self.tries < 3 else None
+    def after_try(self: Call, *_: object) -> float | None:
+        return 0.1 if self.tries < 3 else None
 
     patch.setattr(Call, "after_try", after_try)
     patch.setattr(Call, "is_established", lambda self, now: None)
@@ -126,7 +126,7 @@ def ends_while_it_is_busy(patch: pytest.MonkeyPatch) -> None:
 def tries_what_is_established(patch: pytest.MonkeyPatch) -> None:
     before = Call.after_try
 
-    def after_try(self: Call, *told: Any) -> Again | None:
+    def after_try(self: Call, *told: Any) -> float | None:
         established, self.established_at = self.established_at, None
         again = before(self, *told)
         self.established_at = established
@@ -149,7 +149,7 @@ def gives_no_place_back(patch: pytest.MonkeyPatch) -> None:
 
 
 def looks_at_no_bytes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(driver, "has_run", lambda seen: seen.data_phase)
+    patch.setattr(driver, "has_run", lambda seen, code: False)
 
 
 def gives_up_what_is_established(patch: pytest.MonkeyPatch) -> None:
