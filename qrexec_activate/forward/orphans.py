@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import socket
@@ -84,6 +85,8 @@ def _duplicate(pidfd: int, fd: int) -> int:
     duplicate = int(libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0))
     if duplicate < 0:
         number = ctypes.get_errno()
+        # What Linux before 6.9 says of a process that is ending.
+        number = errno.ESRCH if number == errno.EBADF else number
         raise OSError(number, os.strerror(number))
     return duplicate
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import subprocess
 import sys
@@ -113,3 +115,38 @@ def test_an_orphan_is_never_older_than_the_time_that_counts(
         monkeypatch.setattr(time, "monotonic", lambda: 0.0)
         (orphan,) = found()
         assert orphan.age == 0
+
+
+def test_one_that_is_ending_keeps_no_other_from_being_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of its descriptors Linux before 6.9 says that they are none."""
+
+    class Libc:
+        def syscall(self, *_: int) -> int:
+            ctypes.set_errno(errno.EBADF)
+            return -1
+
+    monkeypatch.setattr(orphans.ctypes, "CDLL", lambda *_, **__: Libc())
+    monkeypatch.setattr(orphans, "_has_daemon", lambda *_: False)
+    variables = {**os.environ, "QREXEC_ACTIVATE_CONNECTION": "1-1"}
+    words = ["sh", "-c", "echo; read wait", "work", "qubes.ConnectTCP+80"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        subprocess.Popen(
+            [*words[:-2], "--use-stdin-socket", *words[-2:]],
+            env=variables,
+            **pipes,
+        ) as ending,
+        subprocess.Popen(words, env=variables, **pipes) as other,
+    ):
+        for child in ending, other:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"\n"
+        members = [ending.pid, other.pid]
+        monkeypatch.setattr(orphans, "_members", lambda: members)
+        (orphan,) = found()
+        assert orphan.pid == other.pid
+        for child in ending, other:
+            assert child.stdin is not None
+            child.stdin.close()
