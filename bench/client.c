@@ -93,12 +93,15 @@ int main(int argc, char **argv) {
         {"agent-socket", required_argument, NULL, 'a'},
         {"prefix-data", required_argument, NULL, 'p'},
         {"use-stdin-socket", no_argument, NULL, USE_STDIN_SOCKET},
+        {"help", no_argument, NULL, 'h'},
         {NULL, 0, NULL, 0},
     };
     int in = 0, out = 1, option;
-    while ((option = getopt_long(argc, argv, "+tTa:p:", options, NULL)) != -1) {
+    while ((option = getopt_long(argc, argv, "+tTa:p:h", options, NULL)) != -1) {
         if (option == '?')
             return EXIT_USAGE;
+        if (option == 'h')
+            return 0;
         if (option == USE_STDIN_SOCKET)
             out = 0;
     }
