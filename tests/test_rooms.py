@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "publish": {"routing", "given", "systemd", "control"},
     "loopback": set(),
 }
-#: What of forward the commands know: how outcomes are written.
-SHARED_OF_FORWARD = {"outcome"}
+#: What of forward the commands know: how outcomes are written, and what
+#: qrexec-client-vm takes.
+SHARED_OF_FORWARD = {"outcome", "process"}
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from ..forward.process import takes_no_socket
 from .daemons import Daemon
 from .netproc import Listening
 from .steps import Context, Level, Step, output, sudo
@@ -102,9 +103,9 @@ def client_steps(path: str, listening: Listening | None) -> Iterator[Step]:
         )
         return
     how = (
-        "takes sockets (--use-stdin-socket)"
-        if "use-stdin-socket" in (output([path, "--help"]) or "")
-        else "takes no sockets, so bytes go through pipes"
+        "takes no sockets, so bytes go through pipes"
+        if takes_no_socket(path)
+        else "takes sockets (--use-stdin-socket)"
     )
     version = package_version(path)
     yield Step(

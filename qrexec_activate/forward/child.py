@@ -79,24 +79,20 @@ class Child:
     child of this process.
     """
 
-    __slots__ = ("_exit_code", "_pidfd", "adopted", "pid")
+    __slots__ = ("_exit_code", "adopted", "pid", "pidfd")
 
     def __init__(self, pid: int, pidfd: int | None = None) -> None:
         self.pid = pid
         self.adopted = pidfd is not None
-        self._pidfd = pidfd
+        self.pidfd = pidfd
         self._exit_code: int | None = None
 
     def open(self) -> int:
         """Open its pidfd, and return it. The pid stays its own until wait() has
         taken the exit code."""
-        if self._pidfd is None:
-            self._pidfd = os.pidfd_open(self.pid)
-        return self._pidfd
-
-    @property
-    def pidfd(self) -> int | None:
-        return self._pidfd
+        if self.pidfd is None:
+            self.pidfd = os.pidfd_open(self.pid)
+        return self.pidfd
 
     async def ended(self) -> None:
         await readable(self.open())
@@ -153,9 +149,9 @@ class Child:
             return 0.0
 
     def close(self) -> None:
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
 
 
 def _listening(pid: int) -> set[str]:

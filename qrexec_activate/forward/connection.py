@@ -16,8 +16,6 @@ import os
 import select
 import signal
 import socket
-import struct
-import termios
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -40,6 +38,7 @@ from .splice import (
     drop_input,
     half_close,
     unread,
+    unsent,
 )
 from .watch import readable
 
@@ -108,8 +107,6 @@ class Connection:
         "_child",
         "_child_over",
         "_host",
-        "_leaving",
-        "_pumping",
         "_scope",
         "_sock",
         "_splice",
@@ -132,12 +129,10 @@ class Connection:
         self._host = host
         self._sock = sock
         self._splice: Splice | None = None
-        self._pumping = False
         self._child: Child | None = None
         self._child_over: trio.Event | None = None
         self._scope: trio.CancelScope | None = None
         self._watched = False
-        self._leaving = False
         self.route = route
         self.id = number
         self.peer = peer
@@ -162,7 +157,7 @@ class Connection:
     def outlives_daemon(self) -> bool:
         """Whether it goes on without the daemon: qrexec-client-vm is running,
         and holds the socket itself, or has all that the client will send."""
-        if self._child is None or self._leaving:
+        if self._child is None:
             return False
         splice = self._splice
         return self.call.goes_on_alone(
@@ -355,7 +350,7 @@ class Connection:
         try:
             self._end_untended()
             self._watch_client()
-            outcome = await self._tries()
+            outcome = await self._tries(pumping=False)
             if outcome is None:
                 outcome = await self._spliced()
             await self._part(outcome)
@@ -420,13 +415,13 @@ class Connection:
         self._scope = None
         return not interrupted
 
-    async def _tries(self) -> Outcome | None:
+    async def _tries(self, *, pumping: bool) -> Outcome | None:
         """Run qrexec-client-vm until the connection is over; None as soon as
         that takes a pump, and none is running."""
         while True:
             if (problem := await self._started()) is not None:
                 return problem
-            if self._splice is not None and not self._pumping:
+            if self._splice is not None and not pumping:
                 return None
             child = self._child
             assert child is not None
@@ -439,13 +434,11 @@ class Connection:
             ):
                 # Pipes are what each one knows.
                 client.relay = Relay.SPLICE
-                self._drop_child()
                 self.call.tries = 0
                 continue
             again = self._after_try(ending, code)
             if again is None:
                 return self._over(ending, code)
-            self._drop_child()
             if not await self._unless_interrupted(trio.sleep, again):
                 return self._over(self.call.reason, code)
 
@@ -464,11 +457,6 @@ class Connection:
         )
         return call.after_try(trio.current_time(), ending, code, no_room)
 
-    def _drop_child(self) -> None:
-        if self._child is not None:
-            self._child.close()
-            self._child = None
-
     async def _child_ends(self, child: Child) -> tuple[Ending, int | None]:
         """Wait until qrexec-client-vm has ended, by itself or because something
         interrupted the connection."""
@@ -485,6 +473,8 @@ class Connection:
         code = child.wait()
         self.look_if_established()
         self._host.setup_ends(self)
+        child.close()
+        self._child = None
         self._child_over.set()
         return ending, code
 
@@ -566,7 +556,6 @@ class Connection:
         all tries."""
         splice = self._splice
         assert splice is not None
-        self._pumping = True
         delivered = trio.Event()
 
         async def pump(move: Callable[[], Awaitable[None]]) -> bool:
@@ -587,7 +576,7 @@ class Connection:
         async with trio.open_nursery() as pumps:
             pumps.start_soon(pump, splice.pump_up)
             pumps.start_soon(pump_down)
-            outcome = await self._tries()
+            outcome = await self._tries(pumping=True)
             assert outcome is not None
             # What qrexec-client-vm wrote last is still in the pipe. Once that
             # is delivered, both sides are done, which looks like a hang-up.
@@ -638,7 +627,6 @@ class Connection:
         itself; then the kernel answers what the client sends with a reset,
         whatever is done here.)
         """
-        self._leaving = True
         if not half_close(self._sock):
             return
         began_at = trio.current_time()
@@ -650,7 +638,9 @@ class Connection:
     def _is_heard(self, waited: float) -> bool:
         """Whether the client has all that it will have."""
         may_send = drop_input(self._sock)
-        return is_heard(waited, may_send, _unsent(self._sock))
+        # Other sockets deliver at once.
+        tells = self._sock.family in INTERNET
+        return is_heard(waited, may_send, unsent(self._sock) if tells else 0)
 
 
 def start(
@@ -680,15 +670,3 @@ def start(
     for one in problems:
         one._host.place_back(one)
     return problems
-
-
-def _unsent(sock: socket.socket) -> int:
-    """How many bytes a TCP client's kernel has yet to acknowledge; other
-    sockets deliver at once."""
-    if sock.family not in INTERNET:
-        return 0
-    try:
-        sent = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0" * 4)
-    except OSError:
-        return 0
-    return int(struct.unpack("i", sent)[0])

@@ -1,16 +1,26 @@
 """The process of the daemon: its limits, the environment that it passes on, and
-who looks after its connections when it is gone."""
+who looks after its connections when it is gone; and what its qrexec-client-vm
+takes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import resource
+import socket
 import sys
 
 from .settings import CARETAKER
 
-__all__ = ["client_environment", "leave_caretaker", "raise_descriptor_limit"]
+__all__ = [
+    "client_environment",
+    "leave_caretaker",
+    "raise_descriptor_limit",
+    "takes_no_socket",
+]
+
+#: So long it may take to ask qrexec-client-vm what it takes.
+CLIENT_PATIENCE = 2.0
 
 
 def leave_caretaker() -> None:
@@ -48,3 +58,27 @@ def raise_descriptor_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def takes_no_socket(client: str) -> bool:
+    """Whether this qrexec-client-vm is older than 4.2.19, which it is asked
+    without making a call: an option that it does not know ends it with 2
+    before --help does with 0 (4.2.18 to 4.4.2).
+
+    What cannot be asked shows it at its first call, with a line in the log.
+    """
+    import subprocess
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs, contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = subprocess.run(
+            [client, "--use-stdin-socket", "--help"],
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=client_environment(),
+            timeout=CLIENT_PATIENCE,
+            check=False,
+        )
+        return asked.returncode == 2
+    return False

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import socket
 import sys
 import time
 
@@ -20,7 +19,7 @@ from ..printable import printable
 from ..routing.claim import Claim, PassedSocket
 from ..systemd.passed import passed_sockets
 from .background import Background
-from .process import client_environment
+from .process import takes_no_socket
 from .settings import CARETAKER, STOP_SIGNALS, Relay, Request
 
 __all__ = ["main"]
@@ -28,8 +27,6 @@ __all__ = ["main"]
 #: Who looks after connections without a daemon begins to do so after so many
 #: seconds: most often the next daemon is there by then.
 CARETAKER_DELAY = 1.0
-#: So long it may take to ask qrexec-client-vm what it takes.
-CLIENT_PATIENCE = 2.0
 
 HOW_TO_START = (
     "no socket was passed: this command is started by systemd when a"
@@ -65,30 +62,6 @@ def _started_by_manager() -> bool:
     return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
 
 
-def _takes_no_socket(client: str) -> bool:
-    """Whether this qrexec-client-vm is older than 4.2.19, which it is asked
-    without making a call: an option that it does not know ends it with 2
-    before --help does with 0 (4.2.18 to 4.4.2).
-
-    What cannot be asked shows it at its first call, with a line in the log.
-    """
-    import subprocess
-
-    ours, theirs = socket.socketpair()
-    with ours, theirs, contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = subprocess.run(
-            [client, "--use-stdin-socket", "--help"],
-            stdin=theirs.fileno(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=client_environment(),
-            timeout=CLIENT_PATIENCE,
-            check=False,
-        )
-        return asked.returncode == 2
-    return False
-
-
 def _decide(
     sockets: list[PassedSocket], by_manager: bool
 ) -> tuple[Request, list[Claim]]:
@@ -105,7 +78,7 @@ def _decide(
                 service=service, socket=_PREFIXES.get(service, "a socket unit")
             )
         )
-    if settings.relay is Relay.AUTO and _takes_no_socket(settings.client):
+    if settings.relay is Relay.AUTO and takes_no_socket(settings.client):
         settings = dataclasses.replace(settings, relay=Relay.SPLICE)
         request = request._replace(settings=settings)
     if unit is None:

@@ -20,7 +20,14 @@ import trio
 
 from .watch import NO_MEMORY_PAUSE, readable, writable
 
-__all__ = ["ClientGone", "Splice", "drop_input", "half_close", "unread"]
+__all__ = [
+    "ClientGone",
+    "Splice",
+    "drop_input",
+    "half_close",
+    "unread",
+    "unsent",
+]
 
 #: What one call may move. No less than a pipe holds, so that the pipe's size is
 #: the limit.
@@ -239,9 +246,16 @@ def _drop_urgent(sock: socket.socket) -> None:
 
 def unread(fd: int) -> int:
     """How many bytes a read could take at once from a socket or a pipe."""
-    return int(
-        struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0]
-    )
+    return _count(fd, termios.FIONREAD)
+
+
+def unsent(sock: socket.socket) -> int:
+    """How many bytes a TCP client's kernel has yet to acknowledge."""
+    return _count(sock.fileno(), termios.TIOCOUTQ)
+
+
+def _count(fd: int, what: int) -> int:
+    return int(struct.unpack("i", fcntl.ioctl(fd, what, bytes(4)))[0])
 
 
 def drop_input(sock: socket.socket) -> bool:

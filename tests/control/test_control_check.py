@@ -285,6 +285,27 @@ def test_a_client_that_is_not_there_is_an_error(desk: Desk) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("version", "takes"),
+    [
+        ("4.2.18", "takes no sockets, so bytes go through pipes"),
+        # Its --help does not say so; that of 4.3.0 does.
+        ("4.2.19", "takes sockets (--use-stdin-socket)"),
+        ("4.3.0", "takes sockets (--use-stdin-socket)"),
+    ],
+)
+def test_what_the_client_takes_is_told(
+    desk: Desk, version: str, takes: str
+) -> None:
+    desk.run("add", "tcp", str(desk.port), "gitweb")
+    known = desk.machine.loopback / "version"
+    known.write_text(f"{version}\n")
+    try:
+        assert f"qrexec-client-vm {takes}\n" in desk.run("check")
+    finally:
+        known.unlink()
+
+
 # ---------------------------------------------------------------------- publish
 
 
