@@ -199,6 +199,9 @@ class Daemon:
 
     def _close(self) -> None:
         for connection in self.connections:
+            # What is established by now must not be reset by its end, should
+            # that come before anybody looks after it again.
+            connection.look_if_established()
             connection.abandon()
         self._watch.close()
         self._hang_ups.close()

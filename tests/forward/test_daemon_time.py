@@ -1570,6 +1570,26 @@ async def test_one_that_takes_long_to_die_does_not_seem_to_have_ended(
         assert await sees_reset(stream)
 
 
+async def test_an_answer_that_comes_with_a_stop_is_not_reset_by_its_end(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    """A prompt is looked at five times a second, and by nobody until the
+    caretaker has begun."""
+    async with await stage.connect() as stream:
+        started = await stage.nth(1)
+        await trio.sleep(2 * PROMPT_AGE + 0.1)
+        started.establish()
+        stage.tell_to_stop()
+        with trio.fail_after(3600):
+            await stage.over.wait()
+        with socket.socket(fileno=os.dup(started._stdin)) as service:
+            service.sendall(b"answer")
+        started.exits(0)
+        with trio.fail_after(3600):
+            assert await stream.receive_some() == b"answer"
+            assert await stream.receive_some() == b""
+
+
 async def test_what_a_stop_cuts_off_does_not_seem_to_have_ended(
     stage: Stage, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
