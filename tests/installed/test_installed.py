@@ -543,11 +543,14 @@ def test_a_users_manager_neither_holds_an_upgrade_nor_reaches_its_terminal(
     )
     wait = "until test -e /home/other/ready; do sleep 0.1; done"
     debian.run("sh", "-ec", wait)
-    # On a terminal, as a person does it.
-    upgrade = "apt-get install --yes --reinstall /root/*upgrade*.deb"
-    debian.run(
-        "script", "--quiet", "--return", "--command", upgrade, "/dev/null"
-    )
+    # On a terminal, as a person does it; and what a removal leaves to do.
+    for command in (
+        "apt-get install --yes --reinstall /root/*upgrade*.deb",
+        "/var/lib/dpkg/info/qrexec-activate.postrm remove",
+    ):
+        debian.run(
+            "script", "--quiet", "--return", "--command", command, "/dev/null"
+        )
     debian.run("systemctl", "is-active", "hostile.service")
     assert debian.run("ls", "/home/other/prey", check=False).startswith("ls: ")
     debian.run("systemctl", "stop", "hostile.service")
