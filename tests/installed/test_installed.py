@@ -249,18 +249,6 @@ def test_the_demo(debian: Container) -> None:
     )
 
 
-def test_what_debian_runs_to_test_a_package_passes(debian: Container) -> None:
-    folder = ROOT / "debian/tests"
-    for text in (folder / "control").read_text().split("\n\n"):
-        words = dict(re.findall(r"^(\w+): *(.*)$", text, re.MULTILINE))
-        test = words["Tests"]
-        debian.write(f"/var/tmp/{test}", (folder / test).read_text())
-        debian.run(
-            *("sh", "-ec", f"AUTOPKGTEST_TMP=$(mktemp -d) sh /var/tmp/{test}"),
-            user=None if "needs-root" in words["Restrictions"] else "user",
-        )
-
-
 SALT_CALL = """\
 import sys
 sys.path.append("/var/salt/modules")

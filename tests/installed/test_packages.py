@@ -110,6 +110,37 @@ def test_the_lintian_of_a_newer_debian_finds_nothing(
     assert not re.findall("^[EW]:.*", said, re.MULTILINE)
 
 
+@pytest.mark.parametrize("suite", SUITES)
+def test_what_debian_runs_to_test_a_package_passes(
+    suite: str, possible: None, debs: list[Path], tmp_path: Path
+) -> None:
+    folder = ROOT / "debian/tests"
+    ours = {deb.name.split("_")[0]: deb for deb in debs}
+    tests = (folder / "control").read_text().split("\n\n")
+    assert len(tests) == len(list(folder.iterdir())) - 1
+    for text in tests:
+        words = dict(re.findall(r"^(\w+): *(.*)$", text, re.MULTILINE))
+        name = words["Tests"]
+        # What it says that it needs, and no other package of ours.
+        needed = words["Depends"].split(", ")
+        container = Container(suite, tmp_path / name)
+        container.install(
+            [ours[package] for package in needed if package in ours],
+            *(package for package in needed if package not in ours),
+        )
+        container.put([folder / name])
+        script = f"AUTOPKGTEST_TMP=$(mktemp -d) sh /root/{name}"
+        if "isolation-container" not in words["Restrictions"]:
+            container.do(script)
+            continue
+        container.prepare()
+        container.boot(read_only=False)
+        try:
+            container.run("sh", "-c", script)
+        finally:
+            container.shut_down()
+
+
 def test_the_service_side_needs_no_python(debs: list[Path]) -> None:
     services = next(
         deb for deb in debs if deb.name.startswith("qrexec-activate-services")
