@@ -121,8 +121,10 @@ class Admission:
         self._open: dict[Hashable, str] = {}
         self._per_target: Counter[str] = Counter()
         self._established: set[Hashable] = set()
-        #: When each that has a place began: the oldest is the first.
+        #: When each that has a place began: the oldest is the first, also among
+        #: those to one qube.
         self._places: dict[Hashable, float] = {}
+        self._by_target: dict[str, dict[Hashable, float]] = {}
         self._waiting: dict[Hashable, str] = {}
         #: Whether there may be room since everybody who waits was told no.
         self._may_have_room = False
@@ -147,25 +149,20 @@ class Admission:
         if to_target + unknown > self.max_connections:
             return Verdict.TARGET_FULL
         all_held = len(self._places)
-        # Since when those to this qube hold theirs, the oldest first.
-        held = [
-            began_at
-            for call, began_at in self._places.items()
-            if self._open[call] == target
-        ]
         ceiling = self._no_room.get(target)
         if ceiling and ceiling.holds(len(self._established) + all_held, now):
             return Verdict.ALL_FULL
         ceiling = self._full.get(target)
         if ceiling and ceiling.holds(to_target - 1, now):
             return Verdict.TARGET_FULL
+        held = self._by_target.get(target)
         if not held:
             may = all_held < self.max_setups * FIRST_PLACES
         else:
             may = all_held < self.max_setups and (
                 len(held) < SLOW_PLACES
                 or len(held) == all_held
-                or now - held[0] < SLOW_AGE
+                or now - next(iter(held.values())) < SLOW_AGE
             )
         return Verdict.YES if may else Verdict.NO_PLACE
 
@@ -255,6 +252,7 @@ class Admission:
         target = self._open[call]
         assert call not in self._places
         self._places[call] = now
+        self._by_target.setdefault(target, {})[call] = now
         for ceilings in (self._no_room, self._full):
             ceiling = ceilings.get(target)
             if ceiling is not None and now >= ceiling.probe_at:
@@ -265,7 +263,10 @@ class Admission:
     def gives_place_back(self, call: Hashable) -> bool:
         """It is established, has ended, or is too old to hold a place."""
         self._may_have_room = True
-        return self._places.pop(call, None) is not None
+        if self._places.pop(call, None) is None:
+            return False
+        del self._by_target[self._open[call]][call]
+        return True
 
     def old(self, now: float) -> list[Hashable]:
         """Return the calls that have held a place for too long."""
@@ -356,7 +357,9 @@ class Admission:
         A call of which `begins` is told before the next is asked for takes its
         place; so whoever comes after sees what is left.
         """
-        if not self._may_have_room and now < self._next_probe(self._turns_at):
+        if not self._waiting or not (
+            self._may_have_room or now >= self._next_probe(self._turns_at)
+        ):
             return
         self._may_have_room, self._turns_at = False, now
         none_for: set[tuple[str, bool]] = set()
