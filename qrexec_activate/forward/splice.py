@@ -250,8 +250,12 @@ def unread(fd: int) -> int:
 
 
 def unsent(sock: socket.socket) -> int:
-    """How many bytes a TCP client's kernel has yet to acknowledge."""
-    return _count(sock.fileno(), termios.TIOCOUTQ)
+    """How many bytes a TCP client's kernel has yet to acknowledge; none where
+    that is not told, as of SCTP."""
+    try:
+        return _count(sock.fileno(), termios.TIOCOUTQ)
+    except OSError:
+        return 0
 
 
 def _count(fd: int, what: int) -> int:

@@ -24,6 +24,7 @@ from qrexec_activate.forward.splice import (
     ClientGone,
     Splice,
     half_close,
+    unsent,
 )
 
 
@@ -277,3 +278,8 @@ async def test_however_much_there_is_to_move_others_have_their_turn(
         nursery.start_soon(pump(splice))
         nursery.start_soon(another)
     assert turns > 50
+
+
+def test_a_socket_that_does_not_tell_what_is_unsent_is_not_waited_for() -> None:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock:
+        assert unsent(sock) == 0
