@@ -71,7 +71,8 @@ def _members() -> list[int]:
                     contextlib.suppress(OSError),
                     open(f"/sys/fs/cgroup/{folder}{path}/cgroup.procs") as pids,
                 ):
-                    return [int(pid) for pid in pids]
+                    # 0 stands for those that a container does not see.
+                    return [int(pid) for pid in pids if int(pid)]
     return []
 
 

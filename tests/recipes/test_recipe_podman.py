@@ -128,7 +128,8 @@ def make_system(qube: str, command: str) -> str:
     the service needs less of it."""
     setup = (ROOT / "tools" / "recipes-setup").read_text()
     (packages,) = re.findall(r'\[podman\]="(python3-[^"]*)"', setup)
-    wanted = {"work": packages.split(), "echo": ["python3"]}[qube]
+    forwarder = packages.removesuffix(" socat").split(" ")
+    wanted = {"work": forwarder, "echo": ["python3"]}[qube]
     (release,) = re.findall(r"\[podman\]=(bookworm) ", setup)
     assert command == (
         f"debootstrap --variant=minbase --include={','.join(wanted)}"
@@ -217,6 +218,15 @@ def test_every_kind_of_socket(recipe: Recipe, qube: str, kind: str) -> None:
     assert (
         exchange(connect(recipe, qube, kind), b"all the way") == b"all the way"
     )
+
+
+def test_processes_outside_of_the_container_hinder_nothing(
+    recipe: Recipe,
+) -> None:
+    """Its control group has them all, as 0."""
+    assert exchange(connect(recipe, "work", "tcp4"), b"all") == b"all"
+    assert "serving" in recipe["work"].log
+    assert "unwatched" not in recipe["work"].log
 
 
 def test_containers_have_no_network_and_write_nothing(recipe: Recipe) -> None:
