@@ -42,10 +42,10 @@ from .splice import (
 )
 from .watch import readable
 
-__all__ = ["Connection", "Host", "reset", "start"]
+__all__ = ["STARVED_DELAY", "Connection", "Host", "reset", "start"]
 
-#: While the machine is short of descriptors, memory or processes, a start is
-#: tried again after so many seconds.
+#: While the machine is short of descriptors, memory or processes, what has
+#: failed is tried again after so many seconds.
 STARVED_DELAY = 0.25
 #: How often to look whether the last bytes of a client that has gone move.
 HANG_UP_LOOK = 0.25

@@ -30,7 +30,13 @@ from . import xen
 from .admission import Admission, Fault, Verdict, fault
 from .census import Census
 from .child import Client
-from .connection import HANG_UP_LOOK, Connection, reset, start
+from .connection import (
+    HANG_UP_LOOK,
+    STARVED_DELAY,
+    Connection,
+    reset,
+    start,
+)
 from .lifetime import STOP_MARGIN, Idleness, Stop
 from .orphans import Orphan
 from .outcome import Ending, Outcome, format_seconds
@@ -50,8 +56,6 @@ from .watch import Watch, readable
 
 __all__ = ["Daemon"]
 
-#: How long accept pauses when the machine is short of descriptors or memory.
-STARVED_PAUSE = 0.25
 #: STATUS is not sent more often than this.
 STATUS_INTERVAL = 0.5
 #: What one turn of the accept loop looks at.
@@ -265,7 +269,7 @@ class Daemon:
             for _ in range(BATCH):
                 more, short = self._accept_some()
                 if short:
-                    await trio.sleep(STARVED_PAUSE)
+                    await trio.sleep(STARVED_DELAY)
                 if short or not more:
                     break
                 # All others have their turn.
@@ -431,7 +435,7 @@ class Daemon:
 
     def _tick(self) -> float:
         """How long the accept loop may sleep at most."""
-        starved = STARVED_PAUSE if self._unheard else math.inf
+        starved = STARVED_DELAY if self._unheard else math.inf
         return min(starved, self._idle_for())
 
     # -------------------------------------------------- what waits for its turn

@@ -11,7 +11,7 @@ import trio
 
 from .call import HANG_UP_GRACE
 from .child import STARVED
-from .connection import HANG_UP_LOOK
+from .connection import HANG_UP_LOOK, STARVED_DELAY
 from .orphans import Orphan, find_caretakers, find_orphans, left_to_read
 from .reports import Reports, count
 from .watch import readable
@@ -20,8 +20,6 @@ __all__ = ["see_out", "take_over"]
 
 #: A caretaker has so long to end.
 CARETAKER_PATIENCE = 4.0
-#: How long to wait where the machine is short of something.
-STARVED_PAUSE = 0.25
 
 
 async def take_over(take: Callable[[Orphan], None], reports: Reports) -> None:
@@ -56,7 +54,7 @@ async def take_over(take: Callable[[Orphan], None], reports: Reports) -> None:
                 take(orphan)
         if shortage is not None:
             reports.starved(shortage)
-            await trio.sleep(STARVED_PAUSE)
+            await trio.sleep(STARVED_DELAY)
             again = True
     if known:
         reports.info(
