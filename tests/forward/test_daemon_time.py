@@ -352,13 +352,19 @@ async def test_what_is_accepted_is_reset_whatever_kills_the_daemon_then(
     assert seen == [RESET_AT_CLOSE]
 
 
+@pytest.fixture
+def watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd ends a daemon that it has not heard for 30 s."""
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+
+
 async def test_the_watchdog_is_fed_in_time_and_not_at_each_connection(
+    watchdog: None,
     nursery: trio.Nursery,
     monkeypatch: pytest.MonkeyPatch,
     autojump_clock: MockClock,
 ) -> None:
-    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
-    monkeypatch.delenv("WATCHDOG_PID", raising=False)
     stage, fed = Stage(Settings()), []
 
     def tell(state: str) -> bool:
@@ -388,13 +394,12 @@ async def test_the_watchdog_is_fed_in_time_and_not_at_each_connection(
 
 
 async def test_the_watchdog_is_fed_though_systemd_seldom_reads(
+    watchdog: None,
     nursery: trio.Nursery,
     monkeypatch: pytest.MonkeyPatch,
     autojump_clock: MockClock,
 ) -> None:
     """Its queue is full nearly always, as it is busy."""
-    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
-    monkeypatch.delenv("WATCHDOG_PID", raising=False)
     stage, fed = Stage(Settings()), []
 
     def tell(_: object, state: str) -> bool:
@@ -413,12 +418,11 @@ async def test_the_watchdog_is_fed_though_systemd_seldom_reads(
 
 
 async def test_the_watchdog_is_fed_while_many_are_started_slowly(
+    watchdog: None,
     nursery: trio.Nursery,
     monkeypatch: pytest.MonkeyPatch,
     autojump_clock: MockClock,
 ) -> None:
-    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
-    monkeypatch.delenv("WATCHDOG_PID", raising=False)
     stage, fed = Stage(Settings(max_setups=50)), []
 
     def tell(_: object, state: str) -> bool:
@@ -990,7 +994,7 @@ async def test_what_an_earlier_daemon_left_counts_before_it_is_adopted(
     monkeypatch.setattr(succession, "find_orphans", find)
     stage = Stage(Settings(max_connections=2))
     monkeypatch.setattr(signal, "pidfd_send_signal", stage.client.signal)
-    stage.daemon._census = Others(2)  # type: ignore[assignment]
+    stage.daemon._census = Others(2)  # type: ignore[assignment]  # says what it is told
     async with await stage.connect():
         nursery.start_soon(stage.run)
         await stage.recorded("watching over 2 connections")
@@ -1018,7 +1022,7 @@ async def test_who_waits_for_the_calls_of_others_goes_when_they_end(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     others = Others(stage.daemon.settings.max_total)
-    stage.daemon._census = others  # type: ignore[assignment]
+    stage.daemon._census = others  # type: ignore[assignment]  # says what it is told
     async with await stage.connect():
         await stage.recorded("of others in this qube")
         await trio.sleep(60)
@@ -1032,7 +1036,7 @@ async def test_a_daemon_is_not_idle_while_somebody_waits_for_others(
 ) -> None:
     stage = Stage(Settings(exit_idle_time=60))
     others = Others(stage.daemon.settings.max_total)
-    stage.daemon._census = others  # type: ignore[assignment]
+    stage.daemon._census = others  # type: ignore[assignment]  # says what it is told
     nursery.start_soon(stage.run)
     async with await stage.connect():
         await stage.recorded("of others in this qube")

@@ -343,7 +343,7 @@ class Shell:
             if conn.child.flag and self.look_if_established(conn):  # type: ignore[union-attr]  # it has one as long as it is here
                 self.setup_ends(conn)
                 continue
-            if asks_dom0 and conn.child.answered:  # type: ignore[union-attr]
+            if asks_dom0 and conn.child.answered:  # type: ignore[union-attr]  # likewise
                 conn.call.is_answered(now)
             ending = setups.due(conn, now)
             if ending is not None:
