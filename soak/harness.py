@@ -362,7 +362,7 @@ class Soak:
                 if plan.dies:
                     return "ended early, its service died"
                 self.table.lost.append(
-                    f"stream {plan.number} to {plan.qube}"
+                    f"stream {plan.number} from {own} to {plan.qube}"
                     f" ({'up' if was_up else 'down'}): {wrong}"
                 )
                 return "lost"

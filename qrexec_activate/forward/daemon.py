@@ -122,6 +122,8 @@ class Daemon:
             if passed.kind in ("Stream", "SequentialPacket", "Datagram"):
                 sock = socket.socket(fileno=passed.fd)
                 sock.setblocking(False)
+                # Also of what systemd accepts, and closes, while a unit stops.
+                at_close(sock, RESET_AT_CLOSE)
                 self._listeners[passed.fd] = Listener(sock, claim)
                 self._hear(passed.fd)
             # Else nothing can connect to it; it is left alone.

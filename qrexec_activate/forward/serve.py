@@ -144,7 +144,6 @@ def _look_after() -> None:
     # What has a daemon is left to it; one may take its time to end.
     while str(os.getppid()) == os.environ[CARETAKER]:
         time.sleep(CARETAKER_DELAY)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     from .serve_options import parse
 
     request = parse(sys.argv[2:])
@@ -161,15 +160,14 @@ def _look_after() -> None:
 def main() -> None:
     """Serve the passed sockets until told to stop. An error that a person can
     mend is one line."""
-    # Whoever waits for this start is served before an order to stop is heard:
-    # else changes of units that come faster than Python starts would keep
-    # everybody waiting. The daemon unblocks them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         if CARETAKER in os.environ:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             _look_after()
         else:
+            # Whoever waits for this start is served before an order to stop is
+            # heard: else changes of units that come faster than Python starts
+            # would keep everybody waiting. The daemon unblocks them.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             _serve()
     except ActivateError as error:
         print(f"qrexec-activate: {printable(str(error))}", file=sys.stderr)

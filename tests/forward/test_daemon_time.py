@@ -44,7 +44,7 @@ from qrexec_activate.forward.daemon import Daemon
 from qrexec_activate.forward.orphans import Orphan
 from qrexec_activate.forward.settings import Relay, Settings
 from qrexec_activate.forward.spawn import AT_ONCE
-from qrexec_activate.forward.splice import RESET_AT_CLOSE
+from qrexec_activate.forward.splice import NO_LINGER, RESET_AT_CLOSE, at_close
 from qrexec_activate.routing.claim import PassedSocket, Refusal, Route
 from qrexec_activate.systemd.journal import Log, Priority
 from qrexec_activate.systemd.passed import format_address
@@ -347,6 +347,8 @@ async def test_what_is_accepted_is_reset_whatever_kills_the_daemon_then(
             super().__init__(host, route, sock, number, peer)
 
     monkeypatch.setattr(daemon_module, "Connection", Looked)
+    # As of one that came before this daemon saw its listener.
+    at_close(stage._listening[0], NO_LINGER)
     async with await stage.connect():
         await stage.nth(1)
     assert seen == [RESET_AT_CLOSE]

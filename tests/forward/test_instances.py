@@ -3,7 +3,9 @@ notice nothing of it."""
 
 from __future__ import annotations
 
+import os
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 import trio
@@ -64,6 +66,33 @@ async def test_stopping_an_instance_closes_its_port_and_no_other(
     assert await ask(second) == f"work {second[1]}"
     await scene.systemctl("disable", "--now", unit)
     assert refuses(second)
+
+
+async def test_who_comes_between_the_end_of_the_daemon_and_the_port_is_reset(
+    scene: Scene, tmp_path: Path
+) -> None:
+    """systemd accepts and closes, itself, what comes to a socket that is still
+    to be stopped after its service: no empty answer may come of that."""
+    first = await scene.route()
+    assert await ask(first) == "work"
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    scene.machine.write_unit(
+        "slow.service",
+        f"[Unit]\nAfter={scene.unit}\n[Service]\nType=oneshot\n"
+        "RemainAfterExit=yes\nExecStart=true\n"
+        f"ExecStop=sh -c 'read line < {fifo}'\n",
+    )
+    scene.write("slow", "[Unit]", "PropagatesStopTo=slow.service")
+    await scene.systemctl("daemon-reload")
+    await scene.systemctl("start", "slow.service")
+    await scene.systemctl("stop", "--no-block", scene.unit)
+    await until("the daemon ends", lambda: scene.state() == "inactive")
+    try:
+        assert await is_reset(first, b"")
+    finally:
+        await trio.Path(fifo).write_text("now\n")
+    await until("the port is closed", lambda: refuses(first))
 
 
 async def test_a_labelled_unit_is_a_route_that_stops_alone(
