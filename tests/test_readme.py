@@ -2,7 +2,7 @@
 run, its policy lines are dom0's policy.
 
 All that differs is what one machine cannot give: a server and a local address
-on the same port of 127.0.0.1.
+on the same port of 127.0.0.1; and the port, as tests run side by side.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from scenario import free_port
 
 from qrexec_activate.loopback.machine import Machine
 
@@ -41,17 +42,6 @@ class Section:
     files: dict[str, str] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     policy: list[str] = field(default_factory=list)
-
-
-def port(wanted: int, *hosts: str) -> int:
-    """The README's port; another one where something on this machine listens
-    there already."""
-    for number in (wanted, *range(wanted + 10_000, 65_536)):
-        with ExitStack() as stack, suppress(OSError):
-            for host in hosts:
-                stack.enter_context(socket.create_server((host, number)))
-            return number
-    raise AssertionError("no port is free")
 
 
 def readme(title: str, **replaced: object) -> Section:
@@ -165,7 +155,7 @@ def follow(
 
 
 def test_two_qubes_one_port(machine: Machine) -> None:
-    number = port(1234, "127.0.0.1", "127.0.0.2")
+    number = free_port()
     section = readme("Two qubes, one port", _1234=number)
     assert set(section.files) == {
         f"qrexec-connect-tcp@{number}.socket.d/{qube}.conf"
@@ -187,7 +177,7 @@ def test_two_qubes_one_port(machine: Machine) -> None:
 
 def test_a_unit_for_each_route(machine: Machine) -> None:
     hosts = [f"127.0.0.{last}" for last in (1, 2, 3)]
-    number = port(1234, *hosts)
+    number = free_port()
     units = [
         readme(title, _1234=number)
         for title in ("Two qubes, one port", "A unit for each route")
@@ -252,7 +242,7 @@ def test_split_ssh(machine: Machine) -> None:
 
 
 def test_a_source_address_of_its_own(machine: Machine) -> None:
-    number = port(2049, "127.0.0.1", "127.0.0.9")
+    number = free_port()
     section = readme("A source address of its own", _2049=number)
     nfs = machine.add_qube("nfs")
     (nfs / "rpc" / "qubes.ConnectTCPBind").symlink_to(
@@ -283,7 +273,7 @@ def test_your_own_rpc(machine: Machine) -> None:
 def test_the_policy_lines_are_what_lets_the_calls_through(
     machine: Machine,
 ) -> None:
-    number = port(1234, "127.0.0.1", "127.0.0.2")
+    number = free_port()
     section = readme("Two qubes, one port", _1234=number)
     section.policy = [line for line in section.policy if "gitweb" in line]
     for qube in ("gitweb", "work"):
