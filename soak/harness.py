@@ -450,12 +450,14 @@ class Soak:
         return int(self.machine.property(SERVICE, "MainPID") or 0)
 
     def clients(self) -> list[int]:
+        """Those that make a call, not one that a daemon asks what it takes."""
         needle = os.fsencode(self.machine.client)
         found = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 with contextlib.suppress(OSError):
-                    if needle in (folder / "cmdline").read_bytes().split(b"\0"):
+                    argv = (folder / "cmdline").read_bytes().split(b"\0")
+                    if needle in argv and b"--help" not in argv:
                         found.append(int(folder.name))
         return found
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -114,6 +116,25 @@ async def test_wrong_bytes_are_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         == "lost"
     )
     assert not table.good
+
+
+def test_one_that_is_asked_what_it_takes_is_no_call(tmp_path: Path) -> None:
+    machine = SimpleNamespace(client=tmp_path / "qrexec-client-vm")
+    soak = harness.Soak(machine, harness.Table(), random.Random(1), "auto")  # type: ignore[arg-type]
+    begun = []
+    for word in ("--help", "work"):
+        # Not over before its input is.
+        argv = ["sh", "-c", "echo; read word", str(machine.client), word]
+        pipe = subprocess.PIPE
+        one = subprocess.Popen(argv, stdin=pipe, stdout=pipe)
+        assert one.stdout is not None
+        assert one.stdout.read(1)
+        begun.append(one)
+    try:
+        assert soak.clients() == [begun[1].pid]
+    finally:
+        for one in begun:
+            one.communicate()
 
 
 def test_a_table_tells_all_that_is_asked_of_it() -> None:

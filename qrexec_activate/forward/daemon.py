@@ -264,7 +264,9 @@ class Daemon:
         """Accept until there was nothing to do for long enough."""
         while not (self._first_round.is_set() and self._idle()):
             if self._first_round.is_set():
-                with trio.move_on_after(self._tick()) as self._nap:
+                starved = STARVED_DELAY if self._unheard else math.inf
+                at_most = min(starved, self._idle_for())
+                with trio.move_on_after(at_most) as self._nap:
                     await readable(self._ready.fileno())
             for fd in tuple(self._unheard):
                 self._hear(fd)
@@ -434,11 +436,6 @@ class Daemon:
         """How long to stay if nothing comes."""
         busy = self.connections or self.admission.somebody_waits
         return self._idleness.left(trio.current_time(), bool(busy))
-
-    def _tick(self) -> float:
-        """How long the accept loop may sleep at most."""
-        starved = STARVED_DELAY if self._unheard else math.inf
-        return min(starved, self._idle_for())
 
     # -------------------------------------------------- what waits for its turn
 

@@ -15,6 +15,7 @@ import pwd
 import re
 import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -434,6 +435,8 @@ class _Reader:
         if touched < max(self._loaded_at, since):
             return file
         problem = "was changed after systemd read it"
+        if touched > time.time() * 1e6:
+            problem = "is of a time that is yet to come (touch it)"
         return SourceFile(path, None, problem, file.text)
 
 
@@ -461,8 +464,7 @@ def _examine(path: str) -> tuple[float, SourceFile]:
 def _read_file(path: str) -> tuple[int, str]:
     """Return when a file was last touched, in µs, and its text; raises
     OSError."""
-    status = os.lstat(path)
-    touched = max(status.st_mtime_ns, status.st_ctime_ns)
+    touched = os.lstat(path).st_ctime_ns
     # A FIFO must not hold up the daemon.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -471,7 +473,7 @@ def _read_file(path: str) -> tuple[int, str]:
         # which masks drop-ins of its name.
         text = ""
         if stat.S_ISREG(target.st_mode):
-            touched = max(touched, target.st_mtime_ns, target.st_ctime_ns)
+            touched = max(touched, target.st_ctime_ns)
             with open(fd, "rb", closefd=False) as file:
                 text = file.read().decode(errors="surrogateescape")
     finally:

@@ -58,6 +58,30 @@ def test_whichever_was_touched_last_of_a_link_and_its_file_counts(
     assert trusted(link, 0, touched + 1)
 
 
+def test_a_time_that_was_given_to_a_file_does_not_count(tmp_path: Path) -> None:
+    """As tar and `cp -p` do, also one that is yet to come."""
+    file = tmp_path / "file"
+    file.write_text("[Socket]\n")
+    later = time.time() + 86400
+    os.utime(file, (later, later))
+    assert trusted(file, file.stat().st_ctime_ns // 1000 + 1)
+
+
+def test_a_file_from_before_the_clock_was_set_back_is_to_be_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No daemon-reload mends that until this time has come."""
+    file = tmp_path / "file"
+    file.write_text("[Socket]\n")
+    now = file.stat().st_ctime_ns // 1000
+    monkeypatch.setattr(time, "time", lambda: now / 1e6 - 3600)
+    found = manager_module._Reader(now - 1).read(str(file), 0)
+    assert (found.text, found.problem) == (
+        None,
+        "is of a time that is yet to come (touch it)",
+    )
+
+
 # -------------------------------------------------------------- finding the bus
 
 
