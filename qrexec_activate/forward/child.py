@@ -19,11 +19,7 @@ from .settings import Relay
 from .spawn import FileAction, Order, carry_out
 from .watch import readable
 
-__all__ = [
-    "STARVED",
-    "Child",
-    "Client",
-]
+__all__ = ["STARVED", "Child", "Client"]
 
 #: Errors that say that the machine is short of something, and that pass.
 STARVED = {

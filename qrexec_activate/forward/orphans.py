@@ -23,12 +23,7 @@ from ..routing.claim import Route
 from .settings import CARETAKER
 from .splice import unread
 
-__all__ = [
-    "Orphan",
-    "find_caretakers",
-    "find_orphans",
-    "left_to_read",
-]
+__all__ = ["Orphan", "find_caretakers", "find_orphans", "left_to_read"]
 
 
 #: The same number on every architecture (Linux 5.6 up); Python has no function

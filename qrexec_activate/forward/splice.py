@@ -278,8 +278,10 @@ def drop_input(sock: socket.socket) -> bool:
 
 def at_close(sock: socket.socket, what: bytes) -> None:
     """Say what becomes of a TCP connection as its socket is closed."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, what)
+    # Python sets no such option of a vsock.
+    if sock.family in INTERNET:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, what)
 
 
 def half_close(sock: socket.socket) -> bool:
