@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
@@ -32,7 +33,15 @@ class Background(Generic[T]):
         self, work: Callable[[], T], *, without: Iterable[int] = ()
     ) -> None:
         self._reader, writer = os.pipe()
-        self._pid = os.fork()
+        while True:
+            try:
+                self._pid = os.fork()
+                break
+            except OSError as error:
+                # Ended for that, and started again, too many times, its sockets
+                # would be closed.
+                print(f"cannot start yet: {error.strerror}", file=sys.stderr)
+                time.sleep(1)
         if self._pid == 0:
             for fd in without:
                 os.close(fd)

@@ -212,14 +212,13 @@ class Connection:
 
     def _waiting(self) -> int:
         """How many bytes of the client have not been read for the qube."""
-        in_pipe = self._splice.unread() if self._splice is not None else 0
-        if self._splice is not None and self._splice.input_over:
-            # Nobody takes what the socket may still hold.
-            return in_pipe
-        try:
-            return unread(self._sock.fileno()) + in_pipe
-        except OSError:
-            return in_pipe
+        splice = self._splice
+        in_pipe = splice.unread() if splice is not None else 0
+        # Else nobody takes what the socket may still hold.
+        if splice is None or not splice.input_over:
+            with contextlib.suppress(OSError):
+                return unread(self._sock.fileno()) + in_pipe
+        return in_pipe
 
     def hangs_up(self) -> bool:
         """The client has hung up: whether that ends the connection now."""
@@ -534,11 +533,9 @@ class Connection:
         ended itself; one that was killed, or failed, has not."""
         try:
             self._sock.send(b"", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            return False
-        except OSError:
+        except OSError as error:
             # EPIPE: it was shut down. Else the client has gone anyway.
-            return True
+            return not isinstance(error, BlockingIOError)
         return False
 
     def _over(

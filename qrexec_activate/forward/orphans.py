@@ -119,11 +119,10 @@ def find_caretakers() -> Iterator[int]:
             continue
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(pid)
-            try:
+            theirs = False
+            with contextlib.suppress(OSError):
                 names = _read_zero_separated(f"/proc/{pid}/environ")
                 theirs = any(name.startswith(f"{CARETAKER}=") for name in names)
-            except OSError:
-                theirs = False
             if theirs:
                 yield pidfd
             else:
@@ -190,15 +189,12 @@ def left_to_read(pidfd: int) -> int:
     """How many bytes its stdin, a pipe, still holds for a process that has
     begun to read it. A call that is not established will have none of them: its
     client has gone."""
-    try:
+    with contextlib.suppress(OSError):
         pipe = _duplicate(pidfd, 0)
-    except OSError:
-        return 0
-    try:
-        begun = fcntl.fcntl(pipe, fcntl.F_GETFL) & os.O_NONBLOCK
-        fifo = stat.S_ISFIFO(os.fstat(pipe).st_mode)
-        return unread(pipe) if begun and fifo else 0
-    except OSError:
-        return 0
-    finally:
-        os.close(pipe)
+        try:
+            begun = fcntl.fcntl(pipe, fcntl.F_GETFL) & os.O_NONBLOCK
+            fifo = stat.S_ISFIFO(os.fstat(pipe).st_mode)
+            return unread(pipe) if begun and fifo else 0
+        finally:
+            os.close(pipe)
+    return 0

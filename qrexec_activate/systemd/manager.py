@@ -448,11 +448,9 @@ def _examine(path: str) -> tuple[float, SourceFile]:
     except FileNotFoundError:
         # systemd reports a link to nothing as if it were a drop-in, and asks
         # for a daemon-reload for ever.
-        problem = (
-            "is a symbolic link to nothing (remove it)"
-            if os.path.islink(path)
-            else "is gone"
-        )
+        problem = "is gone"
+        if os.path.islink(path):
+            problem = "is a symbolic link to nothing (remove it)"
         return -math.inf, SourceFile(path, None, problem, "")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

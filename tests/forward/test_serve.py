@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -18,6 +19,7 @@ import trio
 from qrexec_activate.__main__ import NOT_NEEDED, Later
 from qrexec_activate.errors import ManagerError
 from qrexec_activate.forward import serve
+from qrexec_activate.forward.background import Background
 from qrexec_activate.forward.serve_options import parse
 from qrexec_activate.forward.settings import CARETAKER
 from qrexec_activate.routing.claim import PassedSocket
@@ -144,6 +146,28 @@ def test_a_daemon_is_without_what_reads_its_command_line() -> None:
     )
     assert "trio" in loaded
     assert not {"click", "jeepney"} & loaded
+
+
+def test_a_start_waits_for_the_machine_to_have_a_process_to_spare(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A daemon that ended for that, and was started again and again, would soon
+    be over its limit of starts, and all its addresses be closed."""
+    fork, short = os.fork, [errno.EAGAIN, errno.ENOMEM]
+
+    def starved() -> int:
+        if short:
+            number = short.pop()
+            raise OSError(number, os.strerror(number))
+        return fork()
+
+    monkeypatch.setattr(os, "fork", starved)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert Background(lambda: "found").result() == "found"
+    assert capfd.readouterr().err.splitlines() == [
+        "cannot start yet: Cannot allocate memory",
+        "cannot start yet: Resource temporarily unavailable",
+    ]
 
 
 def test_what_is_imported_later_is_all_there_when_it_is_asked_for(
