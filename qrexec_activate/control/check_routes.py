@@ -8,6 +8,7 @@ import re
 import shlex
 import socket
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -29,7 +30,7 @@ from .address import (
 from .kinds import will_refuse
 from .netproc import overlaps
 from .steps import Context, Level, Step, joined, sudo
-from .survey import Entry, masked_name
+from .survey import Entry, accepts, masked_name
 
 __all__ = ["clashes", "exposure", "overrides", "routes"]
 
@@ -165,7 +166,8 @@ def _mend_refused(context: Context, entry: Entry) -> tuple[str, str]:
         )
     if not entry.file or _STALE.search(entry.refused):
         return context.reload(entry.unit), ""
-    return context.edit(entry.unit, entry.file)
+    where = accepts(unit, entry.file) if entry.load != "loaded" else ""
+    return context.edit(entry.unit, where.rpartition(":")[0] or entry.file)
 
 
 def _obstacle(context: Context, entry: Entry) -> Obstacle | None:
@@ -304,12 +306,26 @@ def clashes(context: Context) -> Iterator[Step]:
         by_port.setdefault(
             (key[0], key[2] if key[0] == "ip" else key[1]), []
         ).append((key, entry))
-    # Within a unit, systemd itself tells no two of them apart, and the refusal
-    # has said so.
+    # Within a unit, systemd itself tells no two of them apart. Where they name
+    # different qubes, the refusal has said so.
     found = any(
         "different qubes" in entry.refused for entry in context.now.entries
     )
     said: dict[str, Step] = {}
+    opened = Counter(
+        (unit.name, address_key(address))
+        for unit in context.now.units.values()
+        for _, address in unit.socket.listen
+    )
+    for key, entry in keyed:
+        times = opened[entry.unit, key]
+        if times > 1 and key[0] != "path" and not entry.refused:
+            text = (
+                f"{entry.unit} opens {entry.listener} {times} times, and"
+                f" systemd can do so once: {entry.file} is the last"
+            )
+            mend = context.edit(entry.unit, entry.file)
+            said.setdefault(text, Step("routes", Level.ERROR, text, *mend))
     for group in by_port.values():
         for (one_key, one), (other_key, other) in combinations(group, 2):
             if one_key != other_key and not overlaps(one_key, other_key):

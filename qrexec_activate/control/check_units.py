@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from ..given.kinds import KINDS
 from ..routing.unitfile import assignments
-from .daemons import Daemon, read_file
+from .daemons import Daemon, is_mask, read_file
 from .steps import Context, Level, Step, joined, output, set_aside, sudo
 from .survey import Survey
 
@@ -39,7 +39,7 @@ def units(context: Context) -> Iterator[Step]:
             if (
                 len(paths) > 1
                 and read_file(paths[0]).text != read_file(paths[-1]).text
-                and os.path.realpath(paths[0]) != "/dev/null"
+                and not is_mask(paths[0])
             ):
                 hiding = True
                 yield Step(
@@ -67,7 +67,9 @@ def daemons(context: Context) -> Iterator[Step]:
     """Every service that runs serve, also a person's own."""
     found = sorted(context.now.daemons.values(), key=lambda one: one.unit)
     rows = context.manager.unit_properties(
-        [one.unit for one in found], "Service", ["KillMode", "Result"]
+        [one.unit for one in found],
+        "Service",
+        ["KillMode", "Result", "NRestarts"],
     )
     for daemon, row in zip(found, rows, strict=True):
         sockets = _sockets(context, daemon)
@@ -84,15 +86,24 @@ def daemons(context: Context) -> Iterator[Step]:
             yield Step(
                 "units",
                 Level.ERROR,
-                f"{daemon.unit} has failed ({row['Result']}): the journal"
-                f" says why, journalctl"
-                f"{' --user' if context.now.user else ''} -u {daemon.unit}",
+                f"{daemon.unit} has failed ({row['Result']}):"
+                f" {_journal(context, daemon)}",
                 joined(
                     context.systemctl.written("reset-failed", daemon.unit),
                     context.systemctl.written("restart", *sockets),
                 )
                 if sockets
                 else context.systemctl.written("reset-failed", daemon.unit),
+            )
+        elif daemon.sub.startswith("auto-restart") or (
+            daemon.active == "activating" and row["NRestarts"]
+        ):
+            yield Step(
+                "units",
+                Level.ERROR,
+                f"{daemon.unit} has failed and is started again, and who"
+                f" connects waits: {_journal(context, daemon)}",
+                advice="mend what it says: systemd tries on for two minutes",
             )
         elif row["KillMode"] not in (None, "process", "mixed"):
             yield Step(
@@ -109,6 +120,11 @@ def daemons(context: Context) -> Iterator[Step]:
                 Level.OK,
                 f"{daemon.unit} calls {daemon.service}, and is {daemon.active}",
             )
+
+
+def _journal(context: Context, daemon: Daemon) -> str:
+    user = " --user" if context.now.user else ""
+    return f"the journal says why, journalctl{user} -u {daemon.unit}"
 
 
 def _sockets(context: Context, daemon: Daemon) -> list[str]:
@@ -161,6 +177,9 @@ def _without_culprit(
     elif len(fragments) > 1:
         culprit = fragments[0]
     else:
+        if own := files.drop_ins(daemon.unit):
+            again = context.reload(*sockets)
+            return "", f"mend what is wrong in {', '.join(own)}, then {again}"
         return "", (
             f"install the package again that {daemon.unit} came with"
             f" ({', '.join(fragments) or 'no file'})"
@@ -191,7 +210,12 @@ def reloads(context: Context) -> Iterator[Step]:
                     f"{file.path} {file.problem}",
                     joined(command, context.reload(unit.name)),
                 )
-    names = sorted(context.now.daemons)
+    # Of a unit that systemd could not load it says so each time.
+    names = sorted(
+        name
+        for name, daemon in context.now.daemons.items()
+        if daemon.load == "loaded"
+    )
     rows = context.manager.unit_properties(names, "Unit", ["NeedDaemonReload"])
     stale = {
         name

@@ -142,9 +142,12 @@ def _words(line: str) -> list[str]:
 
 
 def is_mask(path: str) -> bool:
-    """Whether a unit file is a link to /dev/null, which systemd takes for a
-    unit that must not be."""
-    return os.path.realpath(path) == "/dev/null"
+    """Whether a unit file is a link to /dev/null, or empty, which systemd takes
+    for a unit that must not be."""
+    try:
+        return not os.path.isdir(path) and os.stat(path).st_size == 0
+    except OSError:
+        return False
 
 
 def read_file(path: str) -> SourceFile:

@@ -54,6 +54,7 @@ __all__ = [
     "Entry",
     "Survey",
     "Unit",
+    "accepts",
     "all_entries",
     "find_daemon",
     "foresee",
@@ -312,9 +313,15 @@ def _our_sockets(
     daemons = sorted(result.daemons)
     for daemon_name, row in zip(
         daemons,
-        manager.unit_properties(daemons, "Unit", ["TriggeredBy"]),
+        manager.unit_properties(daemons, "Unit", ["TriggeredBy", "LoadState"]),
         strict=True,
     ):
+        if (load := row["LoadState"] or "not-found") != "loaded":
+            result.daemons[daemon_name] = replace(
+                result.daemons[daemon_name],
+                load=load,
+                dead=_why_dead(daemon_name, load, result.systemctl),
+            )
         sockets |= {
             name: daemon_name
             for name in row["TriggeredBy"] or ()
@@ -386,10 +393,7 @@ def _load_states(
 
 
 def _enabled(files: UnitFiles, name: str) -> str:
-    if (
-        name in files.fragments
-        and os.path.realpath(files.fragments[name]) == "/dev/null"
-    ):
+    if name in files.fragments and is_mask(files.fragments[name]):
         return "masked"
     return files.enabled.get(name, "disabled")
 
@@ -637,7 +641,7 @@ def _why_missing(
         f" then {systemctl} daemon-reload"
     )
     if unit.load != "loaded":
-        if where := _accepts(unit, path):
+        if where := accepts(unit, path):
             return (
                 f"{where} sets Accept=yes, and one daemon serves all"
                 f" connections: take it out, then {systemctl} daemon-reload"
@@ -662,7 +666,7 @@ def masked_name(unit: str, enabled: str) -> str:
     return unit if own else f"{name.prefix}@.{name.suffix}"
 
 
-def _accepts(unit: Unit, path: str) -> str:
+def accepts(unit: Unit, path: str) -> str:
     """Where a file asks systemd for a process per connection; empty if none
     does."""
     for file in (*unit.socket.files, read_file(path)):

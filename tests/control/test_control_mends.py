@@ -250,6 +250,22 @@ def accept_yes(desk: Desk) -> None:
     again(desk)
 
 
+def accept_yes_elsewhere(desk: Desk) -> None:
+    own(desk, "[Socket]", "Accept=yes", "Backlog=64", name="zz")
+    again(desk)
+
+
+def empty_unit(desk: Desk) -> None:
+    """What is empty masks as /dev/null does."""
+    (desk.machine.unit_dir / desk.tcp).touch()
+    again(desk)
+
+
+def two_programs(desk: Desk) -> None:
+    own(desk, "[Service]", "ExecStart=/bin/true", unit=SERVICE, name="x")
+    again(desk)
+
+
 def no_folder(desk: Desk) -> None:
     """A path below what is no folder."""
     (desk.machine.home / "file").write_text("")
@@ -265,6 +281,11 @@ def same_address(desk: Desk) -> None:
 
 def same_address_in_one_unit(desk: Desk) -> None:
     own(desk, *section(desk, target="work"), name="work")
+    again(desk)
+
+
+def twice_in_one_unit(desk: Desk) -> None:
+    own(desk, *section(desk), name="hasty")
     again(desk)
 
 
@@ -428,6 +449,9 @@ BREAKAGES = [
     Breakage(broken_exec_start, "does not run qrexec-activate serve; "),
     Breakage(missing_program, "which is not there"),
     Breakage(accept_yes, "sets Accept=yes", "sed -i /Accept/d"),
+    Breakage(accept_yes_elsewhere, "sets Accept=yes", "sed -i /Accept/d"),
+    Breakage(empty_unit, "is masked"),
+    Breakage(two_programs, "systemd cannot load"),
     Breakage(no_folder, "cannot be", "sed -i s-file/-sockets/-"),
     Breakage(
         same_address,
@@ -442,6 +466,7 @@ BREAKAGES = [
         "for different qubes",
         "sed -i s/127.0.0.1/127.0.0.2/",
     ),
+    Breakage(twice_in_one_unit, "2 times", "sed -i s/127.0.0.1/127.0.0.2/"),
     Breakage(
         override, "reaches work and not gitweb", "sed -i /FileDescriptor/d"
     ),
@@ -623,6 +648,44 @@ def test_a_client_that_is_not_there_is_no_matter_of_a_command(
     ((text, mend, advice),) = printed(desk)
     assert "/nowhere/qrexec-client-vm is not there" in text
     assert (mend, "take out what sets it" in advice) == ("", True)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("WorkingDirectory=/nowhere", "RestartSec=1h"),
+        # Seen while it is being tried once more.
+        ("ExecStartPre=sh -c 'test -e x && exec sleep 1h; touch x; exit 1'",),
+    ],
+)
+def test_a_daemon_that_does_not_come_up_is_no_matter_of_a_command(
+    desk: Desk, lines: tuple[str, ...]
+) -> None:
+    desk.run("add", "tcp", str(desk.port), "gitweb")
+    drop_in = own(
+        desk,
+        "[Service]",
+        f"WorkingDirectory={desk.machine.home}",
+        "KillSignal=SIGTERM",
+        *lines,
+        unit=SERVICE,
+        name="x",
+    )
+    desk.machine.systemctl("daemon-reload")
+    desk.machine.systemctl("start", "--no-block", SERVICE)
+
+    def is_seen() -> bool:
+        return "is started again" in desk.try_("check").stdout
+
+    wait_for(desk, is_seen)
+    (found,) = [one for one in printed(desk) if "is started again" in one[0]]
+    assert f"journalctl --user -u {SERVICE}" in found[0]
+    assert (found[1], "mend what it says" in found[2]) == ("", True)
+    desk.machine.systemctl("stop", SERVICE)
+    desk.machine.systemctl("reset-failed", SERVICE, check=False)
+    drop_in.unlink()
+    desk.machine.systemctl("daemon-reload")
+    is_content(desk)
 
 
 def test_a_file_that_may_be_of_any_unit_is_no_matter_of_a_command(
