@@ -20,7 +20,15 @@ from ..routing.names import parse_unit_name
 from ..routing.unitfile import assignments
 from ..systemd.unitdirs import names_in, own_folder
 from .daemons import declared_daemon, read_file
-from .steps import Context, Level, Step, joined, set_aside, sudo
+from .steps import (
+    PROGRAM_TIMEOUT,
+    Context,
+    Level,
+    Step,
+    joined,
+    set_aside,
+    sudo,
+)
 
 __all__ = ["strays", "targets"]
 
@@ -32,7 +40,6 @@ KEYWORDS = {"default": "@default", "dispvm": "@dispvm"}
 _ASIDE = re.compile(
     r"\.(off|bak|old|orig|save|disabled|sw.|tmp|rpm\w+|dpkg-\w+)$|~$"
 )
-PROGRAM_TIMEOUT = 10.0
 
 
 # ---------------------------------------------------------------------- qubes

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ..forward.process import takes_no_socket
+from ..forward.process import takes_sockets
 from .daemons import Daemon
 from .netproc import Listening
-from .steps import Context, Level, Step, output, sudo
+from .steps import PROGRAM_TIMEOUT, Context, Level, Step, output, sudo
 
 __all__ = [
     "DEFAULT_CLIENT",
@@ -102,11 +102,11 @@ def client_steps(path: str, listening: Listening | None) -> Iterator[Step]:
             sudo(f"chmod a+x {shlex.quote(path)}", path),
         )
         return
-    how = (
-        "takes no sockets, so bytes go through pipes"
-        if takes_no_socket(path)
-        else "takes sockets (--use-stdin-socket)"
-    )
+    how = {
+        True: "takes sockets (--use-stdin-socket)",
+        False: "takes no sockets, so bytes go through pipes",
+        None: "does not say whether it takes sockets: its first call shows it",
+    }[takes_sockets(path, PROGRAM_TIMEOUT)]
     version = package_version(path)
     yield Step(
         "qrexec", Level.OK, f"{path}{f', {version},' if version else ''} {how}"

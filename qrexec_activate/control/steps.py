@@ -20,7 +20,16 @@ from ..systemd.unitdirs import own_folder
 from ..systemd.units import Manager
 from .survey import Entry, Survey
 
-__all__ = ["Context", "Level", "Step", "joined", "output", "set_aside", "sudo"]
+__all__ = [
+    "PROGRAM_TIMEOUT",
+    "Context",
+    "Level",
+    "Step",
+    "joined",
+    "output",
+    "set_aside",
+    "sudo",
+]
 
 PROGRAM_TIMEOUT = 10.0
 

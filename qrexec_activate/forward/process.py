@@ -16,7 +16,7 @@ __all__ = [
     "client_environment",
     "leave_caretaker",
     "raise_descriptor_limit",
-    "takes_no_socket",
+    "takes_sockets",
 ]
 
 #: So long it may take to ask qrexec-client-vm what it takes.
@@ -60,12 +60,12 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def takes_no_socket(client: str) -> bool:
-    """Whether this qrexec-client-vm is older than 4.2.19, which it is asked
-    without making a call: an option that it does not know ends it with 2
-    before --help does with 0 (4.2.18 to 4.4.2).
-
-    What cannot be asked shows it at its first call, with a line in the log.
+def takes_sockets(
+    client: str, patience: float = CLIENT_PATIENCE
+) -> bool | None:
+    """Whether this qrexec-client-vm takes sockets, or is older than 4.2.19: an
+    option that it does not know ends it with 2 before --help does with 0
+    (4.2.18 to 4.4.2). None: it does not say, and its first call will show it.
     """
     import subprocess
 
@@ -79,8 +79,8 @@ def takes_no_socket(client: str) -> bool:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=client_environment(),
-            timeout=CLIENT_PATIENCE,
+            timeout=patience,
             check=False,
         )
-        return asked.returncode == 2
-    return False
+        return {0: True, 2: False}.get(asked.returncode)
+    return None

@@ -19,7 +19,7 @@ from ..printable import printable
 from ..routing.claim import Claim, PassedSocket
 from ..systemd.passed import passed_sockets
 from .background import Background
-from .process import takes_no_socket
+from .process import takes_sockets
 from .settings import CARETAKER, STOP_SIGNALS, Relay, Request
 
 __all__ = ["main"]
@@ -78,7 +78,7 @@ def _decide(
                 service=service, socket=_PREFIXES.get(service, "a socket unit")
             )
         )
-    if settings.relay is Relay.AUTO and takes_no_socket(settings.client):
+    if settings.relay is Relay.AUTO and takes_sockets(settings.client) is False:
         settings = dataclasses.replace(settings, relay=Relay.SPLICE)
         request = request._replace(settings=settings)
     if unit is None:

@@ -306,6 +306,15 @@ def test_what_the_client_takes_is_told(
         known.unlink()
 
 
+def test_of_a_client_that_does_not_say_so_nothing_is_claimed(
+    desk: Desk,
+) -> None:
+    desk.run("add", "tcp", str(desk.port), "gitweb")
+    desk.scene.options(CLIENT="/bin/false")
+    desk.machine.systemctl("daemon-reload")
+    assert "does not say whether it takes sockets" in desk.run("check")
+
+
 # ---------------------------------------------------------------------- publish
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qrexec_activate.forward.process import takes_no_socket
+from qrexec_activate.forward.process import takes_sockets
 
 
 def client(folder: Path, script: str) -> str:
@@ -16,19 +16,25 @@ def client(folder: Path, script: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 127])
-def test_only_one_that_does_not_know_the_option_takes_no_socket(
-    tmp_path: Path, code: int
+@pytest.mark.parametrize(
+    ("code", "takes"), [(0, True), (2, False), (1, None), (127, None)]
+)
+def test_a_client_is_asked_without_making_a_call(
+    tmp_path: Path, code: int, takes: bool | None
 ) -> None:
     knows = f'test "$*" = "--use-stdin-socket --help" && exit {code}'
-    assert takes_no_socket(client(tmp_path, knows)) is (code == 2)
+    assert takes_sockets(client(tmp_path, knows)) is takes
 
 
-def test_one_that_is_not_there_is_not_said_to_take_none(tmp_path: Path) -> None:
-    assert not takes_no_socket(str(tmp_path / "missing"))
+def test_one_that_is_not_there_does_not_say(tmp_path: Path) -> None:
+    assert takes_sockets(str(tmp_path / "missing")) is None
+
+
+def test_one_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None:
+    assert takes_sockets(client(tmp_path, "exec sleep 1h"), 0.1) is None
 
 
 def test_one_that_reads_all_the_same_finds_the_end(tmp_path: Path) -> None:
     read = tmp_path / "read"
-    assert not takes_no_socket(client(tmp_path, f"cat; echo over >{read}"))
+    assert takes_sockets(client(tmp_path, f"cat; echo over >{read}"))
     assert read.read_text() == "over\n"
