@@ -329,7 +329,7 @@ def _argument(daemon: Daemon, argument: str) -> str:
 
 def _plan(wishes: list[Wish], folder: Path, user: bool) -> list[Plan]:
     """Check everything that can be checked before anything is written."""
-    plans = []
+    plans: dict[Entry, Plan] = {}
     with open_manager(user=user) as manager:
         now = take_survey(manager)
         there = _Situation(now, manager, folder, written(now))
@@ -338,8 +338,9 @@ def _plan(wishes: list[Wish], folder: Path, user: bool) -> list[Plan]:
                 plan = _plan_one(wish, there)
             if not plan.exists:
                 there.take(plan.entry)
-            plans.append(plan)
-    return plans
+            # Another line may have said the same.
+            plans.setdefault(plan.entry, plan)
+    return list(plans.values())
 
 
 def _plan_one(wish: Wish, there: _Situation) -> Plan:

@@ -188,7 +188,11 @@ def command(
     if not shown and lines and not follow:
         say("The journal has nothing of that", err=True)
     if follow:
-        with read(follow=True, after=newest) as found:
+        # Ctrl-C is how one ends it.
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            read(follow=True, after=newest) as found,
+        ):
             for record in filter(is_wanted, found):
                 show(record)
 

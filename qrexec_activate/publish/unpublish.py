@@ -84,7 +84,7 @@ def command(names: tuple[str, ...], yes: bool, dry_run: bool) -> None:
             if one and one.for_system == for_system
         ]:
             _end(same, yes=yes, dry_run=dry_run)
-    for name in names:
+    for name in services:
         if name in links:
             _take_back(links[name], dry_run=dry_run)
         if not dry_run:

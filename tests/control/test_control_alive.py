@@ -10,6 +10,7 @@ import pty
 import re
 import secrets
 import select
+import signal
 import socket
 import socketserver
 import subprocess
@@ -548,6 +549,7 @@ def test_the_log_is_followed(desk: Desk) -> None:
         desk.argv("logs", "-f", desk.labelled("work")),
         env=desk.machine.environment,
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     ) as process:
         try:
@@ -556,6 +558,9 @@ def test_the_log_is_followed(desk: Desk) -> None:
             with connection(desk):
                 pass
             assert "work" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.read() == ""
+            assert process.wait(PATIENCE) == 0
         finally:
             process.kill()
 

@@ -378,7 +378,7 @@ def test_a_name_can_be_taken_back(desk: Desk) -> None:
     desk.run("unpublish", "agent")
     assert [one["name"] for one in desk.json("published")] == ["other"]
     assert "my-agent.socket.d/qrexec-agent.conf" not in desk.files()
-    desk.run("unpublish", "other")
+    assert desk.run("unpublish", "other", "other").count("other is not") == 1
     assert desk.json("published") == []
     assert not any("conf" in name for name in desk.files())
     assert "my-agent.socket" in desk.active()

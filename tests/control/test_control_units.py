@@ -340,6 +340,15 @@ def test_many_routes_come_by_no_reload_and_go_by_one(
     assert "already" in desk.try_("add", "--from", str(source)).stderr
 
 
+def test_a_line_that_is_there_twice_is_one_route(desk: Desk) -> None:
+    source = desk.machine.home / "routes"
+    source.write_text(f"tcp {desk.port} work\n" * 2)
+    result = desk.try_("add", "--from", str(source))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("now reaches") == 1
+    assert desk.routes() == {f"127.0.0.1:{desk.port}": "work"}
+
+
 def test_a_new_route_of_a_unit_that_systemd_has_in_memory_listens(
     desk: Desk, told: Path
 ) -> None:
