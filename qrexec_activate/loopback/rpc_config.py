@@ -1,8 +1,9 @@
 """rpc-config of one service: text in, a Config out, no I/O.
 
-Each line is `key=value`. The keys, and the rule that a boolean is `true` or
-`false` and nothing else, are those of qrexec 4.4.2; a file that breaks them
-keeps its service from starting (exit code 125).
+Each line is `key=value`, in what of TOML qrexec 4.4.2 takes (its toml.c): no
+space before a key, strings in single quotes only, no known key twice. Keys that
+it does not know it leaves alone. A file that breaks the rules keeps its service
+from starting (exit code 125).
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ BOOLEANS = (
     "exit-on-client-eof",
     "wait-for-session",
 )
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+DIGITS = "0123456789"
+SPACE = " \t"
+LARGEST = (1 << 64) - 1
 
 
 class ConfigError(ValueError):
@@ -40,32 +45,70 @@ class Config:
         self.exit_on_service_eof = False
         self.exit_on_client_eof = False
         self.wait_for_session = False
-        self.force_user = ""
+        self.force_user: str | None = None
 
 
 def parse(text: str) -> Config:
-    """Read an rpc-config file; a later line overrides an earlier one.
-    ConfigError for what qrexec refuses."""
-    config = Config()
+    """Read an rpc-config file. ConfigError for what qrexec refuses."""
+    config, seen = Config(), set[str]()
     for number, line in enumerate(text.split("\n"), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        key, equals, value = (part.strip() for part in line.partition("="))
-        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        if not equals:
-            raise ConfigError(f"line {number}: no key=value")
-        if key in BOOLEANS:
-            if value not in ("true", "false"):
-                raise ConfigError(
-                    f"line {number}: {key} is {value!r}, neither true nor false"
-                )
-            setattr(config, key.replace("-", "_"), value == "true")
-        elif key == "force-user":
-            if not value:
-                raise ConfigError(f"line {number}: force-user names no user")
-            config.force_user = value
-        else:
-            raise ConfigError(f"line {number}: {key!r} is no key")
+        try:
+            _take(config, seen, line.removesuffix("\r"))
+        except ConfigError as error:
+            raise ConfigError(f"line {number}: {error}") from None
     return config
+
+
+def _take(config: Config, seen: set[str], line: str) -> None:
+    if not line or line.startswith("#"):
+        return
+    key, value = _key(line)
+    if key not in (*BOOLEANS, "force-user"):
+        return
+    if key in seen:
+        raise ConfigError(f"{key} is there already")
+    seen.add(key)
+    if key == "wait-for-session" and value in (0, 1):
+        value = bool(value)
+    if type(value) is not (str if key == "force-user" else bool):
+        raise ConfigError(f"{key} cannot be {value!r}")
+    setattr(config, key.replace("-", "_"), value)
+    if config.force_user is not None and (
+        config.skip_service_descriptor
+        or config.exit_on_service_eof
+        or config.exit_on_client_eof
+    ):
+        raise ConfigError("force-user goes with none of the other three")
+
+
+def _key(line: str) -> tuple[str, bool | int | str]:
+    """A key and its value."""
+    if line[0] not in LETTERS or "\0" in line:
+        raise ConfigError("a key begins with a letter, and is at the beginning")
+    rest = line.lstrip(LETTERS + DIGITS + ".-_")
+    key = line[: len(line) - len(rest)]
+    rest = rest.lstrip(SPACE)
+    if not rest.startswith("="):
+        raise ConfigError("no key=value")
+    value, rest = _value(rest[1:].lstrip(SPACE))
+    if rest.lstrip(SPACE)[:1] not in ("", "#"):
+        raise ConfigError(f"{rest!r} comes after the value")
+    return key, value
+
+
+def _value(text: str) -> tuple[bool | int | str, str]:
+    """The value that the text begins with, and what comes after it."""
+    for word, value in (("true", True), ("false", False)):
+        if text.startswith(word):
+            return value, text[len(word) :]
+    if text.startswith("'") and not text.startswith("'''"):
+        string, quote, rest = text[1:].partition("'")
+        if quote:
+            return string, rest
+    rest = text[1:] if text.startswith("0") else text.lstrip(DIGITS)
+    digits = text[: len(text) - len(rest)]
+    if not digits or len(digits) > len(str(LARGEST)) or int(digits) > LARGEST:
+        raise ConfigError(
+            f"{text!r} is neither true, false, a number nor in single quotes"
+        )
+    return int(digits), rest

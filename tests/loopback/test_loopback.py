@@ -444,7 +444,7 @@ def test_a_socket_without_a_listener_is_125_without_a_word(
     [
         "skip-service-descriptor=1",
         "wait-for-session=True",
-        "nonsense=true",
+        "force-user=root",
         "?",
     ],
 )
@@ -499,7 +499,6 @@ def test_no_such_service_is_127_without_a_word(pretend: Pretend) -> None:
         "",
         "@default",
         "$default",
-        "@dispvm:nowhere",
     ],
 )
 def test_a_misspelt_target_reaches_the_default_one(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
 import subprocess
 from collections.abc import Iterable
@@ -14,6 +13,8 @@ from typing import Self
 
 import pytest
 from recipe import EXAMPLES, PATIENCE, ROOT, Qube, require, until
+
+from qrexec_activate.loopback import rpc_config
 
 CACHE = (
     Path(os.environ.get("QREXEC_ACTIVATE_CACHE", "/var/cache/qrexec-activate"))
@@ -191,13 +192,13 @@ class Container:
             config = self.run(
                 f"cat /etc/qubes/rpc-config/{service}", check=False
             )
-            user = re.search(r"^force-user=(\S+)$", config, re.MULTILINE)
+            user = rpc_config.parse(config).force_user
             script = qube.rpc / service
             script.write_text(
                 CALL.format(
                     run=qube.machine.runtime,
                     leader=self.leader,
-                    as_user=f"runuser -u {user[1]} --" if user else AS_USER,
+                    as_user=f"runuser -u {user} --" if user else AS_USER,
                     service=service,
                 )
             )
