@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -71,6 +72,10 @@ CONFIG_FOLDERS = (
 #: What a native name has there. Without it the program would read
 #: SERVICE+ARGUMENT SOURCE and a zero first.
 CONFIG = "skip-service-descriptor=true\n"
+#: The same, as a person may write it; qrexec takes no space before a key.
+SAYS_SO = re.compile(
+    r"^skip-service-descriptor[ \t]*=[ \t]*true[ \t]*(#.*)?$", re.MULTILINE
+)
 #: How units begin that publish makes for a program, and the section, which
 #: systemd ignores, in which they say what else was made for it.
 PREFIX = "qrexec-publish-"
@@ -242,7 +247,7 @@ def way_problem(name: str, way: str, unit: str) -> str:
     for path in places(CONFIG_FOLDERS, name):
         if (text := read_file(str(path)).text) is not None:
             break
-    if CONFIG.strip() in "".join((text or "").split(" ")).splitlines():
+    if SAYS_SO.search(text or ""):
         return ""
     return (
         f"{path} has no {CONFIG.strip()}, so its program reads a line of"

@@ -459,7 +459,11 @@ class Call:
         service, _, argument = options.service.partition("+")
         self.service = policy.sanitise(service)
         self.argument = policy.sanitise(argument)
-        target = policy.effective_target(options.target, root.is_known)
+
+        def is_known(name: str) -> bool:
+            return name == self.source or root.is_known(name)
+
+        target = policy.effective_target(options.target, is_known)
         text = root.text("policy")
         try:
             rules = None if text is None else policy.parse(text)
@@ -469,7 +473,7 @@ class Call:
                 self.argument,
                 self.source,
                 target,
-                root.is_known,
+                is_known,
             )
         except policy.PolicyError as error:
             decision = policy.Decision("refuse", "", f"policy: {error}")
@@ -667,27 +671,30 @@ def start_script(root: Root, call: Call, service: services.Service) -> Running:
     own_input, its_input = _socket.socketpair()
     own_output, its_output = _socket.socketpair()
     argv = [service.path] + ([call.argument] if call.argument else [])
-    if not os.access(service.path, os.X_OK):
-        argv = [
-            "/bin/sh",
-            "--",
-            *argv,
-        ]  # as qubes-rpc-multiplexer runs a file without its run bit
     # posix_spawn has no folder of its own to give, and nothing here needs the
     # old one.
     os.chdir(f"{qube}/home")
-    pid = os.posix_spawn(
-        argv[0],
-        argv,
-        environment,
-        file_actions=[
-            (os.POSIX_SPAWN_DUP2, its_input.fileno(), 0),
-            (os.POSIX_SPAWN_DUP2, its_output.fileno(), 1),
-        ],
-        setsigdef=[
-            SIGPIPE
-        ],  # Python ignores it, and a service would inherit that
-    )
+
+    def spawn(argv: list[str]) -> int:
+        return os.posix_spawn(
+            argv[0],
+            argv,
+            environment,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, its_input.fileno(), 0),
+                (os.POSIX_SPAWN_DUP2, its_output.fileno(), 1),
+            ],
+            setsigdef=[
+                SIGPIPE
+            ],  # Python ignores it, and a service would inherit that
+        )
+
+    try:
+        pid = spawn(argv)
+    except OSError:
+        # qrexec leaves it to a shell, which runs what has no #! line, and for
+        # what it cannot run ends with 126 or 127.
+        pid = spawn(["/bin/sh", "-c", 'exec "$0" "$@"', *argv])
     its_input.close()
     its_output.close()
     running = Running(own_input.detach(), own_output.detach())
@@ -817,6 +824,11 @@ class Way:
     def done(self) -> bool:
         return self.sink_state == "finished"
 
+    def loses_sink(self) -> None:
+        """Nobody reads what goes into the sink any more."""
+        self.sink_state = "gone"
+        self.pending = self.pending[:0]
+
     def waits_for(self) -> tuple[int, int]:
         """The fd and the poll events that this direction can go on with; fd -1
         if it is done."""
@@ -842,7 +854,7 @@ class Way:
         except BlockingIOError:
             return
         except OSError:  # EPIPE, ECONNRESET: nobody takes the bytes any more
-            self.sink_state = "gone"
+            self.loses_sink()
         if self.sink_state == "gone":
             self.pending = self.pending[:0]
         if self.source < 0 and not self.pending:
@@ -933,16 +945,21 @@ def relay(call: Call, options: Options, running: Running, ends: Ends) -> int:
             if child < 0 and down.done:
                 return code
         elif (
-            (up.done and down.done)
+            (up.sink_state != "open" and down.done)
             or (running.exit_on_service_eof and down.done)
             or (running.exit_on_client_eof and up.done)
         ):
+            ends.close_reading()
+            ends.close_writing()
             return 0
 
         wanted = {child: select.POLLIN} if child >= 0 else {}
         for fd, events in (up.waits_for(), down.waits_for()):
             if fd >= 0:
                 wanted[fd] = wanted.get(fd, 0) | events
+        if up.sink_state == "open":
+            # That a service reads no more is seen before anything is written.
+            wanted.setdefault(up.sink, 0)
         # An fd without a wish is not polled at all: its hang-up would be
         # reported again and again.
         for fd in polled.keys() - wanted.keys():
@@ -958,7 +975,11 @@ def relay(call: Call, options: Options, running: Running, ends: Ends) -> int:
             if left <= 0:
                 os.kill(os.getpid(), SIGKILL)
             timeout = left * 1000 + 1
-        ready = {fd for fd, _ in poller.poll(timeout)}
+        ready = dict(poller.poll(timeout))
+        if up.sink_state == "open" and ready.get(up.sink, 0) & (
+            select.POLLHUP | select.POLLERR
+        ):
+            up.loses_sink()
         for way in (up, down):
             if way.waits_for()[0] in ready:
                 way.move()
@@ -1012,12 +1033,21 @@ def run(argv: list[str], root: Root) -> int:
         qube = root.qube(call.decision.resolved)
         running = start(root, call, find_service(qube, call))
     except Ended:
-        # The target had taken the call before it found that out.
+        # The target had taken the call before it found that out, and what the
+        # client had sent was read.
+        read_early()
         ends.close_reading()
         ends.close_writing()
         raise
     root.log("established")
     return relay(call, options, running, ends)
+
+
+def read_early() -> None:
+    try:
+        os.read(0, CHUNK)
+    except OSError:
+        return  # there is nothing
 
 
 def tell(message: str) -> None:

@@ -115,15 +115,18 @@ def is_qube_name(name: str) -> bool:
 
 
 def effective_target(asked: str, is_known: Callable[[str], bool]) -> str:
-    """The target as policy sees it: one that is unknown or malformed silently
-    becomes `@default`."""
+    """The target as policy sees it: a name that is unknown or malformed
+    silently becomes `@default`. Empty for a keyword that is none, or a
+    disposable of an unknown qube, which are refused."""
     asked = asked.replace("$", "@")
     if asked in ("dom0", ADMIN):
         return ADMIN
     if asked in (DEFAULT, DISPOSABLE):
         return asked
     name = asked.removeprefix(DISPOSABLE + ":")
-    return asked if is_qube_name(name) and is_known(name) else DEFAULT
+    if is_qube_name(name) and is_known(name):
+        return asked
+    return "" if asked.startswith("@") else DEFAULT
 
 
 def parse(text: str) -> list[Rule]:
@@ -204,6 +207,8 @@ def decide(
 ) -> Decision:
     """Decide one call to an effective target. Without rules (None) a call to
     any known qube is allowed."""
+    if not target:
+        return Decision("refuse", "", "that is no target")
     if rules is None:
         if target == ADMIN:
             return Decision(

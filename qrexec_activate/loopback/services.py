@@ -16,7 +16,7 @@ from . import rpc_config
 
 CONNECT_TCP = "qubes.ConnectTCP"
 NAME_MAX = 255
-OWN_LOOPBACK = ("127.0.0.1", "localhost")
+OWN_LOOPBACK = "127.0.0.1"
 
 
 class NoService(Exception):
@@ -72,16 +72,19 @@ def find(qube: str, service: str, argument: str) -> Service:
         return _tcp_service(qube, "127.0.0.1", argument, config)
     config = config or rpc_config.Config()
     link = os.readlink(path) if os.path.islink(path) else ""
-    if link == "/dev/tcp" or link.startswith("/dev/tcp/"):
-        host, _, port = link[len("/dev/tcp/") :].partition("/")
-        if port and argument:
+    if link == "/dev/tcp":
+        host, _, port = argument.rpartition("+")
+        return _tcp_service(qube, host.replace("+", ":"), port, config)
+    if link.startswith("/dev/tcp/"):
+        host, slash, port = link[len("/dev/tcp/") :].partition("/")
+        if slash and argument:
             raise CannotStart(f"{path} has a port, and the call another one")
         return _tcp_service(qube, host, port or argument, config)
-    return Service(
-        "unix" if stat.S_ISSOCK(os.stat(path).st_mode) else "script",
-        config,
-        path,
-    )
+    if stat.S_ISSOCK(os.stat(path).st_mode):
+        return Service("unix", config, path)
+    if not os.access(path, os.X_OK):
+        raise CannotStart(f"{path} is neither a socket nor a program")
+    return Service("script", config, path)
 
 
 def _is_there(path: str) -> bool:
@@ -119,7 +122,7 @@ def _tcp_service(
         raise CannotStart(f"{port!r} is no port")
     if not host:
         raise CannotStart("/dev/tcp names no host")
-    if host in OWN_LOOPBACK:
+    if host == OWN_LOOPBACK:
         # Many pretend qubes share one machine: each may have a loopback address
         # that stands for its own 127.0.0.1.
         try:

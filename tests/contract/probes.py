@@ -15,7 +15,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .place import PREFIX, CannotTry, Place
@@ -227,6 +227,7 @@ def ends(
     place: Place,
     *,
     script: str | None = None,
+    mode: int = 0o755,
     way: str = "tcp",
     name: str = PREFIX + "Ends",
     called: str = "",
@@ -244,7 +245,7 @@ def ends(
     if policy:
         place.policy(policy.format(target=place.target, source=place.source))
     if script is not None:
-        place.service(name, script)
+        place.service(name, script).chmod(mode)
     if link:
         place.link(name, link)
     if config:
@@ -538,7 +539,11 @@ def default_target(place: Place, *, called: str) -> Seen:
         f"{name} * @anyvm @anyvm deny",
     )
     place.service(name, "#!/bin/sh\necho here\n")
-    call = Call(place, name, target=called.format(target=place.target))
+    call = Call(
+        place,
+        name,
+        target=called.format(target=place.target, source=place.source),
+    )
     code = call.code()
     return {"code": code, "client got": call.receive()[0]}
 
@@ -606,10 +611,11 @@ def lost(place: Place) -> Seen:
 # -------------------------------------------------------------- socket services
 
 
-def socket_service(
-    place: Place, *, config: str, argument: str = "+arg"
-) -> Seen:
-    """A service that is a unix socket: what comes before the client's bytes."""
+@contextlib.contextmanager
+def served(
+    place: Place, argument: str, config: str
+) -> Iterator[tuple[Call, socket.socket]]:
+    """A call to a service that is a unix socket, and the service's end."""
     with socket.socket(socket.AF_UNIX) as listener:
         path = f"/tmp/{PREFIX}{os.getpid()}.{time.monotonic_ns()}"
         listener.bind(path)
@@ -621,16 +627,42 @@ def socket_service(
                 place.config(PREFIX + "Socket", config)
             call = Call(place, PREFIX + "Socket" + argument)
             call.send(b"hello")
-            call.half_close()
             serving, _ = listener.accept()
             with serving:
                 serving.settimeout(PATIENCE)
-                got = b""
-                while chunk := serving.recv(1 << 16):
-                    got += chunk
-            return {
-                "service got": got.replace(place.source.encode(), b"SOURCE"),
-                "code": call.code(),
-            }
+                yield call, serving
         finally:
             os.unlink(path)
+
+
+def socket_service(
+    place: Place, *, config: str, argument: str = "+arg"
+) -> Seen:
+    """A service that is a unix socket: what comes before the client's bytes."""
+    with served(place, argument, config) as (call, serving):
+        call.half_close()
+        got = b""
+        while chunk := serving.recv(1 << 16):
+            got += chunk
+        serving.close()
+        return {
+            "service got": got.replace(place.source.encode(), b"SOURCE"),
+            "code": call.code(),
+        }
+
+
+def socket_service_leaves(place: Place, *, config: str = "") -> Seen:
+    """A service that is a unix socket closes it while its client goes on."""
+    with served(place, "", config) as (call, serving):
+        serving.recv(1 << 16)
+        serving.sendall(b"bye")
+        serving.close()
+        code = call.code()
+        unread = call.unread()
+        received, end = call.receive()
+        return {
+            "code": code,
+            "parent's duplicate reads": unread,
+            "client got": received,
+            "client saw": end,
+        }

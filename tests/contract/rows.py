@@ -194,6 +194,57 @@ ROWS = (
         {**ENDED, "code": 125, "stderr": "", "client saw": "FIN"},
         {"script": probes.ECHO, "config": "skip-service-descriptor=maybe\n"},
     ),
+    *(
+        Row(
+            f"an-rpc-config-with-{what}",
+            "A service starts with no rpc-config that has what qrexec does not take of TOML.",
+            NEWEST,
+            probes.ends,
+            {**ENDED, "code": 125, "client saw": "FIN"},
+            {"script": probes.ECHO, "config": config},
+        )
+        for what, config in (
+            ("a-bare-word", "force-user=root\n"),
+            ("double-quotes", 'force-user="root"\n'),
+            ("a-space-before-a-key", " wait-for-session=false\n"),
+            ("a-key-twice", 2 * "wait-for-session=false\n"),
+        )
+    ),
+    Row(
+        "an-rpc-config-with-more",
+        "Keys that qrexec does not know, comments and single quotes do no harm.",
+        NEWEST,
+        probes.ends,
+        {"code": 0, "client got": b"hi\n"},
+        {
+            "script": "#!/bin/sh\necho hi\n",
+            "config": "no-such-key=7\nforce-user='root'  # who\n",
+        },
+    ),
+    Row(
+        "a-program-that-may-not-run",
+        "A service that is neither a socket nor may be run ends with 125.",
+        NEWEST,
+        probes.ends,
+        {**ENDED, "code": 125, "stderr": "", "client saw": "FIN"},
+        {"script": probes.ECHO, "mode": 0o644},
+    ),
+    Row(
+        "a-program-without-an-interpreter",
+        "A service that begins with no #! is run by a shell.",
+        NEWEST,
+        probes.ends,
+        {"code": 3, "client got": b"hi\n", "client saw": "FIN"},
+        {"script": "echo hi\nexit 3\n"},
+    ),
+    Row(
+        "a-program-whose-interpreter-is-gone",
+        "That a service cannot be run is the shell's exit code: 126 or 127.",
+        NEWEST,
+        probes.ends,
+        {**ENDED, "code": frozenset([126, 127]), "client saw": "FIN"},
+        {"script": "#!/nonexistent/interpreter\n"},
+    ),
     Row(
         "the-vchan-closes-early",
         "If the target's side dies in the data phase, the client sees a FIN and the code is 255, or 1.",
@@ -446,6 +497,27 @@ ROWS = (
         {"code": 126, "client got": b""},
         {"called": "{target}"},
     ),
+    *(
+        Row(
+            f"a-target-that-is-none-{number}",
+            "A keyword that is no target, or a disposable of a qube that is not there, is refused, and no @default.",
+            ALL,
+            probes.default_target,
+            {"code": 126, "client got": b""},
+            {"called": target},
+        )
+        for number, target in enumerate(
+            ("@dispvm:no-such-qube-here", "@dispvm:", "@anyvm", "@"), 1
+        )
+    ),
+    Row(
+        "a-qube-that-calls-itself",
+        "A qube that calls itself by its name is refused, and not taken for @default.",
+        ALL,
+        probes.default_target,
+        {"code": 126, "client got": b""},
+        {"called": "{source}"},
+    ),
     # Prompts
     Row(
         "a-prompt-that-is-allowed",
@@ -527,5 +599,17 @@ ROWS = (
         probes.socket_service,
         {"service got": b"hello", "code": 0},
         {"config": "skip-service-descriptor=true\n"},
+    ),
+    Row(
+        "a-socket-service-that-leaves",
+        "A unix socket that its service closes ends the call, though the client goes on; what it said arrives.",
+        HAND_OVER,
+        probes.socket_service_leaves,
+        {
+            "code": 0,
+            "parent's duplicate reads": END,
+            "client got": b"bye",
+            "client saw": "FIN",
+        },
     ),
 )

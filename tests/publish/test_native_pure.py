@@ -120,7 +120,9 @@ def test_a_name_that_no_address_holds_is_refused(root: Path) -> None:
     [
         ("skip-service-descriptor=true\n", True),
         ("# mine\nskip-service-descriptor = true\n", True),
+        ("skip-service-descriptor=true# c\nexit-on-client-eof=true", True),
         ("skip-service-descriptor=false\n", False),
+        (" skip-service-descriptor=true\n", False),
         ("#skip-service-descriptor=true\n", False),
         (None, False),
     ],
