@@ -136,7 +136,8 @@ async def test_five_hundred_at_once_leave_no_descriptor_open(
             streams.append(await connect(address))
         for stream in streams:
             nursery.start_soon(one, stream)
-    await scene.logged("ended,", times=501)
+    # Who has the answer goes, maybe before its service has ended.
+    await scene.logged(", lasted ", times=501)
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ async def kill(scene: Scene) -> None:
 
 
 async def test_what_was_handed_over_goes_on(scene: Scene) -> None:
+    if scene.stack:
+        scene.stack.needs_hand_over()
     scene.options(RELAY="hand-over")
     address = await scene.route(echo)
     async with await connect(address) as stream:
@@ -38,7 +40,7 @@ async def test_a_spliced_connection_that_ends_well_is_not_reset(
 ) -> None:
     scene.options(RELAY="splice")
     address = scene.address()
-    script = scene.machine.add_qube("work") / "rpc" / "qubes.ConnectTCP"
+    script = scene.add_qube("work") / "rpc" / "qubes.ConnectTCP"
     script.write_text("#!/bin/sh\nhead -c 50000 /dev/zero\n")
     script.chmod(0o755)
     scene.drop_in("work", address)
