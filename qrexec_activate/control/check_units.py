@@ -210,27 +210,19 @@ def reloads(context: Context) -> Iterator[Step]:
                     f"{file.path} {file.problem}",
                     joined(command, context.reload(unit.name)),
                 )
-    # Of a unit that systemd could not load it says so each time.
-    names = sorted(
+    # systemd reads a unit that it could not load each time that it is asked
+    # for, and has nothing to compare with.
+    names = [
         name
-        for name, daemon in context.now.daemons.items()
-        if daemon.load == "loaded"
-    )
+        for known in (context.now.daemons, context.now.units)
+        for name, one in known.items()
+        if one.load == "loaded"
+    ]
     rows = context.manager.unit_properties(names, "Unit", ["NeedDaemonReload"])
     stale = {
         name
         for name, row in zip(names, rows, strict=True)
         if row["NeedDaemonReload"]
-    }
-    stale |= {
-        unit.name for unit in context.now.units.values() if unit.socket.stale
-    }
-    # systemd reads a unit that it could not load each time that it is asked
-    # for, and has nothing to compare with.
-    stale -= {
-        unit.name
-        for unit in context.now.units.values()
-        if unit.load != "loaded"
     }
     stale |= {
         unit.name

@@ -339,8 +339,6 @@ class Manager:
             for kind, name in (
                 ("Unit", "FragmentPath"),
                 ("Unit", "DropInPaths"),
-                ("Unit", "NeedDaemonReload"),
-                ("Unit", "InactiveExitTimestamp"),
                 ("Socket", "Listen"),
                 ("Socket", "FileDescriptorName"),
             )
@@ -351,27 +349,33 @@ class Manager:
         loaded_at = self.properties([of_manager(name) for name in loaded])
         values = iter(self.properties(asked))
         reader = _Reader(max(moment or 0 for moment in loaded_at))
+        answers = zip(wanted, zip(*[values] * 4, strict=True), strict=True)
+        rows = [(*one, *row) for one, row in answers if None not in row]
+        # systemd looks for drop-ins anew to answer this, and so takes ten times
+        # as long as for all else: only what is in doubt is asked about.
+        late = [
+            name
+            for name, _, fragment, drop_ins, *_ in rows
+            if any(map(reader.is_late, (fragment, *drop_ins)))
+        ]
+        ages = ("InactiveExitTimestamp", "NeedDaemonReload")
+        asked = [of_unit(unit, "Unit", name) for unit in late for name in ages]
+        values = iter(self.properties(asked))
+        known = dict(zip(late, zip(*[values] * 2, strict=True), strict=True))
         units = []
-        for (name, load), row in zip(
-            wanted, zip(*[values] * 6, strict=True), strict=True
-        ):
-            fragment, drop_ins, stale, started_at, listen, fd_name = row
-            if None in row:
-                continue
+        for name, load, fragment, drop_ins, listen, fd_name in rows:
+            started_at, stale = known.get(name, (0, False))
             problem = ""
             if load != "loaded" or not fragment:
                 problem = (
                     f"systemd could not load it (LoadState={load}):"
                     f" systemctl status says why; mend its files"
                 )
-            files = tuple(
-                reader.read(path, 0 if stale else started_at or math.inf)
-                for path in (fragment, *drop_ins)
-                if path
-            )
-            listening = tuple(listen)
+            since = started_at or math.inf if stale is False else 0
+            paths = filter(None, (fragment, *drop_ins))
+            files = tuple(reader.read(path, since) for path in paths)
             units.append(
-                SocketUnit(name, files, listening, fd_name, problem, stale)
+                SocketUnit(name, files, tuple(listen), fd_name, problem, stale)
             )
         return units
 
@@ -416,7 +420,11 @@ class _Reader:
 
     def __init__(self, loaded_at: int) -> None:
         self._loaded_at = loaded_at
-        self._seen: dict[str, tuple[float, SourceFile]] = {}
+        self._look = lru_cache(maxsize=None)(_examine)
+
+    def is_late(self, path: str) -> bool:
+        """Whether a file was touched since systemd last loaded all units."""
+        return self._look(path)[0] >= self._loaded_at
 
     def read(self, path: str, since: float) -> SourceFile:
         """Read a file; one that may have changed since systemd read it is not
@@ -429,9 +437,7 @@ class _Reader:
         it has read (NeedDaemonReload). By itself that is not enough: systemd
         goes by the time of the last change, which `cp -p` and packages set.
         """
-        if path not in self._seen:
-            self._seen[path] = _examine(path)
-        touched, file = self._seen[path]
+        touched, file = self._look(path)
         if touched < max(self._loaded_at, since):
             return file
         problem = "was changed after systemd read it"

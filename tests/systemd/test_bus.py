@@ -209,9 +209,11 @@ def test_where_nobody_asked_for_a_reload_files_older_than_the_manager_are_believ
 def test_a_property_of_another_type_is_an_error_that_names_it(
     name: str, signature: str, content: object
 ) -> None:
+    # systemd is asked more about a file that is newer than what it has read.
+    late = {"DropInPaths": ("as", [__file__])}
     said = outcome(
         lambda manager: manager.socket_units([UNIT]),
-        by_name({**GOOD, name: (signature, content)}),
+        by_name({**GOOD, **late, name: (signature, content)}),
     )
     assert "makes no sense" in said
     assert name in said
@@ -333,6 +335,24 @@ def test_a_unit_that_vanishes_between_two_questions_is_left_out() -> None:
 
     with bus(answer) as manager:
         assert manager.socket_units([UNIT]) == []
+
+
+def test_a_newer_file_of_a_unit_that_vanishes_meanwhile_is_not_believed() -> (
+    None
+):
+    drop_ins = {"DropInPaths": ("as", [__file__])}
+
+    def problem(gone: str) -> str:
+        def answer(call: Message) -> list[Message | bytes]:
+            lost = call.body and call.body[-1] == gone
+            return (unknown if lost else by_name({**GOOD, **drop_ins}))(call)
+
+        with bus(answer) as manager:
+            (unit,) = manager.socket_units([UNIT])
+        return unit.files[1].problem
+
+    assert problem("nothing") == ""
+    assert problem("NeedDaemonReload") == "was changed after systemd read it"
 
 
 def test_a_unit_that_systemd_could_not_load_says_so() -> None:
