@@ -287,16 +287,11 @@ def parse_unit_name(name: str) -> UnitName:
 
 
 C_ESCAPES = dict(zip(b"\a\b\f\n\r\t\v\\\"'", "abfnrtv\\\"'", strict=True))
+_C_ESCAPED = {byte: f"\\{byte:03o}" for byte in (*range(32), *range(127, 256))}
+_C_ESCAPED |= {byte: f"\\{letter}" for byte, letter in C_ESCAPES.items()}
 
 
 def c_escape(raw: bytes) -> str:
     r"""Write bytes as systemd prints the path or abstract name of a unix
     socket: `sp\303\244ce`, `\"`, `\\`."""
-    return "".join(
-        f"\\{C_ESCAPES[byte]}"
-        if byte in C_ESCAPES
-        else chr(byte)
-        if 32 <= byte < 127
-        else f"\\{byte:03o}"
-        for byte in raw
-    )
+    return raw.decode("latin-1").translate(_C_ESCAPED)
