@@ -125,7 +125,10 @@ def command(system: bool) -> None:
     A unit that does this is installed, and not enabled.
     """
     notices = Notices()
-    with contextlib.closing(_Desktop()) as desktop:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        contextlib.closing(_Desktop()) as desktop,
+    ):
         for notice in _happenings(notices, user=not system):
             try:
                 desktop.show(notice)

@@ -179,7 +179,8 @@ def command(
     if watch:
         from .watch import watch as go_on
 
-        go_on(routes, which, interval=interval)
+        with contextlib.suppress(KeyboardInterrupt):
+            go_on(routes, which, interval=interval)
         return
     status = look(routes, which, Lookout())
     if status.lost:

@@ -228,7 +228,7 @@ def watch(routes: Sequence[str], which: str | None, *, interval: float) -> None:
             say()
             time.sleep(interval)
     screen = Screen()
-    with contextlib.suppress(KeyboardInterrupt), _whole_screen():
+    with _whole_screen():
         for status in _statuses(routes, which):
             screen.count(status.connections, time.monotonic())
             if not _show(screen, status, time.monotonic() + interval):

@@ -565,6 +565,26 @@ def test_the_log_is_followed(desk: Desk) -> None:
             process.kill()
 
 
+def test_watching_into_a_pipe_goes_on_until_ctrl_c(desk: Desk) -> None:
+    with subprocess.Popen(
+        desk.argv("status", "--watch", "--interval", "0.3"),
+        env=desk.machine.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            for line in ("LISTENER", "LISTENER"):
+                while not process.stdout.readline().startswith(line):
+                    assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert "Aborted" not in process.stdout.read()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+
+
 def test_watching_takes_the_screen_shows_what_comes_and_gives_it_back(
     desk: Desk,
 ) -> None:
@@ -724,8 +744,10 @@ def test_a_refusal_and_a_wait_reach_the_person(desk: Desk) -> None:
             with socket.create_connection(("127.0.0.2", desk.port)):
                 until("the wait is shown", lambda: len(shown) > 1)
             assert shown[1][3] == "gitweb: waiting"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE) == 0
         finally:
-            process.terminate()
+            process.kill()
 
 
 def test_a_route_that_is_named_is_shown_as_a_way(
