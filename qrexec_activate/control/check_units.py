@@ -148,7 +148,12 @@ def _lacking(daemon: Daemon) -> str:
 
 
 def _dead(context: Context, daemon: Daemon, sockets: list[str]) -> Step:
-    mend, advice = "", "install the package qrexec-activate in the template"
+    mend = ""
+    advice = (
+        "install the package qrexec-activate in the template"
+        if daemon.is_shipped
+        else f"write {daemon.unit}, or mend Service= of {', '.join(sockets)}"
+    )
     if daemon.load == "masked":
         mend = context.systemctl.written("unmask", daemon.unit)
         if sockets:

@@ -49,6 +49,10 @@ class Daemon:
     #: Why it cannot serve, though files say that it should; empty if it can.
     dead: str = ""
 
+    @property
+    def is_shipped(self) -> bool:
+        return self.unit.removesuffix(".service") in _SHIPPED
+
 
 def find_daemon(
     unit: str, exec_start: Sequence[Sequence[Any]]

@@ -317,11 +317,9 @@ def _our_sockets(
         strict=True,
     ):
         if (load := row["LoadState"] or "not-found") != "loaded":
-            result.daemons[daemon_name] = replace(
-                result.daemons[daemon_name],
-                load=load,
-                dead=_why_dead(daemon_name, load, result.systemctl),
-            )
+            daemon = replace(result.daemons[daemon_name], load=load)
+            why = _why_dead(daemon, result.systemctl)
+            result.daemons[daemon_name] = replace(daemon, dead=why)
         sockets |= {
             name: daemon_name
             for name in row["TriggeredBy"] or ()
@@ -356,20 +354,23 @@ def _lost_sockets(
     rows = manager.unit_properties(units, "Unit", ["LoadState"])
     for unit, row in zip(units, rows, strict=True):
         load = row["LoadState"] or "not-found"
-        result.daemons[unit] = replace(
-            _as_it_is(dead[unit], loaded),
-            load=load,
-            dead=_why_dead(unit, load, result.systemctl),
-        )
+        daemon = replace(_as_it_is(dead[unit], loaded), load=load)
+        why = _why_dead(daemon, result.systemctl)
+        result.daemons[unit] = replace(daemon, dead=why)
     return sockets
 
 
-def _why_dead(unit: str, load: str, systemctl: str) -> str:
+def _why_dead(daemon: Daemon, systemctl: str) -> str:
     """Why a service that should serve cannot."""
+    unit, load = daemon.unit, daemon.load
     if load == "masked":
         return f"{unit} is masked; {systemctl} unmask {unit}"
     if load == "not-found":
-        return f"{unit} is not installed: install the package qrexec-activate"
+        return f"{unit} is not installed: " + (
+            "install the package qrexec-activate"
+            if daemon.is_shipped
+            else "write it, or take it out of the files that say Service="
+        )
     if load != "loaded":
         return (
             f"systemd cannot load {unit} (LoadState={load}); {systemctl}"

@@ -84,6 +84,10 @@ def accept(desk: Desk) -> None:
     route(desk, "Accept=yes")
 
 
+def another_service(desk: Desk) -> None:
+    route(desk, "Service=nosuch.service")
+
+
 def remove_units(desk: Desk) -> None:
     """Where the package is gone, its units are, and a person's files stay."""
     route(desk)
@@ -105,7 +109,12 @@ DEAD: list[tuple[Callable[[Desk], None], str, str]] = [
     (hide_service, "refused", f"{SERVICE} does not run qrexec-activate serve"),
     (empty_service, "refused", f"systemd cannot load {SERVICE}"),
     (accept, "not loadable", "gitweb.conf:4 sets Accept=yes"),
-    (remove_units, "not loadable", "is not installed"),
+    (another_service, "refused", "nosuch.service is not installed: write it"),
+    (
+        remove_units,
+        "not loadable",
+        "is not installed: install the package qrexec-activate",
+    ),
 ]
 
 
