@@ -407,10 +407,10 @@ def _open_path(path: str) -> str:
     folders."""
     try:
         mode = os.stat(path).st_mode
+        if not stat.S_ISSOCK(mode) or not mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return ""
         above = [folder.stat().st_mode for folder in Path(path).parents]
     except OSError:
-        return ""
-    if not stat.S_ISSOCK(mode):
         return ""
     words = f"its mode is {stat.S_IMODE(mode):04o}"
     if mode & stat.S_IWOTH and all(one & stat.S_IXOTH for one in above):

@@ -4,7 +4,9 @@ routes at once. The bench takes times."""
 from __future__ import annotations
 
 import cProfile
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 from desk import Desk
 
-from qrexec_activate.control import check_units
+from qrexec_activate.control import check_routes, check_units
 from qrexec_activate.control import survey as survey_module
 from qrexec_activate.control.checks import walk
 from qrexec_activate.control.select import written
@@ -192,6 +194,28 @@ def test_check_asks_by_one_connection_and_lists_a_folder_twice(
     assert len(folders) == 5
     # Once for routes, and once for what is published.
     assert set(folders.values()) == {2}
+
+
+def test_check_looks_above_a_socket_only_where_others_may_write_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "socket"
+    looked: list[Path] = []
+    look = Path.stat
+
+    def counted(folder: Path) -> os.stat_result:
+        looked.append(folder)
+        return look(folder)
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        path.chmod(0o600)
+        monkeypatch.setattr(Path, "stat", counted)
+        assert check_routes._open_path(str(path)) == ""
+        assert looked == []
+        os.chmod(path, 0o666)
+        check_routes._open_path(str(path))
+        assert looked == [*path.parents]
 
 
 def test_what_systemd_has_read_is_not_read_again_to_change_a_route(
