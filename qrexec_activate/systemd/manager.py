@@ -351,8 +351,8 @@ class Manager:
         reader = _Reader(max(moment or 0 for moment in loaded_at))
         answers = zip(wanted, zip(*[values] * 4, strict=True), strict=True)
         rows = [(*one, *row) for one, row in answers if None not in row]
-        # systemd looks for drop-ins anew to answer this, and so takes ten times
-        # as long as for all else: only what is in doubt is asked about.
+        # systemd looks for drop-ins anew to answer this, and so takes 20 times
+        # as long as for any other: only what is in doubt is asked about.
         late = [
             name
             for name, _, fragment, drop_ins, *_ in rows

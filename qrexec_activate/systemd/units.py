@@ -211,7 +211,7 @@ def _header_fields(message: bytes) -> dict[int, Any]:
     """Read the fields of a message's header: numbers, and texts as bytes.
 
     A field is its code, its type as a signature of one letter, and its value;
-    each begins at 8 bytes. A reader of any type needs three times as long.
+    each begins at 8 bytes. A reader of any type needs twice as long.
     """
     number = _NUMBERS[message[0]]
     fields: dict[int, Any] = {}
