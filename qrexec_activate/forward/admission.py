@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import itertools
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator
@@ -129,6 +130,8 @@ class Admission:
         #: Whether there may be room since everybody who waits was told no.
         self._may_have_room = False
         self._turns_at = -math.inf
+        #: Where listeners lead to that have had their turn, and no call since.
+        self._promised: list[str] = []
         #: By qube: so many were open to it when it refused another ...
         self._full: dict[str, _Ceiling] = {}
         #: ... or open in all when it could not be reached for another. Each
@@ -196,7 +199,8 @@ class Admission:
             if old_at > now:
                 soonest = old_at
         if self._waiting:
-            soonest = min(soonest, self._next_probe(now))
+            due = now if self._promised else self._next_probe(now)
+            soonest = min(soonest, due)
             if self.waits_for_others:
                 # That may be due already.
                 due = max(self._counted_at + CENSUS_WAITING, now)
@@ -205,14 +209,11 @@ class Admission:
 
     def _next_probe(self, after: float) -> float:
         """When a ceiling may be tried next."""
-        return min(
-            (
-                one.probe_at
-                for one in (*self._no_room.values(), *self._full.values())
-                if one.probe_at > after
-            ),
-            default=math.inf,
-        )
+        soonest = math.inf
+        for one in (*self._no_room.values(), *self._full.values()):
+            if after < one.probe_at < soonest:
+                soonest = one.probe_at
+        return soonest
 
     # -------------------------------------------------------------- the others
 
@@ -246,13 +247,13 @@ class Admission:
         assert call not in self._open
         self._open[call] = target
         self._per_target[target] += 1
+        if target in self._promised:
+            self._promised.remove(target)
 
     def begins(self, call: Hashable, now: float) -> None:
         """It is being set up, and takes a place."""
+        self._takes_place(call, now)
         target = self._open[call]
-        assert call not in self._places
-        self._places[call] = now
-        self._by_target.setdefault(target, {})[call] = now
         for ceilings in (self._no_room, self._full):
             ceiling = ceilings.get(target)
             if ceiling is not None and now >= ceiling.probe_at:
@@ -260,21 +261,25 @@ class Admission:
                 ceiling.delay = min(2 * ceiling.delay, LAST_PROBE)
                 ceiling.probe_at = now + ceiling.delay
 
+    def _takes_place(self, call: Hashable, now: float) -> None:
+        assert call not in self._places
+        self._places[call] = now
+        self._by_target.setdefault(self._open[call], {})[call] = now
+
     def gives_place_back(self, call: Hashable) -> bool:
         """It is established, has ended, or is too old to hold a place."""
-        self._may_have_room = True
         if self._places.pop(call, None) is None:
             return False
+        self._may_have_room = True
         del self._by_target[self._open[call]][call]
         return True
 
     def old(self, now: float) -> list[Hashable]:
         """Return the calls that have held a place for too long."""
-        return [
-            call
-            for call, began_at in self._places.items()
-            if now - began_at >= PLACE_AGE
-        ]
+        places = self._places.items()
+        # As next_look() reckons, to the last bit.
+        old = itertools.takewhile(lambda one: now >= one[1] + PLACE_AGE, places)
+        return [call for call, _ in old]
 
     def established(self, call: Hashable) -> None:
         self.gives_place_back(call)
@@ -288,6 +293,7 @@ class Admission:
             ceiling = ceilings.get(target)
             if ceiling is not None and count > ceiling.at:
                 del ceilings[target]
+                self._may_have_room = True
 
     def no_room(
         self, call: Hashable, ending: Ending, code: int | None, now: float
@@ -305,6 +311,7 @@ class Admission:
         target = self._open[call]
         if not self.scarce:
             self._no_room.clear()
+            self._may_have_room = True
             return False
         self._failures[target] += 1
         at = len(self._established)
@@ -325,14 +332,15 @@ class Admission:
             return at >= MANY_OPEN
         if now - ceiling.since >= FULL_PATIENCE:
             del self._full[target]
+            self._may_have_room = True
             return False
         return True
 
     def closes(self, call: Hashable) -> None:
         """Its connection is over, and makes room."""
         self.gives_place_back(call)
+        self._may_have_room = True
         self._established.discard(call)
-        self._waiting.pop(call, None)
         target = self._open.pop(call)
         self._per_target[target] -= 1
         if not self._per_target[target]:
@@ -344,9 +352,9 @@ class Admission:
     # ----------------------------------------------------------------- waiting
 
     def waits(self, who: Hashable, target: str) -> None:
-        """Somebody (a call that is open, or a listener) waits for its turn."""
+        """Somebody (a call that is open, or a listener) waits for its turn,
+        whom `verdict` has just told no."""
         self._waiting.setdefault(who, target)
-        self._may_have_room = True
 
     def waits_no_more(self, who: Hashable) -> None:
         self._waiting.pop(who, None)
@@ -355,23 +363,38 @@ class Admission:
         """Yield who may go now, first come first; each has to act at once.
 
         A call of which `begins` is told before the next is asked for takes its
-        place; so whoever comes after sees what is left.
+        place; so whoever comes after sees what is left. A listener has a place
+        meanwhile, for the call that it is about to accept. If nothing comes of
+        that, the others are asked again.
         """
         if not self._waiting or not (
-            self._may_have_room or now >= self._next_probe(self._turns_at)
+            self._may_have_room
+            or self._promised
+            or now >= self._next_probe(self._turns_at)
         ):
             return
-        self._may_have_room, self._turns_at = False, now
+        self._turns_at = now
         none_for: set[tuple[str, bool]] = set()
+        listeners = {}
+        self._promised = []
         room = len(self._open) + self.others < self.max_total
         for who, target in list(self._waiting.items()):
-            kind = target, who in self._open
+            opened = who in self._open
+            kind = target, opened
             gone = who not in self._waiting
             # Who comes later does not find more.
-            if gone or kind in none_for or not (room or kind[1]):
+            if gone or kind in none_for or not (room or opened):
                 continue
-            if self.verdict(target, now, opened=kind[1]) is Verdict.YES:
-                del self._waiting[who]
-                yield who
-            else:
+            if self.verdict(target, now, opened=opened) is not Verdict.YES:
                 none_for.add(kind)
+                continue
+            del self._waiting[who]
+            if not opened:
+                self.opens(who, target)
+                self._takes_place(who, now)
+                listeners[who] = target
+            yield who
+        for who in listeners:
+            self.closes(who)
+        self._promised = list(listeners.values())
+        self._may_have_room = False

@@ -18,7 +18,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -42,7 +42,10 @@ from .splice import (
 )
 from .watch import readable
 
-__all__ = ["STARVED_DELAY", "Connection", "Host", "reset", "start"]
+if TYPE_CHECKING:
+    from .daemon import Daemon
+
+__all__ = ["STARVED_DELAY", "Connection", "reset", "start"]
 
 #: While the machine is short of descriptors, memory or processes, what has
 #: failed is tried again after so many seconds.
@@ -51,45 +54,6 @@ STARVED_DELAY = 0.25
 HANG_UP_LOOK = 0.25
 #: How often the farewell looks whether everything has arrived.
 FAREWELL_LOOK = 0.05
-
-
-class Host(Protocol):
-    """What a connection needs of the daemon."""
-
-    client: Client
-
-    async def turn(self, connection: Connection) -> None:
-        """Wait until it may be set up; it has a place then."""
-
-    def place_back(self, connection: Connection) -> None: ...
-
-    def setup_begins(self, connection: Connection) -> None:
-        """From now on, look at this connection until it is established."""
-
-    def setup_ends(self, connection: Connection) -> None: ...
-
-    def no_room(
-        self, connection: Connection, ending: Ending, code: int | None
-    ) -> bool:
-        """A try has failed: whether that was for want of room."""
-
-    def starved(self, error: OSError) -> None:
-        """Say, once, that the machine is short of something."""
-
-    def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
-        """Call back once, when one of these events, a hang-up or an error
-        comes."""
-
-    def forget(self, fd: int) -> None:
-        """Call back no more; must come before the descriptor is closed, as a
-        duplicate would keep it watched."""
-
-    def child_ended(self, connection: Connection) -> None:
-        """The qrexec-client-vm of a connection without a task has ended."""
-
-    def client_gone(self, connection: Connection) -> None:
-        """The client of a connection without a task has hung up, or both sides
-        are done and it is about to end."""
 
 
 def reset(sock: socket.socket) -> None:
@@ -120,7 +84,7 @@ class Connection:
 
     def __init__(
         self,
-        host: Host,
+        host: Daemon,
         route: Route,
         sock: socket.socket,
         number: str,

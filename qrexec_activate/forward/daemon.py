@@ -300,6 +300,8 @@ class Daemon:
         for connection in accepted:
             if not connection.go_untended():
                 self._tend(connection)
+        # A client that had gone has not used its turn.
+        self._next_turns()
         return bool(ready), short
 
     def _admit(self, fd: int, accepted: list[Connection]) -> bool:
@@ -457,8 +459,11 @@ class Daemon:
                 self._turns.pop(who).set()
             elif isinstance(who, int):
                 self._hear(who)
+                # Should nothing come of that, a look passes it on.
+                self._setups_changed.set()
 
     async def turn(self, connection: Connection) -> None:
+        """Wait until it may be set up; it has a place then."""
         now, target = trio.current_time(), connection.route.target
         if self.admission.verdict(target, now, opened=True) is Verdict.YES:
             self.admission.begins(connection, now)
@@ -481,6 +486,7 @@ class Daemon:
     def no_room(
         self, connection: Connection, ending: Ending, code: int | None
     ) -> bool:
+        """A try has failed: whether that was for want of room."""
         now, target = trio.current_time(), connection.route.target
         if code == 1:
             self.admission.scarce = xen.grants_are_scarce(
@@ -524,9 +530,13 @@ class Daemon:
         self._reports.starved(error)
 
     def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
+        """Call back once, when one of these events, a hang-up or an error
+        comes."""
         (self._watch if events else self._hang_ups).add(fd, events, callback)
 
     def forget(self, fd: int) -> None:
+        """Call back no more; must come before the descriptor is closed, as a
+        duplicate would keep it watched."""
         self._watch.forget(fd)
         self._hang_ups.forget(fd)
 
@@ -625,13 +635,13 @@ class Daemon:
 
     def _look_at_setups(self) -> None:
         now = trio.current_time()
-        for connection, asks_dom0 in self._setups.look(now):
+        for connection, asks_dom0, may_be_due in self._setups.look(now):
             if connection.look_if_established():
                 self.setup_ends(connection)
                 continue
             if asks_dom0:
                 connection.look_if_answered()
-            ending = self._setups.due(connection, now)
+            ending = self._setups.due(connection, now) if may_be_due else None
             if ending is not None:
                 connection.interrupt(ending)
                 self._tend(connection)

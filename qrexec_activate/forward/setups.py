@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -77,20 +77,22 @@ class Setups(Generic[Who]):
         due = self.admission.next_look(now) - now
         return min(interval, max(due, WANTED_INTERVAL))
 
-    def look(self, now: float) -> Iterator[tuple[Who, bool]]:
-        """Yield those to look at: whether each is established; and, if so said,
-        whether dom0 has answered."""
+    def look(self, now: float) -> list[tuple[Who, bool, bool]]:
+        """Those to look at: whether each is established; and, if so said,
+        whether dom0 has answered, and whether it may be due."""
         asks = now - self._asked_at >= ANSWER_LOOK
         if asks:
             self._asked_at = now
-        for who, (call, _, _) in list(self._calls.items()):
-            yield who, asks and now - call.began_at >= ANSWER_LOOK
+        late = min(OVERTAKEN_AGE, self.timeout)
+        return [
+            (who, asks and age >= ANSWER_LOOK, age >= late)
+            for who, (call, _, _) in self._calls.items()
+            for age in (now - call.began_at,)
+        ]
 
     def due(self, who: Who, now: float) -> Ending | None:
         """Whether to give up waiting for an answer to it, and why."""
         call, target, service = self._calls[who]
-        if (age := now - call.began_at) < OVERTAKEN_AGE and age < self.timeout:
-            return None
         # Where every call starts a qube of its own, none overtakes another.
         overtaken = not target.startswith("@dispvm") and (
             self._paces[target, service].overtook(call.began_at)

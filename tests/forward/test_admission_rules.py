@@ -129,6 +129,13 @@ def test_an_old_set_up_gives_its_place_back() -> None:
     assert door.admission.without_place == 1
 
 
+def test_a_look_at_the_time_that_was_told_finds_what_is_old() -> None:
+    door = Door()
+    # The difference of the two is less than PLACE_AGE, as floats are.
+    call = door.begin(now=7.38768311547948)
+    assert door.admission.old(door.admission.next_look(8)) == [call]
+
+
 def test_a_place_is_given_back_once_whatever_becomes_of_its_call() -> None:
     door = Door()
     admission = door.admission
@@ -216,6 +223,8 @@ def test_who_waits_is_asked_again_only_where_there_may_be_room() -> None:
     assert list(door.admission.turns(0)) == []
     assert list(door.admission.turns(FIRST_PROBE - 0.01)) == []
     assert list(door.admission.turns(FIRST_PROBE)) == ["listener"]
+    # Its turn is not yet the probe.
+    assert door.verdict("work", FIRST_PROBE) is Verdict.YES
     door.admission.waits("listener", "work")
     calls.append(door.begin("other"))
     assert list(door.admission.turns(0)) == []
@@ -461,21 +470,69 @@ def test_who_waits_goes_in_turn_as_far_as_there_is_room() -> None:
     assert not door.admission.is_wanted
 
 
-def test_whoever_begins_to_wait_is_asked_about_though_nothing_else_was() -> (
-    None
-):
-    door = Door()
+def crowded(setups: int = 1) -> tuple[Door, list[int]]:
+    """All places are held, and three listeners wait for one."""
+    door = Door(setups)
+    calls = [door.begin() for _ in range(setups)]
+    for who in ("first", "second", "third"):
+        assert door.verdict() is Verdict.NO_PLACE
+        door.admission.waits(who, "work")
     assert list(door.admission.turns(0)) == []
-    door.admission.waits("listener", "work")
-    assert list(door.admission.turns(0)) == ["listener"]
-    # Once.
+    return door, calls
+
+
+def test_one_free_place_is_one_listeners_turn() -> None:
+    door, calls = crowded()
+    for who in ("first", "second", "third"):
+        door.admission.established(calls.pop())
+        assert list(door.admission.turns(0)) == [who]
+        calls.append(door.begin())
+        assert list(door.admission.turns(0)) == []
+    assert door.admission.next_look(0) == PLACE_AGE
+
+
+def test_as_many_places_as_are_free_are_given_in_turn() -> None:
+    door, calls = crowded(setups=2)
+    for call in calls:
+        door.admission.established(call)
+    assert list(door.admission.turns(0)) == ["first", "second"]
+    # They hold nothing themselves.
+    assert door.admission.open == 2
+    door.begin()
+    door.begin()
     assert list(door.admission.turns(0)) == []
-    door.admission.waits_no_more("listener")
+
+
+def test_a_turn_of_which_nothing_comes_is_the_next_ones() -> None:
+    door, calls = crowded(setups=2)
+    for call in calls:
+        door.admission.established(call)
+    assert list(door.admission.turns(0)) == ["first", "second"]
+    # One of them accepts a call; the client of the other had gone.
+    door.begin()
+    assert door.admission.next_look(0) == 0
+    assert list(door.admission.turns(0)) == ["third"]
+    assert list(door.admission.turns(0)) == []
+    assert door.admission.next_look(0) == PLACE_AGE
+
+
+def test_a_call_to_another_qube_is_nobody_elses_turn() -> None:
+    door = Door(connections=1)
+    only = door.establish()
+    for who in ("first", "second"):
+        door.admission.waits(who, "work")
+    assert list(door.admission.turns(0)) == []
+    door.admission.closes(only)
+    assert list(door.admission.turns(0)) == ["first"]
+    door.begin("gitweb")
+    assert list(door.admission.turns(0)) == ["second"]
 
 
 def test_who_counts_already_takes_no_room_of_its_own() -> None:
     door = Door(connections=1, total=1)
     door.admission.opens(100, "work")
+    door.admission.begins(100, 0)
+    door.admission.gives_place_back(100)
     door.admission.waits(100, "work")
     assert list(door.admission.turns(0)) == [100]
 
@@ -497,7 +554,7 @@ def test_who_has_gone_meanwhile_has_no_turn() -> None:
     door.admission.closes(first)
     turns = door.admission.turns(0)
     assert next(turns) == 100
-    door.admission.closes(101)
+    door.admission.waits_no_more(101)
     assert list(turns) == []
 
 

@@ -1020,6 +1020,46 @@ class Others:
         return self.count
 
 
+@pytest.mark.parametrize("taken", [False, True])
+async def test_the_turn_of_a_listener_whose_client_has_gone_is_the_next_ones(
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+    taken: bool,
+) -> None:
+    """Also where nothing is left to accept."""
+    adopting, known_at = True, 0.0
+
+    def find(known: set[int]) -> Iterator[Orphan]:
+        nonlocal known_at
+        if adopting:
+            raise OSError(errno.EMFILE, "Too many open files")
+        known_at = now()
+        yield from ()
+
+    monkeypatch.setattr(succession, "find_orphans", find)
+    stage = Stage(Settings(max_connections=1), ("work", "work"))
+    stage.daemon._census = Others(1)  # type: ignore[assignment]  # says what it is told
+    gone = await stage.connect(0)
+    nursery.start_soon(stage.run)
+    await trio.sleep(1)
+    async with await stage.connect(1):
+        await trio.sleep(1)
+        if taken:
+            accepted, _ = stage._listening[0].accept()
+            accepted.close()
+        else:
+            vanish(gone)
+        adopting = False
+        started = await stage.nth(1)
+        if not taken:
+            # At once, and not at the next look.
+            await stage.recorded("hung up")
+            assert started.at == known_at
+    await gone.aclose()
+    await stage.stop()
+
+
 async def test_who_waits_for_the_calls_of_others_goes_when_they_end(
     stage: Stage, autojump_clock: MockClock
 ) -> None:

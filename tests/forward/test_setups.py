@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from qrexec_activate.forward.admission import PLACE_AGE, Admission, Verdict
 from qrexec_activate.forward.call import OVERTAKEN_AGE, PROMPT_AGE, Call
 from qrexec_activate.forward.outcome import Ending
@@ -21,9 +23,9 @@ from qrexec_activate.forward.setups import (
 class Scene:
     """Set-ups of calls that are numbers, beginning at 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = 300.0) -> None:
         self.admission = Admission(8, 120, 240)
-        self.setups: Setups[int] = Setups(self.admission, 300)
+        self.setups: Setups[int] = Setups(self.admission, timeout)
         self.calls: list[Call] = []
 
     def begin(
@@ -64,7 +66,7 @@ def test_who_is_no_longer_young_and_just_old_enough_is_seen_as_such() -> None:
     scene = Scene()
     number = scene.begin(0)
     assert scene.setups.next_look(YOUNG) == LOOK_INTERVAL
-    assert list(scene.setups.look(ANSWER_LOOK)) == [(number, True)]
+    assert scene.setups.look(ANSWER_LOOK) == [(number, True, False)]
 
 
 def test_a_place_that_is_about_to_be_old_is_looked_at_in_time() -> None:
@@ -110,19 +112,35 @@ def test_dom0_is_asked_about_now_and_then_and_only_for_what_is_old() -> None:
     scene = Scene()
     old = scene.begin(0)
     young = scene.begin(0.5)
-    look = scene.setups.look
-    assert list(look(0.875)) == [(old, False), (young, False)]
-    assert list(look(0.875 + ANSWER_LOOK)) == [(old, True), (young, True)]
-    assert list(look(1.0 + ANSWER_LOOK)) == [(old, False), (young, False)]
+
+    def look(now: float) -> dict[int, bool]:
+        return {who: asks for who, asks, _ in scene.setups.look(now)}
+
+    assert look(0.875) == {old: False, young: False}
+    assert look(0.875 + ANSWER_LOOK) == {old: True, young: True}
+    assert look(1.0 + ANSWER_LOOK) == {old: False, young: False}
     third = scene.begin(1.5)
-    assert dict(look(0.875 + 2 * ANSWER_LOOK - 0.01))[third] is False
-    assert dict(look(0.875 + 2 * ANSWER_LOOK)) == {
+    assert look(0.875 + 2 * ANSWER_LOOK - 0.01)[third] is False
+    assert look(0.875 + 2 * ANSWER_LOOK) == {
         old: True,
         young: True,
         third: True,
     }
     fourth = scene.begin(3)
-    assert dict(look(0.9 + 3 * ANSWER_LOOK))[fourth] is False
+    assert look(0.9 + 3 * ANSWER_LOOK)[fourth] is False
+
+
+@pytest.mark.parametrize(
+    ("timeout", "age"), [(300.0, OVERTAKEN_AGE), (4.0, 4.0)]
+)
+def test_no_call_is_due_that_is_too_young_for_it(
+    timeout: float, age: float
+) -> None:
+    scene = Scene(timeout)
+    number = scene.begin(0)
+    assert scene.setups.look(age - ANSWER_LOOK) == [(number, True, False)]
+    assert scene.setups.look(age - 0.01) == [(number, False, False)]
+    assert scene.setups.look(age) == [(number, True, True)]
 
 
 def overtake(scene: Scene, target: str = "work", service: str = "s") -> None:

@@ -80,6 +80,8 @@ class Shell:
                     for route in ready
                     if route.backlog and not route.parked and self.admit(route)
                 ]
+                # A client that had gone has not used its turn.
+                self.next_turns()
 
     def admit(self, route: RouteOf) -> bool:
         """_admit(): whether there may be more to accept."""
@@ -100,7 +102,7 @@ class Shell:
         conn.call = Call(now, random=world.random)
         conn.by_pipes |= self.by_pipes
         self.opens(conn)
-        self.admission.begins(conn, now)
+        self.begins(conn)
         self.start(conn)
         if conn.gone:
             self.hung_up(conn)
@@ -110,6 +112,10 @@ class Shell:
         self.world.moves += 1
         self.ours.add(conn)
         self.admission.opens(conn, conn.route.target)
+
+    def begins(self, conn: Conn) -> None:
+        self.admission.begins(conn, self.world.now)
+        self.world.has_place(conn, self.admission)
 
     def count_others(self, now: float) -> bool:
         if not self.admission.count_is_due(now):
@@ -129,7 +135,7 @@ class Shell:
                 self.ready.append(who)
             else:
                 assert isinstance(who, Conn)
-                admission.begins(who, now)
+                self.begins(who)
                 self.woken.append(who)
 
     # ------------------------------------------------------------- connections
@@ -167,7 +173,7 @@ class Shell:
             self.admission.verdict(conn.route.target, now, opened=True)
             is Verdict.YES
         ):
-            self.admission.begins(conn, now)
+            self.begins(conn)
             self.has_place(conn)
         else:
             conn.place = WAITS
@@ -339,14 +345,13 @@ class Shell:
             return False
         now, setups = self.world.now, self.setups
         self.world.looks += len(setups._calls)
-        for conn, asks_dom0 in setups.look(now):
+        for conn, asks_dom0, may_be_due in setups.look(now):
             if conn.child.flag and self.look_if_established(conn):  # type: ignore[union-attr]  # it has one as long as it is here
                 self.setup_ends(conn)
                 continue
             if asks_dom0 and conn.child.answered:  # type: ignore[union-attr]  # likewise
                 conn.call.is_answered(now)
-            ending = setups.due(conn, now)
-            if ending is not None:
+            if may_be_due and (ending := setups.due(conn, now)) is not None:
                 self.interrupt(conn, ending)
         for one in self.admission.old(now):
             self.admission.gives_place_back(one)
@@ -370,6 +375,7 @@ class Shell:
         conn.call.adopt(self.world.now, age)
         self.alive += 1
         conn.place = STARTED
+        conn.prompts = 0
         conn.tended = False
         self.setups.begins(conn, conn.call, conn.route.target, "service")
         if not self.looks_often:

@@ -20,9 +20,12 @@ from typing import Any
 from qrexec_activate.forward.admission import (
     FIRST_PLACES,
     PLACE_AGE,
+    SLOW_AGE,
+    SLOW_PLACES,
+    Admission,
     Verdict,
 )
-from qrexec_activate.forward.call import PROMPT_AGE, RETRIES
+from qrexec_activate.forward.call import PROMPT_AGE, PROMPTS, RETRIES
 from qrexec_activate.forward.lifetime import STOP_PATIENCE, Stop
 from qrexec_activate.forward.outcome import Ending, Outcome
 from qrexec_activate.forward.setups import LOOK_INTERVAL
@@ -280,6 +283,17 @@ class Simulation:
         self.moves += 1
         self.flying.remove(conn)
 
+    def has_place(self, conn: Conn, admission: Admission) -> None:
+        """It has been given one."""
+        held = admission._by_target[conn.route.target]
+        hold(
+            len(held) <= SLOW_PLACES
+            or len(held) == len(admission._places)
+            or self.now - next(iter(held.values())) < SLOW_AGE,
+            "a slow qube takes what others need",
+            conn,
+        )
+
     def is_starved(self) -> bool:
         return (
             "starved" in self.scenario.faults
@@ -302,14 +316,15 @@ class Simulation:
             "two calls for one connection",
             conn,
         )
+        hold(conn.prompts < PROMPTS, "a person is asked too often", conn)
         qube, limits = conn.route.qube, self.scenario
         conn.child = child = Child(conn, self.now)
         self.children_of_this_daemon.add(child)
         qube.open += 1
         qube.started += 1
         self.alive += 1
-        if self.shell is not None:
-            self.shell.alive += 1
+        assert self.shell is not None
+        self.shell.alive += 1
         self.moves += 1
         hold(
             qube.open - qube.orphans <= limits.max_connections,
@@ -325,10 +340,13 @@ class Simulation:
         if kind == "silent" and rng() < 0.95:
             return
         if kind == "prompt":
-            conn.prompts += 1
             after += self.random.expovariate(0.3)
             if rng() < 0.3:
                 self.at(after, self.exits, child, 126)
+                return
+            if rng() < (0.9 if conn.prompts else 0.5):
+                # Allowed, and not set up: the person is asked again.
+                self.at(after, self.exits, child, 1)
                 return
             self.at(after, self.answers, child, 0)
             if rng() < 0.3:
@@ -365,6 +383,7 @@ class Simulation:
 
     def answers(self, child: Child, _: int) -> bool:
         child.answered = child.alive
+        child.answered_at = self.now
         if child.alive and not self.random.random() < 0.1:
             self.at(
                 self.random.random() * self.answer, self.establishes, child, 0
@@ -380,6 +399,8 @@ class Simulation:
         child.given = rng.random() < 0.5
         child.taken = rng.random() < 0.5
         conn.ran += 1
+        if child.answered_at is None:
+            child.answered_at = self.now
         conn.route.qube.started -= 1
         hold(conn.ran == 1, "a service runs twice", conn)
         life = rng.expovariate(1 / self.life)
@@ -429,6 +450,9 @@ class Simulation:
         conn, qube = child.conn, child.conn.route.qube
         child.alive = False
         child.code = code
+        answer = self.now if child.answered_at is None else child.answered_at
+        slow = answer - child.started_at >= PROMPT_AGE
+        conn.prompts = conn.prompts + 1 if slow else 0
         if conn.by_pipes and code >= 0:
             # Whoever is not killed makes its stdin blocking again.
             child.flag = False
@@ -678,6 +702,7 @@ class Simulation:
         admission = shell.admission
         if conn.place in (BACKLOG, OVER):
             hold(conn not in shell.ours, "still in a hand", conn)
+            hold(conn not in admission._waiting, "waits, and is over", conn)
             return
         if conn.place == LOOSE:
             hold(not shell.has_adopted, "left behind by the next daemon", conn)

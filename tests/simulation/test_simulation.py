@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qrexec_activate.forward import admission
+from qrexec_activate.forward import admission, call
 from qrexec_activate.forward.admission import Admission, Verdict
 from qrexec_activate.forward.call import Call
 from qrexec_activate.forward.lifetime import Idleness, Stop
@@ -73,8 +73,15 @@ def admits_all(patch: pytest.MonkeyPatch) -> None:
 
 
 def shares_all_places(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(admission, "FIRST_PLACES", 1)
     patch.setattr(admission, "SLOW_PLACES", 100)
+
+
+def asks_again_and_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(call, "PROMPTS", 100)
+
+
+def forgets_to_stop_waiting(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Admission, "waits_no_more", lambda *_: None)
 
 
 def never_gives_up(patch: pytest.MonkeyPatch) -> None:
@@ -177,6 +184,9 @@ def remembers_a_ceiling(patch: pytest.MonkeyPatch) -> None:
         (tries_what_has_run, "service has run"),
         (forgets_that_there_is_room, "a place is free"),
         (admits_all, "more"),
+        (shares_all_places, "takes what others need"),
+        (asks_again_and_again, "asked too often"),
+        (forgets_to_stop_waiting, "waits, and is over"),
         (never_gives_up, "hang"),
         (closes_twice, "the core counts others"),
         (takes_a_failure_for_everybodys, "its share|a place is free"),
@@ -186,7 +196,7 @@ def remembers_a_ceiling(patch: pytest.MonkeyPatch) -> None:
         (stops_too_late, "systemd kills"),
         (ends_while_it_is_busy, "ends with connections"),
         (tries_what_is_established, "service has run"),
-        (gives_no_place_back, "in begins|holds a place"),
+        (gives_no_place_back, "in _takes_place|holds a place"),
         (looks_at_no_bytes, "said to have run|service has run"),
         (gives_up_what_is_established, "has ended by itself"),
         (remembers_a_ceiling, "nothing is open"),

@@ -126,6 +126,7 @@ class Child:
     __slots__ = (
         "alive",
         "answered",
+        "answered_at",
         "code",
         "conn",
         "established",
@@ -143,6 +144,7 @@ class Child:
         self.started_at = now
         self.alive = True
         self.answered = False
+        self.answered_at: float | None = None
         #: O_NONBLOCK, as the daemon can see it.
         self.flag = False
         #: A service runs.
@@ -190,6 +192,7 @@ class Conn:
         self.sent = False
         self.tended = False
         self.ran = 0
+        #: Tries in a row that a person may have answered.
         self.prompts = 0
         #: Changes with whatever would make an event of before void.
         self.timer = 0
