@@ -418,6 +418,22 @@ def test_a_refusal_is_taken_for_full_only_so_long() -> None:
     assert door.verdict("work", 64 + FULL_PATIENCE) is Verdict.YES
 
 
+def test_who_waits_for_a_full_qube_is_asked_once_it_is_not_taken_for_full() -> (
+    None
+):
+    door = Door()
+    for _ in range(MANY_OPEN):
+        door.establish()
+    old = door.begin()
+    door.admission.gives_place_back(old)
+    for now in (0, 1, 3, 7, 15, 31):
+        assert refuse(door, now)
+    door.admission.waits("listener", "work")
+    assert list(door.admission.turns(FULL_PATIENCE)) == []
+    assert not door.admission.refused(old, FULL_PATIENCE)
+    assert list(door.admission.turns(FULL_PATIENCE)) == ["listener"]
+
+
 def test_another_call_that_is_established_shows_that_it_was_not_full() -> None:
     door = Door()
     for _ in range(MANY_OPEN):
@@ -464,7 +480,8 @@ def test_who_waits_goes_in_turn_as_far_as_there_is_room() -> None:
         assert who == calls.pop(0)
         door.admission.begins(who, 0)
     assert calls == [101]
-    door.admission.waits_no_more(101)
+    for _ in range(2):
+        door.admission.waits_no_more(101)
     door.admission.closes(100)
     assert list(door.admission.turns(0)) == []
     assert not door.admission.is_wanted
