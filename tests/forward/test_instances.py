@@ -21,6 +21,7 @@ from scenario import (
     refuses,
     says,
     until,
+    write_script,
 )
 
 
@@ -212,7 +213,7 @@ async def test_the_changes_of_one_prefix_leave_the_other_prefixes_alone(
     scene: Scene,
 ) -> None:
     script = scene.machine.add_qube("vault") / "rpc" / "qubes.ConnectUnix"
-    script.write_text("#!/bin/sh\nexec cat\n")
+    write_script(script, "#!/bin/sh\nexec cat\n")
     path = str(scene.machine.runtime / "notes")
     scene.drop_in("vault", path, unit="qrexec-connect-unix@notes.socket")
     await scene.start("qrexec-connect-unix@notes.socket")
@@ -232,8 +233,9 @@ async def test_a_bind_address_reaches_the_service_side_as_port_and_address(
     """The third prefix: the instance is PORT-ADDRESS, and a dash in it stays a
     dash."""
     script = scene.machine.add_qube("nas") / "rpc" / "qubes.ConnectTCPBind"
-    script.write_text(
-        '#!/bin/sh\ncat >/dev/null\nprintf %s "$QREXEC_SERVICE_ARGUMENT"\n'
+    write_script(
+        script,
+        '#!/bin/sh\ncat >/dev/null\nprintf %s "$QREXEC_SERVICE_ARGUMENT"\n',
     )
     address = scene.address()
     six = scene.address()
