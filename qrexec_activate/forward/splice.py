@@ -238,10 +238,12 @@ async def _move(
 def _drop_urgent(sock: socket.socket) -> None:
     """Leave out what a client has sent out of band, as read(2) does:
     splice(2) comes to such a byte and never goes on."""
-    if any(fcntl.ioctl(sock, _SIOCATMARK, bytes(4))):
-        # In line, a read takes that byte and no other.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        sock.recv(1)
+    # Multipath TCP has no such bytes, and no such question.
+    with contextlib.suppress(OSError):
+        if any(fcntl.ioctl(sock, _SIOCATMARK, bytes(4))):
+            # In line, a read takes that byte and no other.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            sock.recv(1)
 
 
 def unread(fd: int) -> int:
