@@ -18,8 +18,6 @@ from scenario import (
     Scene,
     ask,
     connect,
-    echo,
-    echoes,
     free_port,
     is_reset,
     measured,
@@ -52,29 +50,6 @@ async def test_tcp4_tcp6_unix_and_abstract_listeners_are_served(
     for name, address in addresses.items():
         assert await ask(address) == name
     assert len(scene.lines("serving")) == 4
-
-
-@pytest.mark.parametrize("relay", ["hand-over", "splice"])
-async def test_a_client_by_multipath_tcp_is_served(
-    scene: Scene, relay: str
-) -> None:
-    try:
-        sock = trio.socket.socket(
-            socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP
-        )
-    except OSError as error:
-        pytest.skip(f"this kernel has no multipath TCP: {error}")
-    scene.options(RELAY=relay)
-    address = scene.address()
-    await scene.qube("work", echo)
-    scene.drop_in("work", address)
-    scene.write("mptcp", "[Socket]", "SocketProtocol=mptcp")
-    await scene.start()
-    await sock.connect(address)
-    async with trio.SocketStream(sock) as stream:
-        assert await echoes(stream)
-        await stream.send_eof()
-        assert await receive_all(stream) == b""
 
 
 async def test_a_bare_port_is_every_address(scene: Scene) -> None:

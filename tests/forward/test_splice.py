@@ -59,6 +59,28 @@ async def test_the_end_of_the_input_waits_until_the_call_is_established(
     os.close(child)
 
 
+async def test_what_comes_by_multipath_tcp_is_moved() -> None:
+    """systemd listens for it from 257 on. It has no urgent bytes."""
+    kind = socket.SOCK_STREAM, socket.IPPROTO_MPTCP
+    try:
+        listener = socket.socket(socket.AF_INET, *kind)
+    except OSError as error:
+        pytest.skip(f"this kernel has no multipath TCP: {error}")
+    with listener, socket.socket(socket.AF_INET, *kind) as client:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        client.connect(listener.getsockname())
+        ours, _ = listener.accept()
+        ours.setblocking(False)
+        splice = Splice(ours)
+        client.sendall(b"all there is")
+        client.shutdown(socket.SHUT_WR)
+        with ours, trio.fail_after(60):
+            await splice.pump_up()
+            assert os.read(splice.child_ends[0], 100) == b"all there is"
+            splice.close()
+
+
 async def test_what_the_child_has_yet_to_read_is_known_after_the_end(
     pair: tuple[socket.socket, Splice],
 ) -> None:
