@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ManagerError
@@ -50,23 +49,18 @@ class _Get:
         self._path, self._interface, self._name = wanted
 
     def serialise(self, serial: int) -> bytes:
-        fields = _get_fields(self._path)
-        body = _get_body(self._interface, self._name)
+        body = _aligned(_wire_string(self._interface), 4) + _wire_string(
+            self._name
+        )
+        fields = _GET_FIELDS + b"\1\1o\0" + _wire_string(self._path)
         return (
-            _GET_HEADER.pack(b"l", 1, 0, 1, len(body), serial, len(fields))
-            + _aligned(fields, 8)
+            _aligned(
+                _GET_HEADER.pack(b"l", 1, 0, 1, len(body), serial, len(fields))
+                + fields,
+                8,
+            )
             + body
         )
-
-
-@lru_cache(maxsize=16)
-def _get_fields(path: str) -> bytes:
-    return _GET_FIELDS + b"\1\1o\0" + _wire_string(path)
-
-
-@lru_cache(maxsize=64)
-def _get_body(interface: str, name: str) -> bytes:
-    return _aligned(_wire_string(interface), 4) + _wire_string(name)
 
 
 def _wire_string(text: str) -> bytes:
@@ -78,142 +72,24 @@ def _aligned(data: bytes, to: int) -> bytes:
     return data + bytes(-len(data) % to)
 
 
-#: Byte order, method call, flags, version of the protocol; length of the body,
-#: serial, length of the header's fields.
-_GET_HEADER = struct.Struct("<cBBBIII")
-#: Interface, member, destination and signature of the body, which are the same
-#: for all; each begins at 8 bytes.
-_GET_FIELDS = b"".join(
-    _aligned(bytes([code]) + value, 8)
-    for code, value in (
-        (2, b"\1s\0" + _wire_string("org.freedesktop.DBus.Properties")),
-        (3, b"\1s\0" + _wire_string("Get")),
-        (6, b"\1s\0" + _wire_string("org.freedesktop.systemd1")),
-        (8, b"\1g\0\2ss\0"),
-    )
-)
-
-#: Reads a value that begins at a place in a message, or behind it where its
-#: type has to be aligned; also tells where it ends.
-Reader = Callable[[bytes, int], tuple[Any, int]]
-#: Types of a fixed size, as struct calls them.
-_FIXED = dict(zip("ybnqiuxtd", "BIhHiIqQd", strict=True))
-
-
-@lru_cache(maxsize=64)
-def _readers(signature: str, order: str) -> Sequence[Reader]:
-    """Readers of the types of a signature, one after the other, of a message
-    whose bytes are in this order. jeepney needs ten times as long."""
-    left = iter(signature)
-    return [_reader(letter, left, order)[0] for letter in left]
-
-
-def _reader(letter: str, left: Iterator[str], order: str) -> tuple[Reader, int]:
-    """A reader of the type that begins with this letter, the rest of which is
-    taken from what is left; and what its values are aligned to."""
-    if letter in "so":
-        return _text_reader(order), 4
-    if letter == "g":
-        return _signature, 1
-    if letter == "v":
-        return partial(_variant, order), 1
-    if letter == "a":
-        return _array_reader(*_reader(next(left), left, order), order), 4
-    if letter == "(":
-        rest = iter(partial(next, left), ")")
-        return _struct_reader([_reader(one, left, order)[0] for one in rest]), 8
-    fixed = struct.Struct(order + _FIXED[letter])
-
-    def read(message: bytes, at: int) -> tuple[Any, int]:
-        at += -at % fixed.size
-        (value,) = fixed.unpack_from(message, at)
-        return bool(value) if letter == "b" else value, at + fixed.size
-
-    return read, fixed.size
-
-
-def _text_reader(order: str) -> Reader:
-    length_at = struct.Struct(f"{order}I").unpack_from
-
-    def read(message: bytes, at: int) -> tuple[str, int]:
-        at += -at % 4
-        (length,) = length_at(message, at)
-        end = at + 4 + length
-        if message[end]:
-            raise ValueError("a text in a message does not end")
-        return message[at + 4 : end].decode(), end + 1
-
-    return read
-
-
-def _signature(message: bytes, at: int) -> tuple[str, int]:
-    end = at + 1 + message[at]
-    return message[at + 1 : end].decode("ascii"), end + 1
-
-
-def _variant(order: str, message: bytes, at: int) -> tuple[Any, int]:
-    signature, at = _signature(message, at)
-    (reader,) = _readers(signature, order)
-    value, at = reader(message, at)
-    return (signature, value), at
-
-
-def _array_reader(read_one: Reader, alignment: int, order: str) -> Reader:
-    length_at = struct.Struct(f"{order}I").unpack_from
-
-    def read(message: bytes, at: int) -> tuple[list[Any], int]:
-        at += -at % 4
-        (length,) = length_at(message, at)
-        at += 4
-        at += -at % alignment
-        end = at + length
-        found = []
-        while at < end:
-            one, at = read_one(message, at)
-            found.append(one)
-        return found, at
-
-    return read
-
-
-def _struct_reader(members: Sequence[Reader]) -> Reader:
-    if not members:
-        raise ValueError("a struct in a message is empty")
-
-    def read(message: bytes, at: int) -> tuple[tuple[Any, ...], int]:
-        at += -at % 8
-        values = []
-        for member in members:
-            value, at = member(message, at)
-            values.append(value)
-        return tuple(values), at
-
-    return read
-
-
-#: The order of a message's bytes, as struct has it, by its first byte.
-_ORDERS = {ord("l"): "<", ord("B"): ">"}
-#: How long the body and the header's fields are, in its first 16 bytes.
-_LENGTHS = {first: struct.Struct(f"{o}I4xI") for first, o in _ORDERS.items()}
-_NUMBERS = {first: struct.Struct(f"{o}I") for first, o in _ORDERS.items()}
-#: Types of messages, and codes of header fields.
-_RETURN, _ERROR = 2, 3
-_ERROR_NAME, _REPLY_SERIAL, _SIGNATURE = 4, 5, 8
-
-
 def _message_size(start: bytearray) -> int:
     """How long a message is, from its first 16 bytes."""
-    body, fields = _LENGTHS[start[0]].unpack_from(start, 4)
+    body, _, fields = struct.unpack_from(f"{_order(start)}III", start, 4)
     return int(16 + fields + -fields % 8 + body)
 
 
-def _header_fields(message: bytes) -> dict[int, Any]:
+def _order(message: bytes | bytearray) -> str:
+    """The order of a message's bytes, as struct has it."""
+    return {ord("l"): "<", ord("B"): ">"}[message[0]]
+
+
+def _header_fields(message: bytes, order: str) -> dict[int, Any]:
     """Read the fields of a message's header: numbers, and texts as bytes.
 
     A field is its code, its type as a signature of one letter, and its value;
-    each begins at 8 bytes. A reader of any type needs twice as long.
+    each begins at 8 bytes. jeepney needs five times as long.
     """
-    number = _NUMBERS[message[0]]
+    number = struct.Struct(f"{order}I")
     fields: dict[int, Any] = {}
     at, end = 16, 16 + number.unpack_from(message, 12)[0]
     while at < end:
@@ -233,14 +109,23 @@ def _header_fields(message: bytes) -> dict[int, Any]:
     return fields
 
 
-def _body(message: bytes, signature: str) -> tuple[Any, ...]:
-    (length,) = _NUMBERS[message[0]].unpack_from(message, 4)
-    at = len(message) - length
-    body = []
-    for reader in _readers(signature, _ORDERS[message[0]]):
-        value, at = reader(message, at)
-        body.append(value)
-    return tuple(body)
+#: Types of messages, and codes of header fields.
+_RETURN, _ERROR = 2, 3
+_ERROR_NAME, _REPLY_SERIAL, _SIGNATURE = 4, 5, 8
+#: Byte order, method call, flags, version of the protocol; length of the body,
+#: serial, length of the header's fields.
+_GET_HEADER = struct.Struct("<cBBBIII")
+#: Interface, member, destination and signature of the body, which are the same
+#: for all; each begins at 8 bytes.
+_GET_FIELDS = b"".join(
+    _aligned(bytes([code]) + value, 8)
+    for code, value in (
+        (2, b"\1s\0" + _wire_string("org.freedesktop.DBus.Properties")),
+        (3, b"\1s\0" + _wire_string("Get")),
+        (6, b"\1s\0" + _wire_string("org.freedesktop.systemd1")),
+        (8, b"\1g\0\2ss\0"),
+    )
+)
 
 
 class Manager(manager.Manager):
@@ -258,6 +143,8 @@ class Manager(manager.Manager):
     def __init__(self, connection: socket.socket, user: bool) -> None:
         super().__init__(connection, user)
         self._waiting = bytearray()
+        #: Signature → jeepney's reader of such bodies.
+        self._readers: dict[str, Any] = {}
 
     def _get(self, wanted: Property) -> Any:
         return _Get(wanted)
@@ -267,24 +154,40 @@ class Manager(manager.Manager):
         None for an error."""
         while True:
             message = self._next_bytes()
+            order = _order(message)
+            fields = _header_fields(message, order)
             # Others may claim to be replies, as in manager.py.
             if message[1] not in (_RETURN, _ERROR):
                 continue
-            fields = _header_fields(message)
             signature = str(fields.get(_SIGNATURE, b""), "ascii")
             serial = fields.get(_REPLY_SERIAL, 0)
-            body = _body(message, signature)
+            body = self._body(message, order, signature)
             if message[1] == _RETURN:
                 return serial, body
-            raise_if_lost(str(fields.get(_ERROR_NAME, b""), "ascii"), body)
+            name = str(fields.get(_ERROR_NAME, b""), "ascii")
+            raise_if_lost(name, body)
             return serial, None
+
+    def _body(
+        self, message: bytes, order: str, signature: str
+    ) -> tuple[Any, ...]:
+        from jeepney.low_level import Endianness, parse_signature
+
+        if not signature:
+            return ()
+        if (reader := self._readers.get(signature)) is None:
+            reader = parse_signature([*"(", *signature, *")"])
+            self._readers[signature] = reader
+        (length,) = struct.unpack_from(f"{order}I", message, 4)
+        ends = Endianness.little if order == "<" else Endianness.big
+        body, _ = reader.parse_data(message, len(message) - length, ends)
+        return tuple(body)
 
     def _next_bytes(self) -> bytes:
         waiting = self._waiting
-        while len(waiting) < 16 or len(waiting) < (
-            size := _message_size(waiting)
-        ):
+        while len(waiting) < 16 or len(waiting) < _message_size(waiting):
             waiting += self._more()
+        size = _message_size(waiting)
         message = bytes(waiting[:size])
         del waiting[:size]
         return message

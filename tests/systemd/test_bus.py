@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -498,22 +497,6 @@ def test_questions_are_written_as_jeepney_would_write_them() -> None:
         assert call.header.message_type is MessageType.method_call
 
 
-BODIES: dict[str, tuple[Any, ...]] = {
-    "s": ("x",),
-    "as": (["x", "yy", ""],),
-    "v": (("s", "spät"),),
-    "a(ss)": ([("x", "y"), ("", "zz")],),
-    "t": (7,),
-    "asb": (["x", "yy"], True),
-    "ao": ([],),
-    "yat": (1, []),
-    "ybnqiuxtdgo": (1, False, -2, 3, -4, 5, -6, 7, 8.5, "as", "/x"),
-    "aasay": ([["x"], []], [1, 2]),
-    "a(sasbttttuii)": ([("/x", ["a", "b"], True, 1, 2, 3, 4, 5, -6, 7)],),
-    "yv(y(tv))": (1, ("v", ("a(y)", [(1,), (2,)])), (2, (3, ("b", True)))),
-}
-
-
 @given(
     st.sampled_from(list(Endianness)),
     st.dictionaries(
@@ -528,7 +511,7 @@ BODIES: dict[str, tuple[Any, ...]] = {
         ),
         st.text("ab.:", max_size=9),
     ),
-    st.sampled_from(["", *BODIES]),
+    st.sampled_from(["", "s", "as", "v", "a(ss)", "t", "asb"]),
     st.integers(1, 7),
 )
 @settings(deadline=None)
@@ -538,7 +521,9 @@ def test_answers_are_read_as_jeepney_would_read_them(
     signature: str,
     pieces: int,
 ) -> None:
-    body = BODIES[signature] if signature else ()
+    contents = {**CONTENTS, "": None, "asb": (["x", "yy"], True)}
+    content = contents[signature]
+    body = content if signature == "asb" else (content,) if signature else ()
 
     def answer(call: Message) -> list[Message | bytes]:
         fields: dict[HeaderFields, Any] = dict(texts)
@@ -551,8 +536,7 @@ def test_answers_are_read_as_jeepney_would_read_them(
             endianness, MessageType.method_return, 0, 1, 0, 0, fields
         )
         raw = Message(header, body).serialise(serial=9)
-        # Bytes in a row are those of a text to jeepney.
-        assert signature == "aasay" or Parser().feed(raw)[0].body == body
+        assert Parser().feed(raw)[0].body == body
         sent.append(raw)
         return []
 
@@ -569,38 +553,8 @@ def test_answers_are_read_as_jeepney_would_read_them(
         raw = sent[0] * 2
         for start in range(0, len(raw), -(-len(raw) // pieces)):
             theirs.sendall(raw[start : start + -(-len(raw) // pieces)])
-        for _ in range(2):
-            serial, found = manager._receive()
-            assert serial == 77
-            assert found is not None
-            assert [
-                list(one) if isinstance(one, bytes) else one for one in found
-            ] == list(body)
-
-
-@pytest.mark.parametrize(
-    ("signature", "body"),
-    [
-        ("s", b"\1\0\0\0xy"),
-        ("s", b"\7\0\0\0x\0"),
-        ("a()", b"\4\0\0\0\0\0\0\0\0\0\0\0"),
-        ("a", b"\4\0\0\0\0\0\0\0"),
-        ("z", b"\0"),
-        ("v", b"\2ss\0\0\0\0\0\0\0\0\0\0"),
-    ],
-)
-def test_an_answer_that_does_not_hold_what_it_says_is_an_error(
-    signature: str, body: bytes
-) -> None:
-    fields = b"\5\1u\0\1\0\0\0\x08\1g\0" + bytes([len(signature)])
-    fields += signature.encode() + b"\0"
-    raw = b"l\2\0\1" + struct.pack("<III", len(body), 9, len(fields))
-    raw += fields + bytes(-len(fields) % 8) + body
-    with (
-        bus(lambda call: [raw], units.Manager) as manager,
-        pytest.raises(ManagerError, match="did not answer"),
-    ):
-        manager.reset_start_limit(DAEMON)
+        assert manager._receive() == (77, body)
+        assert manager._receive() == (77, body)
 
 
 def test_a_bus_that_never_answers_is_given_up() -> None:
