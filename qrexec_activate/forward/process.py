@@ -36,7 +36,7 @@ def leave_caretaker() -> None:
             sys.orig_argv[0],
             sys.orig_argv,
             {**environment, CARETAKER: str(os.getpid())},
-            setsid=True,
+            setpgroup=0,
             setsigmask=(),
         )
 

@@ -28,12 +28,10 @@ AT_ONCE = 4
 #: As os.posix_spawnp() takes it: POSIX_SPAWN_DUP2 or POSIX_SPAWN_OPEN.
 FileAction: TypeAlias = tuple[int, ...] | tuple[int, int, str, int, int]
 
-# Both ways do the same. A session of its own: Ctrl-C at a terminal stops the
-# daemon, not the connections, and its end does not end a program that is just
-# stopped (the kernel hangs up on a group whose session has lost its parent).
-# Python ignores these two signals, and an ignored signal stays ignored in a
-# child.
-_BLOCKED, _DEFAULT = (), (signal.SIGPIPE, signal.SIGXFSZ)
+# Both ways do the same. A group of its own: Ctrl-C at a terminal stops the
+# daemon, not the connections. Python ignores these two signals, and an ignored
+# signal stays ignored in a child.
+_GROUP, _BLOCKED, _DEFAULT = 0, (), (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def alone(
@@ -48,7 +46,7 @@ def alone(
         argv,
         environment,
         file_actions=actions,
-        setsid=True,
+        setpgroup=_GROUP,
         setsigmask=_BLOCKED,
         setsigdef=_DEFAULT,
     )
@@ -60,7 +58,7 @@ _FREE, _LOCKED = ctypes.CDLL(None), ctypes.PyDLL(None)
 #: More than any libc has in its types for these (glibc 2.36: 336, 80 and 128).
 _ROOM = 1024
 #: In spawn.h of every libc for Linux.
-_SETSIGDEF, _SETSIGMASK, _SETSID = 0x04, 0x08, 0x80
+_SETPGROUP, _SETSIGDEF, _SETSIGMASK = 0x02, 0x04, 0x08
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -79,9 +77,10 @@ def _signals(numbers: Iterable[int]) -> ctypes.Array[ctypes.c_char]:
 def _attributes() -> ctypes.Array[ctypes.c_char]:
     made = ctypes.create_string_buffer(_ROOM)
     _call("posix_spawnattr_init", made)
+    _call("posix_spawnattr_setpgroup", made, _GROUP)
     _call("posix_spawnattr_setsigmask", made, _signals(_BLOCKED))
     _call("posix_spawnattr_setsigdefault", made, _signals(_DEFAULT))
-    flags = ctypes.c_short(_SETSIGDEF | _SETSIGMASK | _SETSID)
+    flags = ctypes.c_short(_SETPGROUP | _SETSIGDEF | _SETSIGMASK)
     _call("posix_spawnattr_setflags", made, flags)
     return made
 

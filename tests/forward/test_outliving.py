@@ -47,23 +47,6 @@ async def open_many(
     return streams
 
 
-@pytest.mark.parametrize("end", ["stop", "kill --kill-whom=main -s KILL"])
-async def test_the_end_of_the_daemon_does_not_end_what_is_just_stopped(
-    scene: Scene, end: str
-) -> None:
-    """As a debugger does, or a person by Ctrl-Z. The kernel sends SIGHUP to
-    stopped processes whose parent's end leaves their group without one in their
-    session."""
-    address = await scene.route(echo)
-    async with await connect(address) as stream:
-        assert await echoes(stream)
-        (pid,) = scene.clients()
-        os.kill(pid, signal.SIGSTOP)
-        await scene.systemctl(*end.split(), SERVICE)
-        os.kill(pid, signal.SIGCONT)
-        assert await echoes(stream)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["stop", "restart", "SIGKILL"])
 async def test_a_hundred_connections_do_not_notice_the_end_of_the_daemon(
