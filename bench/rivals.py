@@ -69,10 +69,13 @@ DROP_IN = """\
 ListenStream={host}:{port}
 FileDescriptorName={target}
 """
-#: More are held open for the sake of their memory than a qube's agent takes.
-SERVICE_DROP_IN = """\
+RELAY_DROP_IN = """\
 [Service]
 Environment=QREXEC_ACTIVATE_RELAY={relay}
+"""
+#: More are held open for the sake of their memory than a qube's agent takes.
+LIMITS_DROP_IN = """\
+[Service]
 Environment=QREXEC_ACTIVATE_MAX_CONNECTIONS=2000
 Environment=QREXEC_ACTIVATE_MAX_TOTAL=2000
 """
@@ -267,11 +270,11 @@ def _ours(
     machine: Machine, relay: str, prefix: str, target: str | None
 ) -> Rival:
     copy_units(machine, prefix)
-    # As it ships, it hands over where it can.
-    how = "splice" if relay == "splice" else "auto"
-    machine.write_drop_in(
-        f"{prefix}.service", "options", SERVICE_DROP_IN.format(relay=how)
-    )
+    machine.write_drop_in(f"{prefix}.service", "limits", LIMITS_DROP_IN)
+    if prefix != PREFIX:
+        machine.write_drop_in(
+            f"{prefix}.service", "relay", RELAY_DROP_IN.format(relay=relay)
+        )
     targets = (
         [target] if target else [f"qube-{number}" for number in range(TARGETS)]
     )
