@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from desk import PATIENCE, Desk
@@ -541,48 +541,54 @@ def test_who_has_no_unit_has_no_log_here(desk: Desk) -> None:
         desk.run("unpublish", "by-hand")
 
 
+@contextlib.contextmanager
+def going_on(
+    desk: Desk, *arguments: str
+) -> Iterator[tuple[IO[str], Callable[[], str]]]:
+    """What a command shows that goes on until Ctrl-C; and how to press that,
+    which ends it well and returns what it shows last."""
+    with subprocess.Popen(
+        desk.argv(*arguments),
+        env=desk.machine.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        shown = process.stdout
+        assert shown is not None
+
+        def end() -> str:
+            process.send_signal(signal.SIGINT)
+            rest = shown.read()
+            assert process.wait(PATIENCE) == 0
+            return rest
+
+        try:
+            yield shown, end
+        finally:
+            process.kill()
+
+
 def test_the_log_is_followed(desk: Desk) -> None:
     with connection(desk):
         pass
-    logged(desk, desk.labelled("work"))
-    with subprocess.Popen(
-        desk.argv("logs", "-f", desk.labelled("work")),
-        env=desk.machine.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert "work" in process.stdout.readline()
-            with connection(desk):
-                pass
-            assert "work" in process.stdout.readline()
-            process.send_signal(signal.SIGINT)
-            assert process.stdout.read() == ""
-            assert process.wait(PATIENCE) == 0
-        finally:
-            process.kill()
+    unit = desk.labelled("work")
+    logged(desk, unit)
+    with going_on(desk, "logs", "-f", unit) as (shown, end):
+        assert "work" in shown.readline()
+        with connection(desk):
+            pass
+        assert "work" in shown.readline()
+        assert end() == ""
 
 
 def test_watching_into_a_pipe_goes_on_until_ctrl_c(desk: Desk) -> None:
-    with subprocess.Popen(
-        desk.argv("status", "--watch", "--interval", "0.3"),
-        env=desk.machine.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            for line in ("LISTENER", "LISTENER"):
-                while not process.stdout.readline().startswith(line):
-                    assert process.poll() is None
-            process.send_signal(signal.SIGINT)
-            assert "Aborted" not in process.stdout.read()
-            assert process.wait(PATIENCE) == 0
-        finally:
-            process.kill()
+    watch = ("status", "--watch", "--interval", "0.3")
+    with going_on(desk, *watch) as (shown, end):
+        for line in ("LISTENER", "LISTENER"):
+            while not (shows := shown.readline()).startswith(line):
+                assert shows, "it has ended"
+        assert "Aborted" not in end()
 
 
 def test_watching_takes_the_screen_shows_what_comes_and_gives_it_back(
