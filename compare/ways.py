@@ -63,7 +63,10 @@ def written(address: Address) -> str:
 
 
 class Way:
-    """One way; all that it opens is gone after clean_up()."""
+    """One way; all that it opens is gone after clean_up().
+
+    What only raises NotImplementedError is each way's own to say.
+    """
 
     #: Whether its connections become calls, which policy and qrexec decide
     #: about.

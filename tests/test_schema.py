@@ -36,7 +36,7 @@ def test_what_differs_is_seen(
     change: dict[str, Any], problem: str | None
 ) -> None:
     value = copy.deepcopy(CHECK)
-    value["steps"][0].update(change)  # type: ignore[attr-defined]
+    value["steps"][0].update(change)  # type: ignore[attr-defined]  # it is JSON
     found = problems(value, "check")
     assert len(found) == (problem is not None)
     assert not found or found[0].startswith(str(problem))

@@ -53,7 +53,7 @@ async def talk(
 ) -> str:
     """Let a client with this plan meet the service of this qube, with no daemon
     in between."""
-    soak = harness.Soak(None, table, random.Random(1), "auto")  # type: ignore[arg-type]
+    soak = harness.Soak(None, table, random.Random(1), "auto")  # type: ignore[arg-type]  # no machine is asked
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener, trio.open_nursery() as nursery:
         nursery.start_soon(

@@ -1000,7 +1000,7 @@ async def test_what_an_earlier_daemon_left_counts_before_it_is_adopted(
     async with await stage.connect():
         nursery.start_soon(stage.run)
         await stage.recorded("watching over 2 connections")
-        stage.daemon._census.count = 0  # type: ignore[attr-defined]
+        stage.daemon._census.count = 0  # type: ignore[attr-defined]  # it is an Others
         await trio.sleep(5)
         assert not stage.client.started
         os.kill(pids[0], signal.SIGKILL)
@@ -1120,7 +1120,7 @@ class Fussy:
 def make_fussy(stage: Stage, number: int, times: int) -> Fussy:
     (listener,) = stage.daemon._listeners.values()
     fussy = Fussy(listener.sock, number, times)
-    listener.sock = fussy  # type: ignore[assignment]
+    listener.sock = fussy  # type: ignore[assignment]  # as much of a socket as is used
     return fussy
 
 
@@ -1238,7 +1238,7 @@ async def test_a_listener_is_served_once_there_is_room_to_watch_it(
         stage = Stage(Settings())
     full = stage.daemon._ready
     assert isinstance(full, Full)
-    stage.daemon._watch._epoll.is_full = False  # type: ignore[attr-defined]
+    stage.daemon._watch._epoll.is_full = False  # type: ignore[attr-defined]  # it is a pretend one
     nursery.start_soon(stage.run)
     stream = await stage.connect()
     await trio.sleep(5)

@@ -192,7 +192,7 @@ class Kernel:
         assert gate._diag is not None
         self._socket = gate._diag._socket
         self._change = change
-        gate._diag._socket = self  # type: ignore[assignment]
+        gate._diag._socket = self  # type: ignore[assignment]  # as much of a socket as is used
 
     def recvfrom(self, size: int) -> tuple[bytes, tuple[int, int]]:
         answer, (port, groups) = self._socket.recvfrom(size)
@@ -302,7 +302,7 @@ def test_what_others_can_reach_is_told(
     family: int, address: object, warned: str
 ) -> None:
     with socket.socket(family) as sock:
-        sock.bind(address)  # type: ignore[arg-type]
+        sock.bind(address)  # type: ignore[arg-type]  # of any family
         said = exposure(sock)
         assert warned in said
         assert bool(said) == bool(warned)

@@ -145,7 +145,7 @@ async def test_sixty_four_mebibytes_go_both_ways_at_once_unharmed(
     async def keep(
         name: str, work: Callable[..., object], *arguments: object
     ) -> None:
-        hashes[name] = await work(*arguments)  # type: ignore[misc]
+        hashes[name] = await work(*arguments)  # type: ignore[misc]  # each with arguments of its own
 
     # qubes.ConnectTCP ends when the service half-closes, and what the client
     # still sends is lost: so a plain service.

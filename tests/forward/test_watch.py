@@ -74,7 +74,7 @@ async def test_a_watch_that_cannot_be_ended_harms_no_other() -> None:
         unregister = staticmethod(refused)
         fileno, poll, close = epoll.fileno, epoll.poll, epoll.close
 
-    watch._epoll = Refusing()  # type: ignore[assignment]
+    watch._epoll = Refusing()  # type: ignore[assignment]  # as much of an epoll as is used
     watch.forget(readers[0])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch.run)

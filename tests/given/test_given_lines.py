@@ -30,7 +30,7 @@ def routes(
 
 
 def shown(*args: object, **options: object) -> list[tuple[str, str, str]]:
-    given, bad = routes(*args, **options)  # type: ignore[arg-type]
+    given, bad = routes(*args, **options)  # type: ignore[arg-type]  # any of its options
     assert bad == []
     return [(one.unit, one.address.written, one.target) for one in given]
 

@@ -679,7 +679,7 @@ def test_files_at_random_are_read_as_systemd_reads_them(
 def bind(family: int, address: object) -> socket.socket | None:
     try:
         listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.bind(address)  # type: ignore[arg-type]
+        listener.bind(address)  # type: ignore[arg-type]  # of any family
         listener.listen()
     except OSError:
         return None

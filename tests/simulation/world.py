@@ -184,7 +184,7 @@ class Conn:
         self.arrived = arrived
         self.ahead = ahead
         self.place = BACKLOG
-        self.call: Call = None  # type: ignore[assignment]
+        self.call: Call = None  # type: ignore[assignment]  # set before anybody looks
         self.child: Child | None = None
         self.by_pipes = False
         self.gone = False

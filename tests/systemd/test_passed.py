@@ -36,7 +36,7 @@ def listener(
     family: int, address: object, kind: int = socket.SOCK_STREAM
 ) -> socket.socket:
     sock = socket.socket(family, kind)
-    sock.bind(address)  # type: ignore[arg-type]
+    sock.bind(address)  # type: ignore[arg-type]  # of any family
     if kind != socket.SOCK_DGRAM:
         sock.listen()
     return sock
