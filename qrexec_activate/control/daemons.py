@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -149,9 +150,10 @@ def is_mask(path: str) -> bool:
     """Whether a unit file is a link to /dev/null, or empty, which systemd takes
     for a unit that must not be."""
     try:
-        return not os.path.isdir(path) and os.stat(path).st_size == 0
+        found = os.stat(path)
     except OSError:
         return False
+    return found.st_size == 0 and not stat.S_ISDIR(found.st_mode)
 
 
 def read_file(path: str) -> SourceFile:
