@@ -58,6 +58,9 @@ HANG_UP_GRACE = 2.0
 #: which is what it does where the service sends on and on.
 STALL_GRACE = 10.0
 BUSY = 0.05
+#: Once it has read them all, no more than half of this is still behind it, in
+#: the vchan and the buffers at its other end, and is lost with it.
+BEHIND, PAGE = 1 << 19, 1 << 12
 #: At a stop of the daemon, a spliced one has so long between the two.
 STOP_GRACE = 0.2
 #: A spliced connection is half-closed so long after the output of
@@ -306,6 +309,22 @@ class LastBytes:
     #: When the last of them moved, and the seconds of CPU used by then.
     since: float
     used: float
+    #: How many they were when it went, and when that was.
+    first: int = field(init=False)
+    gone: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first, self.gone = self.left, self.since
+
+    def _grace(self) -> float:
+        """How long it has at least since the last of them moved."""
+        if self.left:
+            return STALL_GRACE
+        took = self.since - self.gone
+        if took < HANG_UP_GRACE:
+            return HANG_UP_GRACE
+        # A slow service is as slow with what is behind. A page moves as one.
+        return max(HANG_UP_GRACE, took * BEHIND / max(self.first, PAGE))
 
     def are_over(self, left: int, now: float, used: float) -> bool:
         """Whether it is of no use to wait any longer."""
@@ -314,7 +333,7 @@ class LastBytes:
             self.since, self.used = now, used
             return False
         waited = now - self.since
-        if waited < (STALL_GRACE if left else HANG_UP_GRACE):
+        if waited < self._grace():
             return False
         if not left or used - self.used >= BUSY * waited:
             return True

@@ -45,7 +45,7 @@ from .watch import readable
 if TYPE_CHECKING:
     from .daemon import Daemon
 
-__all__ = ["STARVED_DELAY", "Connection", "reset", "start"]
+__all__ = ["STARVED_DELAY", "Connection", "end", "reset", "start"]
 
 #: While the machine is short of descriptors, memory or processes, what has
 #: failed is tried again after so many seconds.
@@ -54,6 +54,26 @@ STARVED_DELAY = 0.25
 HANG_UP_LOOK = 0.25
 #: How often the farewell looks whether everything has arrived.
 FAREWELL_LOOK = 0.05
+
+
+async def end(child: Child, ending: Ending, left: Callable[[], int]) -> bool:
+    """End a qrexec-client-vm that is of no use any more; whether it did so by
+    itself. `left`: how many bytes of its client it has yet to read."""
+    if ending is Ending.CLIENT_GONE:
+        last = LastBytes(left(), trio.current_time(), child.cpu_time())
+        over = False
+        while not over:
+            with trio.move_on_after(HANG_UP_LOOK):
+                await child.ended()
+                return True
+            now, used = trio.current_time(), child.cpu_time()
+            over = last.are_over(left(), now, used)
+    for number, grace in signals(ending):
+        child.signal(number)
+        with trio.move_on_after(grace):
+            await child.ended()
+            break
+    return False
 
 
 def reset(sock: socket.socket) -> None:
@@ -464,28 +484,10 @@ class Connection:
     async def _end(self, child: Child, ending: Ending) -> Ending:
         """End a qrexec-client-vm that is of no use any more, and tell whether
         it did so by itself."""
-        if ending is Ending.CLIENT_GONE and await self._last_bytes(child):
+        if await end(child, ending, self._unread):
             self.look_if_established()
             return self.call.ended_by_itself()
-        for number, grace in signals(ending):
-            child.signal(number)
-            with trio.move_on_after(grace):
-                await child.ended()
-                break
         return ending
-
-    async def _last_bytes(self, child: Child) -> bool:
-        """Wait for a qrexec-client-vm whose client has gone; False if it is of
-        no use to wait longer."""
-        last = LastBytes(self._unread(), trio.current_time(), child.cpu_time())
-        while True:
-            with trio.move_on_after(HANG_UP_LOOK):
-                await child.ended()
-                return True
-            if last.are_over(
-                self._unread(), trio.current_time(), child.cpu_time()
-            ):
-                return False
 
     def _unread(self) -> int:
         """How many bytes of the client are still on their way to an established

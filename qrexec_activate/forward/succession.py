@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
-from .call import HANG_UP_GRACE
-from .child import STARVED
-from .connection import HANG_UP_LOOK, STARVED_DELAY
+from .child import STARVED, Child
+from .connection import STARVED_DELAY, end
 from .orphans import Orphan, find_caretakers, find_orphans, left_to_read
+from .outcome import Ending
 from .reports import Reports, count
 from .watch import readable
 
@@ -83,17 +84,9 @@ async def _relieve_caretakers() -> bool:
 async def see_out(orphan: Orphan) -> None:
     """End a qrexec-client-vm whose pipes led to the daemon that is gone, and
     with it went the client; but what it has yet to read is to arrive."""
+    child = Child(orphan.pid, orphan.pidfd)
     try:
-        while left_to_read(orphan.pidfd):
-            with trio.move_on_after(HANG_UP_LOOK):
-                await readable(orphan.pidfd)
-                return
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with trio.move_on_after(HANG_UP_GRACE):
-                await readable(orphan.pidfd)
-                return
-            signal.pidfd_send_signal(orphan.pidfd, number)
-    except ProcessLookupError:
-        return
+        left = partial(left_to_read, orphan.pidfd)
+        await end(child, Ending.CLIENT_GONE, left)
     finally:
-        os.close(orphan.pidfd)
+        child.close()

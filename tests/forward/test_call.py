@@ -9,12 +9,14 @@ from signal import SIGKILL, SIGTERM
 import pytest
 
 from qrexec_activate.forward.call import (
+    BEHIND,
     BUSY,
     EMPTY_GRACE,
     FAREWELL,
     HANG_UP_GRACE,
     KILLED_GRACE,
     OVERTAKEN_AGE,
+    PAGE,
     PROMPT_AGE,
     QUICK,
     RETRIES,
@@ -379,8 +381,29 @@ def test_bytes_that_move_are_waited_for_however_slowly() -> None:
         now += STALL_GRACE
         # Also by one that is busy.
         assert not last.are_over(left, now, now)
-    assert not last.are_over(0, now + 1, now)
-    assert last.are_over(0, now + 1 + HANG_UP_GRACE, now)
+    now += 1
+    assert not last.are_over(0, now, now)
+    assert not last.are_over(0, now + HANG_UP_GRACE, now)
+
+
+def test_what_is_behind_is_left_the_time_that_what_was_seen_took() -> None:
+    last = LastBytes(BEHIND // 4, 100, 0)
+    assert not last.are_over(1, 101, 0)
+    assert not last.are_over(0, 105, 0)
+    assert not last.are_over(0, 124.9, 0)
+    assert last.are_over(0, 125, 0)
+    # Of one that is quick, two seconds, however much it was.
+    last = LastBytes(4 * BEHIND, 100, 0)
+    assert not last.are_over(0, 104, 0)
+    assert not last.are_over(0, 105.9, 0)
+    assert last.are_over(0, 106, 0)
+    last = LastBytes(1, 100, 0)
+    assert not last.are_over(0, 101.9, 0)
+    assert last.are_over(0, 103.9, 0)
+    last = LastBytes(1, 100, 0)
+    assert not last.are_over(0, 102, 0)
+    assert not last.are_over(0, 102 + 2 * BEHIND / PAGE - 0.1, 0)
+    assert last.are_over(0, 102 + 2 * BEHIND / PAGE, 0)
 
 
 def test_an_idle_qrexec_client_vm_is_left_its_bytes_for_ever() -> None:
