@@ -635,13 +635,13 @@ class Daemon:
 
     def _look_at_setups(self) -> None:
         now = trio.current_time()
-        for connection, asks_dom0, may_be_due in self._setups.look(now):
+        for connection, asks_dom0 in self._setups.look(now):
             if connection.look_if_established():
                 self.setup_ends(connection)
                 continue
             if asks_dom0:
                 connection.look_if_answered()
-            ending = self._setups.due(connection, now) if may_be_due else None
+            ending = self._setups.due(connection, now)
             if ending is not None:
                 connection.interrupt(ending)
                 self._tend(connection)

@@ -77,22 +77,23 @@ class Setups(Generic[Who]):
         due = self.admission.next_look(now) - now
         return min(interval, max(due, WANTED_INTERVAL))
 
-    def look(self, now: float) -> list[tuple[Who, bool, bool]]:
-        """Those to look at: whether each is established; and, if so said,
-        whether dom0 has answered, and whether it may be due."""
+    def look(self, now: float) -> list[tuple[Who, bool]]:
+        """Those to look at: whether each is established, or due; and, if so
+        said, whether dom0 has answered."""
         asks = now - self._asked_at >= ANSWER_LOOK
         if asks:
             self._asked_at = now
-        late = min(OVERTAKEN_AGE, self.timeout)
         return [
-            (who, asks and age >= ANSWER_LOOK, age >= late)
+            (who, asks and now - call.began_at >= ANSWER_LOOK)
             for who, (call, _, _) in self._calls.items()
-            for age in (now - call.began_at,)
         ]
 
     def due(self, who: Who, now: float) -> Ending | None:
         """Whether to give up waiting for an answer to it, and why."""
         call, target, service = self._calls[who]
+        # Most are too young.
+        if now - call.began_at < min(OVERTAKEN_AGE, self.timeout):
+            return None
         # Where every call starts a qube of its own, none overtakes another.
         overtaken = not target.startswith("@dispvm") and (
             self._paces[target, service].overtook(call.began_at)

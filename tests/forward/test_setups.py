@@ -66,7 +66,7 @@ def test_who_is_no_longer_young_and_just_old_enough_is_seen_as_such() -> None:
     scene = Scene()
     number = scene.begin(0)
     assert scene.setups.next_look(YOUNG) == LOOK_INTERVAL
-    assert scene.setups.look(ANSWER_LOOK) == [(number, True, False)]
+    assert scene.setups.look(ANSWER_LOOK) == [(number, True)]
 
 
 def test_a_place_that_is_about_to_be_old_is_looked_at_in_time() -> None:
@@ -114,7 +114,7 @@ def test_dom0_is_asked_about_now_and_then_and_only_for_what_is_old() -> None:
     young = scene.begin(0.5)
 
     def look(now: float) -> dict[int, bool]:
-        return {who: asks for who, asks, _ in scene.setups.look(now)}
+        return dict(scene.setups.look(now))
 
     assert look(0.875) == {old: False, young: False}
     assert look(0.875 + ANSWER_LOOK) == {old: True, young: True}
@@ -138,9 +138,9 @@ def test_no_call_is_due_that_is_too_young_for_it(
 ) -> None:
     scene = Scene(timeout)
     number = scene.begin(0)
-    assert scene.setups.look(age - ANSWER_LOOK) == [(number, True, False)]
-    assert scene.setups.look(age - 0.01) == [(number, False, False)]
-    assert scene.setups.look(age) == [(number, True, True)]
+    overtake(scene)
+    assert scene.setups.due(number, age - 0.01) is None
+    assert scene.setups.due(number, age) is not None
 
 
 def overtake(scene: Scene, target: str = "work", service: str = "s") -> None:

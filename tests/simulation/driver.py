@@ -345,13 +345,13 @@ class Shell:
             return False
         now, setups = self.world.now, self.setups
         self.world.looks += len(setups._calls)
-        for conn, asks_dom0, may_be_due in setups.look(now):
+        for conn, asks_dom0 in setups.look(now):
             if conn.child.flag and self.look_if_established(conn):  # type: ignore[union-attr]  # it has one as long as it is here
                 self.setup_ends(conn)
                 continue
             if asks_dom0 and conn.child.answered:  # type: ignore[union-attr]  # likewise
                 conn.call.is_answered(now)
-            if may_be_due and (ending := setups.due(conn, now)) is not None:
+            if (ending := setups.due(conn, now)) is not None:
                 self.interrupt(conn, ending)
         for one in self.admission.old(now):
             self.admission.gives_place_back(one)
