@@ -309,27 +309,25 @@ class LastBytes:
     #: When the last of them moved, and the seconds of CPU used by then.
     since: float
     used: float
-    #: How many they were when it went, and when that was.
-    first: int = field(init=False)
-    gone: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.first, self.gone = self.left, self.since
+    #: How many were left as the first of them had moved, and when that was.
+    first: tuple[int, float] | None = None
 
     def _grace(self) -> float:
         """How long it has at least since the last of them moved."""
         if self.left:
             return STALL_GRACE
-        took = self.since - self.gone
+        moved, began_at = self.first or (0, self.since)
+        took = self.since - began_at
         if took < HANG_UP_GRACE:
             return HANG_UP_GRACE
         # A slow service is as slow with what is behind. A page moves as one.
-        return max(HANG_UP_GRACE, took * BEHIND / max(self.first, PAGE))
+        return max(HANG_UP_GRACE, took * BEHIND / max(moved, PAGE))
 
     def are_over(self, left: int, now: float, used: float) -> bool:
         """Whether it is of no use to wait any longer."""
         before, self.left = self.left, left
         if left < before:
+            self.first = self.first or (left, now)
             self.since, self.used = now, used
             return False
         waited = now - self.since

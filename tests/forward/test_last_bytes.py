@@ -70,8 +70,8 @@ async def test_bytes_of_a_unix_client_that_has_gone_are_read_in_time(
     """Also those that qrexec-client-vm has read, when nothing more is seen."""
     result = add_reader(scene, step=25_000)
     async with await connect(await unix_route(scene)) as stream:
-        await send(stream, bytes(500_000))
-    await arrives(scene, result, 500_000)
+        await send(stream, bytes(700_000))
+    await arrives(scene, result, 700_000)
 
 
 async def test_a_service_that_pauses_loses_nothing(
