@@ -439,15 +439,16 @@ def test_the_log_of_a_name_is_that_of_its_program(desk: Desk) -> None:
     try:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
+            # What systemd says of it, too. It lives until the journal has seen
+            # whose the lines are.
+            for word in ("spoken\\x1b[2J\n", "forged\n", "Started"):
+                until(
+                    f"it has {word!r}",
+                    lambda word=word: word in desk.run("logs", name),
+                )
             client.sendall(b"x")
             client.settimeout(PATIENCE)
             assert client.recv(1) == b""
-        # What systemd says of it, too.
-        for word in ("spoken\\x1b[2J\n", "forged\n", "Started"):
-            until(
-                f"it has {word!r}",
-                lambda word=word: word in desk.run("logs", name),
-            )
         assert "\x1b" not in desk.run("logs", name)
         lines = desk.run("logs", name, "--json").splitlines()
         for line in lines:
