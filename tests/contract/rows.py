@@ -173,7 +173,8 @@ ROWS = (
         "A socket service that cannot be connected to ends with 125 after the data phase began.",
         HAND_OVER,
         probes.nobody_listens,
-        {**ENDED, "code": 125, "stderr": ""},
+        # What is sent may come too late, which it says on a busy machine.
+        {**ENDED, "code": 125},
     ),
     Row(
         "a-port-of-the-service-and-one-of-the-call",
