@@ -127,17 +127,18 @@ class Reports:
         if verdict is Verdict.TARGET_FULL:
             self._once(
                 target,
-                f"{counts.open_to(target)} connections are open to {target};"
-                " more wait until one ends",
+                f"{count(counts.open_to(target), 'connection')} open to"
+                f" {target}; more wait until there is room",
                 QREXEC_TARGET=target,
             )
         elif verdict is Verdict.ALL_FULL:
             others = counts.others
             self._once(
                 "",
-                f"{counts.open} connections are open"
+                count(counts.open, "connection")
+                + " open"
                 + (f", and {others} of others in this qube" if others else "")
-                + "; more wait until one ends",
+                + "; more wait until there is room",
             )
 
     def no_room(self, target: str, code: int | None, open_to_it: int) -> None:

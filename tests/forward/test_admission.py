@@ -87,7 +87,7 @@ async def test_a_full_qube_keeps_its_own_clients_waiting_and_nobody_elses(
         # Others that run here may have been counted first, as a new daemon
         # cannot tell where they lead to.
         await scene.logged(
-            "connections are open to work; more wait until one ends"
+            "connections open to work; more wait until there is room"
         )
         assert await ask(other, b"hello") == "hello"
         assert len(scene.calls()) == 5
@@ -189,7 +189,9 @@ async def test_all_daemons_of_a_qube_share_its_limit(scene: Scene) -> None:
             for _ in range(50)
             for where in (address, path)
         ]
-        await scene.logged("of others in this qube; more wait until one ends")
+        await scene.logged(
+            "of others in this qube; more wait until there is room"
+        )
         # Nobody is served yet, and so none of them has ended.
         most = len(scene.clients())
         for stream in streams:
@@ -242,7 +244,7 @@ async def test_more_than_its_own_agent_takes_wait_instead_of_ending_it(
             for address in addresses.values():
                 nursery.start_soon(customer, address)
         # None ends before there are as many as there may be.
-        await scene.logged("connections are open", "more wait until")
+        await scene.logged("connections open", "more wait until")
         full.set()
     assert answered == 300
     assert not scene.calls("no-slot")
@@ -272,4 +274,4 @@ async def test_the_log_speaks_of_a_limit_once(scene: Scene) -> None:
             for stream in streams:
                 assert await echoes(stream)
                 await stream.aclose()
-    assert len(scene.lines("connections are open to work; more wait")) == 1
+    assert len(scene.lines("connections open to work; more wait")) == 1
