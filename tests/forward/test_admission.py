@@ -274,4 +274,4 @@ async def test_the_log_speaks_of_a_limit_once(scene: Scene) -> None:
             for stream in streams:
                 assert await echoes(stream)
                 await stream.aclose()
-    assert len(scene.lines("connections open to work; more wait")) == 1
+    assert len(scene.lines("open to work; more wait")) == 1
