@@ -306,37 +306,41 @@ class LastBytes:
 
     #: How many bytes of the client have yet to be read, as last seen.
     left: int
-    #: When the last of them moved, and the seconds of CPU used by then.
+    #: When the last of them moved.
     since: float
+    #: The seconds of CPU used when that was last looked at.
     used: float
-    #: How many were left as the first of them had moved, and when that was.
-    first: tuple[int, float] | None = None
+    looked: float = field(init=False)
+    #: How many they were when the client went, and when that was.
+    first: int = field(init=False)
+    gone: float = field(init=False)
 
-    def _grace(self) -> float:
-        """How long it has at least since the last of them moved."""
-        if self.left:
-            return STALL_GRACE
-        moved, began_at = self.first or (0, self.since)
-        took = self.since - began_at
-        if took < HANG_UP_GRACE:
-            return HANG_UP_GRACE
-        # A slow service is as slow with what is behind. A page moves as one.
-        return max(HANG_UP_GRACE, took * BEHIND / max(moved, PAGE))
+    def __post_init__(self) -> None:
+        self.first, self.gone, self.looked = self.left, self.since, self.since
 
     def are_over(self, left: int, now: float, used: float) -> bool:
         """Whether it is of no use to wait any longer."""
         before, self.left = self.left, left
         if left < before:
-            self.first = self.first or (left, now)
-            self.since, self.used = now, used
+            self.since = self.looked = now
+            self.used = used
             return False
-        waited = now - self.since
-        if waited < self._grace():
-            return False
-        if not left or used - self.used >= BUSY * waited:
+        if not left and now - self.since >= self._grace():
             return True
-        self.since, self.used = now, used
-        return False
+        looked_for = now - self.looked
+        if looked_for < STALL_GRACE:
+            return False
+        busy = used - self.used >= BUSY * looked_for
+        self.looked, self.used = now, used
+        return busy
+
+    def _grace(self) -> float:
+        """How long it has since it read the last of them."""
+        took = self.since - self.gone
+        if took < HANG_UP_GRACE:
+            return HANG_UP_GRACE
+        # A slow service is as slow with what is behind. A page moves as one.
+        return max(HANG_UP_GRACE, took * BEHIND / max(self.first, PAGE))
 
 
 def is_heard(waited: float, may_send: bool, unsent: int) -> bool:

@@ -387,8 +387,7 @@ def test_bytes_that_move_are_waited_for_however_slowly() -> None:
 
 
 def test_what_is_behind_is_left_the_time_that_what_was_seen_took() -> None:
-    last = LastBytes(BEHIND, 0, 0)
-    assert not last.are_over(BEHIND // 4, 100, 0)
+    last = LastBytes(BEHIND // 4, 100, 0)
     assert not last.are_over(1, 101, 0)
     assert not last.are_over(0, 105, 0)
     assert not last.are_over(0, 124.9, 0)
@@ -397,32 +396,31 @@ def test_what_is_behind_is_left_the_time_that_what_was_seen_took() -> None:
 
 @pytest.mark.parametrize("first", [1, PAGE])
 def test_less_than_a_page_tells_no_less_of_what_is_behind(first: int) -> None:
-    last = LastBytes(2 * PAGE, 0, 0)
-    assert not last.are_over(first, 1, 0)
+    last = LastBytes(first, 1, 0)
     assert not last.are_over(0, 3, 0)
     assert not last.are_over(0, 3 + 2 * BEHIND / PAGE - 0.1, 0)
     assert last.are_over(0, 3 + 2 * BEHIND / PAGE, 0)
 
 
 @pytest.mark.parametrize(
-    ("left", "moves"),
-    [
-        # However much it was,
-        (8 * BEHIND, [(4 * BEHIND, 100), (0, 104)]),
-        # in less time,
-        (2, [(1, 100), (0, 101.9)]),
-        # or at once, after a pause.
-        (2, [(0, 104)]),
-    ],
+    # Much in four seconds, or little in less than two.
+    ("left", "now"),
+    [(8 * BEHIND, 104), (1, 101.9)],
 )
 def test_behind_a_quick_service_nothing_is_waited_for(
-    left: int, moves: list[tuple[int, float]]
+    left: int, now: float
 ) -> None:
-    last = LastBytes(left, 0, 0)
-    for left, now in moves:
-        assert not last.are_over(left, now, 0)
+    last = LastBytes(left, 100, 0)
+    assert not last.are_over(0, now, 0)
     assert not last.are_over(0, now + HANG_UP_GRACE - 0.1, 0)
     assert last.are_over(0, now + HANG_UP_GRACE, 0)
+
+
+def test_one_that_drains_a_service_is_not_left_what_is_behind() -> None:
+    last = LastBytes(1, 0, 0)
+    assert not last.are_over(0, 5, 5)
+    assert not last.are_over(0, 5 + STALL_GRACE - 0.1, 15)
+    assert last.are_over(0, 5 + STALL_GRACE, 15)
 
 
 def test_an_idle_qrexec_client_vm_is_left_its_bytes_for_ever() -> None:

@@ -21,16 +21,22 @@ time.sleep({first})
 count = 0
 while chunk := sys.stdin.buffer.raw.read({step}):
     count += len(chunk)
+    os.write(1, {says})
     time.sleep({pause})
 open({result}, "w").write(str(count))
 """
 
 
 def add_reader(
-    scene: Scene, *, first: float = 0, step: int = 50_000, pause: float = 0.5
+    scene: Scene,
+    *,
+    first: float = 0,
+    step: int = 50_000,
+    pause: float = 0.5,
+    says: bytes = b"",
 ) -> Path:
-    """Let the qube have a service that reads slowly, and then writes how much
-    it has read into a file."""
+    """Let the qube have a service that reads slowly, says something after each
+    read, and then writes how much it has read into a file."""
     qube = scene.add_qube("work")
     result = qube / "count"
     script = qube / "rpc" / "qubes.ConnectTCP"
@@ -40,6 +46,7 @@ def add_reader(
             first=first,
             step=step,
             pause=pause,
+            says=says,
             wait=repr(str(qube / "wait")),
             result=repr(str(result)),
         )
@@ -67,8 +74,9 @@ async def arrives(scene: Scene, result: Path, count: int) -> None:
 async def test_bytes_of_a_unix_client_that_has_gone_are_read_in_time(
     scene: Scene, relay: str
 ) -> None:
-    """Also those that qrexec-client-vm has read, when nothing more is seen."""
-    result = add_reader(scene, step=25_000)
+    """Also those that qrexec-client-vm has read, when nothing more is seen. In
+    qrexec, they are lost with it where the service writes."""
+    result = add_reader(scene, step=25_000, says=b"so far")
     async with await connect(await unix_route(scene)) as stream:
         await send(stream, bytes(700_000))
     await arrives(scene, result, 700_000)
