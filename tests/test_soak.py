@@ -120,7 +120,7 @@ async def test_wrong_bytes_are_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_that_is_asked_what_it_takes_is_no_call(tmp_path: Path) -> None:
     machine = SimpleNamespace(client=tmp_path / "qrexec-client-vm")
-    soak = harness.Soak(machine, harness.Table(), random.Random(1), "auto")  # type: ignore[arg-type]
+    soak = harness.Soak(machine, harness.Table(), random.Random(1), "auto")  # type: ignore[arg-type]  # it is asked for its client alone
     begun = []
     for word in ("--help", "work"):
         # Not over before its input is.
