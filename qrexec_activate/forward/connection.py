@@ -37,6 +37,7 @@ from .splice import (
     at_close,
     drop_input,
     half_close,
+    is_stuck,
     unread,
     unsent,
 )
@@ -585,25 +586,26 @@ class Connection:
 
     async def _farewell(self) -> None:
         """Half-close, and see what was sent last to the client before closing.
-
-        (Where qrexec-client-vm held the socket, it has shut down both ways
-        itself; then the kernel answers what the client sends with a reset,
-        whatever is done here.)
-        """
+        (Where qrexec-client-vm has shut down both ways, the kernel resets a
+        client that goes on sending, whatever is done here.)"""
         if not half_close(self._sock):
             return
         began_at = trio.current_time()
         with contextlib.suppress(OSError):
             while not self._is_heard(trio.current_time() - began_at):
                 with trio.move_on_after(FAREWELL_LOOK):
+                    if self._splice is None:
+                        await trio.sleep_forever()
                     await readable(self._sock.fileno())
 
     def _is_heard(self, waited: float) -> bool:
         """Whether the client has all that it will have."""
-        may_send = drop_input(self._sock)
+        sock = self._sock
+        stuck = self._splice is None and is_stuck(sock)
+        may_send = stuck or drop_input(sock)
         # Other sockets deliver at once.
-        tells = self._sock.family in INTERNET
-        return is_heard(waited, may_send, unsent(self._sock) if tells else 0)
+        tells = sock.family in INTERNET
+        return is_heard(waited, may_send, unsent(sock) if tells else 0)
 
 
 def start(

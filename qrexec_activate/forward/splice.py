@@ -25,6 +25,7 @@ __all__ = [
     "Splice",
     "drop_input",
     "half_close",
+    "is_stuck",
     "unread",
     "unsent",
 ]
@@ -44,6 +45,8 @@ RESET_AT_CLOSE, NO_LINGER = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 #: asm-generic/sockios.h: whether the next byte is an urgent one.
 _SIOCATMARK = 0x8905
+#: FIN_WAIT1 and FIN_WAIT2 in linux/tcp.h: the peer's has not come.
+_FIN_SENT = (4, 5)
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 _enlarged = 0
@@ -276,6 +279,16 @@ def drop_input(sock: socket.socket) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_stuck(sock: socket.socket) -> bool:
+    """Whether input of a TCP client is here that nobody takes, and it may have
+    more. Since qrexec-client-vm has shut reading down, the kernel tells it of
+    no room: unless that input makes close() a reset, it waits for minutes."""
+    with contextlib.suppress(OSError):
+        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return state in _FIN_SENT and unread(sock.fileno()) > 0
+    return False
 
 
 def at_close(sock: socket.socket, what: bytes) -> None:

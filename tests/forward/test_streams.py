@@ -110,6 +110,49 @@ async def test_a_service_that_ends_leaves_its_last_words_to_a_client_that_goes_o
     await scene.nobody_stays()
 
 
+@pytest.mark.parametrize("size", [0, 2_000_000])
+async def test_a_client_that_cannot_send_more_is_told_of_the_end(
+    scene: Scene, size: int
+) -> None:
+    """A service has ended without reading: a client whose kernel waits for room
+    would not find out by itself for a minute or two."""
+    full = trio.Event()
+
+    async def deaf(stream: trio.SocketStream) -> None:
+        await full.wait()
+        await stream.send_all(bytes(size) + b"done")
+        await stream.send_eof()
+        await trio.sleep_forever()
+
+    address = await scene.route(deaf)
+    async with await connect(address) as stream:
+        sock = stream.socket
+
+        def fill() -> None:
+            while True:
+                sock._sock.send(bytes(1 << 16), socket.MSG_DONTWAIT)
+
+        def is_stuck() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                fill()
+            # tcpi_probes: its kernel asks for room, and is told of none.
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 4)
+            return info[3] > 0
+
+        await until("the client can send no more", is_stuck)
+        full.set()
+        received = 0
+        with trio.fail_after(PATIENCE):
+            async for chunk in stream:
+                received += len(chunk)
+                await trio.sleep(0.01)
+        assert received == size + 4
+        await scene.logged("ended")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            fill()
+    await scene.nobody_stays()
+
+
 async def test_a_byte_out_of_band_is_left_out_and_the_rest_arrives(
     scene: Scene, relay: str
 ) -> None:
