@@ -261,7 +261,8 @@ class Manager:
         from jeepney import HeaderFields, MessageType
 
         while True:
-            message = self._next_message()
+            while (message := self._parser.get_next_message()) is None:
+                self._parser.add_data(self._more())
             fields, body = message.header.fields, message.body
             serial = fields.get(HeaderFields.reply_serial, 0)
             # A bus delivers no reply that nobody asked for, but some let
@@ -272,11 +273,6 @@ class Manager:
             if message.header.message_type is MessageType.error:
                 raise_if_lost(fields.get(HeaderFields.error_name, ""), body)
                 return serial, None
-
-    def _next_message(self) -> Message:
-        while (message := self._parser.get_next_message()) is None:
-            self._parser.add_data(self._more())
-        return message
 
     def _more(self) -> bytes:
         """Wait for more from the bus."""

@@ -180,9 +180,9 @@ class Container:
         result = subprocess.run(
             argv, capture_output=True, text=True, timeout=patience, check=False
         )
-        assert not check or result.returncode == 0, (
-            f"{self.qube}# {command}: {result.stderr}"
-        )
+        if check and result.returncode != 0:
+            journal = self.run("journalctl --boot --lines=60", check=False)
+            pytest.fail(f"{self.qube}# {command}: {result.stderr}\n{journal}")
         return result.stdout
 
     def answer_calls(self, qube: Qube) -> None:

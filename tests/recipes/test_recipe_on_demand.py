@@ -926,7 +926,10 @@ def ask(where):
     else:
         connection.sock = socket.create_connection(("localhost", 80))
     connection.request("POST" if body else "GET", "/", body and json.dumps(body))
-    return json.load(connection.getresponse())
+    response = connection.getresponse()
+    said = response.read()
+    assert response.status == 200 and said, (where, response.status, said)
+    return json.loads(said)
 ways, wheres = json.load(sys.stdin)
 with concurrent.futures.ThreadPoolExecutor(8) as pool:
     print(json.dumps(list(pool.map(ask, wheres))))
