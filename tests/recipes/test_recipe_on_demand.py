@@ -918,14 +918,14 @@ ASK_MANY = """\
 import concurrent.futures, http.client, json, socket, sys
 def ask(where):
     name, place, own = where
-    body = own and ways + own
+    body = json.dumps(ways + own) if own else None
     connection = http.client.HTTPConnection(name, timeout=600)
     if place:
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.connect(place)
     else:
         connection.sock = socket.create_connection(("localhost", 80))
-    connection.request("POST" if body else "GET", "/", body and json.dumps(body))
+    connection.request("POST" if body else "GET", "/", body)
     response = connection.getresponse()
     said = response.read()
     assert response.status == 200 and said, (where, response.status, said)
