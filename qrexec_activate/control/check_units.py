@@ -7,16 +7,18 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator
+from tempfile import TemporaryDirectory
 
 from ..given.kinds import KINDS
 from ..routing.unitfile import assignments
 from .daemons import Daemon, is_mask, read_file
-from .steps import Context, Level, Step, joined, output, set_aside, sudo
-from .survey import Survey
+from .steps import Context, Level, Step, joined, ran, set_aside, sudo
+from .survey import Survey, Unit
 
 __all__ = ["daemons", "reloads", "syntax", "units"]
 
-_COMPLAINT = re.compile(r"(/[^:]+):(\d+): (.+)")
+#: A labelled unit's files have a colon in their path.
+_COMPLAINT = re.compile(r"(/.+?):(\d+): (.+)")
 #: A drop-in of addresses and a name alone. Where systemd has the routes that it
 #: means, it has understood each line.
 _PLAIN = re.compile(
@@ -257,28 +259,36 @@ def reloads(context: Context) -> Iterator[Step]:
 
 def syntax(context: Context) -> Iterator[Step]:
     """What systemd itself says of the files, line by line."""
+    units = [u for u in context.now.units.values() if u.load != "masked"]
     files = {
         path: unit.name
-        for unit in context.now.units.values()
+        for unit in units
         for path in (*(file.path for file in unit.socket.files), *unit.unread)
     }
-    if not files:
+    chosen = _to_verify(context.now, units)
+    if not chosen:
         return
-    words = [
-        "systemd-analyze",
-        *(["--user"] if context.now.user else []),
-        "verify",
-        "--man=no",
-        *_to_verify(context.now),
-    ]
-    said = output(words)
-    if said is None:
+    with TemporaryDirectory() as links:
+        result = ran(
+            [
+                "systemd-analyze",
+                *(["--user"] if context.now.user else []),
+                "verify",
+                "--man=no",
+                *(_word(unit, links) for unit in chosen),
+            ]
+        )
+    if result is None:
         return
-    complaints = {
-        match[0]: match[1]
-        for line in said.splitlines()
-        if (match := _COMPLAINT.match(line)) and match[1] in files
-    }
+    # systemd copies a fragment that has an alias, and names the copy.
+    fragments = {unit.name: _fragment(unit) for unit in chosen}
+    complaints = {}
+    for match in filter(None, map(_COMPLAINT.match, result.stderr.split("\n"))):
+        path = match[1]
+        if path not in files:
+            path = fragments.get(os.path.basename(path), path)
+        if path in files:
+            complaints[f"{path}:{match[2]}: {match[3]}"] = path
     for complaint, path in sorted(complaints.items()):
         yield Step(
             "units",
@@ -286,28 +296,54 @@ def syntax(context: Context) -> Iterator[Step]:
             complaint,
             *context.edit(files[path], path),
         )
-    if not complaints:
+    if complaints:
+        return
+    if result.returncode:
+        said = "; ".join(result.stderr.splitlines()) or "nothing"
         yield Step(
             "units",
-            Level.OK,
-            f"systemd understands every line of {len(files)} files",
+            Level.WARNING,
+            f"whether systemd understands every line is not known:"
+            f" systemd-analyze verify ends with {result.returncode}, and says:"
+            f" {said}",
+            advice="mend what it says",
         )
+        return
+    yield Step(
+        "units",
+        Level.OK,
+        f"systemd understands every line of {len(files)} files",
+    )
 
 
-def _to_verify(now: Survey) -> list[str]:
+def _fragment(unit: Unit) -> str:
+    return unit.socket.files[0].path if unit.socket.files else ""
+
+
+def _word(unit: Unit, links: str) -> str:
+    """A unit as systemd-analyze takes it: what has a colon, as a label has, is
+    FILE:ALIAS to it, and no colon may be in FILE."""
+    if ":" not in unit.name or not (fragment := _fragment(unit)):
+        return unit.name
+    link = f"{links}/{len(os.listdir(links))}.socket"
+    os.symlink(fragment, link)
+    return f"{link}:{unit.name}"
+
+
+def _to_verify(now: Survey, units: Iterable[Unit]) -> list[Unit]:
     """Units that have every file between them of which systemd may have more to
     say: it takes 2 ms for each."""
     served = {entry.unit for entry in now.entries}
     served -= {entry.unit for entry in now.entries if entry.refused}
-    chosen: list[str] = []
+    chosen: list[Unit] = []
     seen: set[str] = set()
-    for unit in now.units.values():
+    for unit in units:
         paths = {
             file.path
             for file in unit.socket.files
             if unit.name not in served or not _PLAIN.fullmatch(file.text or "")
         }.union(unit.unread)
         if paths - seen:
-            chosen.append(unit.name)
+            chosen.append(unit)
             seen |= paths
     return chosen

@@ -27,6 +27,7 @@ __all__ = [
     "Step",
     "joined",
     "output",
+    "ran",
     "set_aside",
     "sudo",
 ]
@@ -133,11 +134,10 @@ def sudo(command: str, path: str = "") -> str:
     return f"sudo {command}"
 
 
-def output(words: list[str], *, must_succeed: bool = False) -> str | None:
-    """What a program prints, on both; None where it does not run or, if it
-    must, does not succeed."""
+def ran(words: list[str]) -> subprocess.CompletedProcess[str] | None:
+    """What a program printed, and how it ended; None where it does not run."""
     try:
-        result = subprocess.run(
+        return subprocess.run(
             words,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -148,8 +148,12 @@ def output(words: list[str], *, must_succeed: bool = False) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return (
-        None
-        if must_succeed and result.returncode
-        else result.stdout + result.stderr
-    )
+
+
+def output(words: list[str], *, must_succeed: bool = False) -> str | None:
+    """What a program prints, on both; None where it does not run or, if it
+    must, does not succeed."""
+    result = ran(words)
+    if result is None or (must_succeed and result.returncode):
+        return None
+    return result.stdout + result.stderr

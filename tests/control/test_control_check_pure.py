@@ -7,6 +7,7 @@ import os
 import socket
 from collections import Counter
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any, cast
 
 import pytest
@@ -15,6 +16,7 @@ from qrexec_activate.control import (
     check_qrexec,
     check_routes,
     check_services,
+    check_units,
     checks,
 )
 from qrexec_activate.control.address import Obstacle, Trouble
@@ -29,7 +31,7 @@ from qrexec_activate.control.check_qrexec import (
     refuses,
 )
 from qrexec_activate.control.check_services import services
-from qrexec_activate.control.check_units import reloads
+from qrexec_activate.control.check_units import reloads, syntax
 from qrexec_activate.control.daemons import Daemon
 from qrexec_activate.control.publications import Publication
 from qrexec_activate.control.steps import Context, Level
@@ -138,6 +140,17 @@ def test_a_file_that_cannot_be_read_is_opened_and_read(tmp_path: Path) -> None:
         f"chmod a+r {path} && systemctl --user daemon-reload"
         f" && systemctl --user restart {UNIT}"
     )
+
+
+def test_what_systemd_cannot_verify_is_not_called_understood(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = "Couldn't process aliases: No such file or directory\n"
+    failed = CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(check_units, "ran", lambda _: failed)
+    (step,) = syntax(context(SourceFile("/units/a.conf", "[Socket]\n")))
+    assert step.level is Level.WARNING
+    assert said.strip() in step.text
 
 
 def test_a_privileged_port_needs_another_one(

@@ -210,6 +210,26 @@ def misspelt_key(desk: Desk) -> None:
     again(desk)
 
 
+def labelled(desk: Desk) -> tuple[str, ...]:
+    """A second route, with a label, whose section has a misspelt key."""
+    lines = section(desk, f"127.0.0.2:{desk.port}", "work")
+    return (*lines, "SocketMod=0600")
+
+
+def misspelt_key_of_a_label(desk: Desk) -> None:
+    unit = desk.labelled("work")
+    own(desk, *labelled(desk), name="work", unit=unit)
+    desk.start(unit)
+
+
+def misspelt_key_in_a_unit_of_a_label(desk: Desk) -> None:
+    unit = desk.labelled("work")
+    text = "\n".join((*labelled(desk), f"Service={SERVICE}", "[Install]"))
+    wanted = "WantedBy=sockets.target\n"
+    (desk.machine.unit_dir / unit).write_text(f"{text}\n{wanted}")
+    desk.start(unit)
+
+
 def datagram(desk: Desk) -> None:
     own(desk, *section(desk), f"ListenDatagram=127.0.0.1:{desk.port}")
     again(desk)
@@ -440,6 +460,16 @@ BREAKAGES = [
         wrong_section, "in section [Unit]|has failed", "sed -i s/Unit/Socket/"
     ),
     Breakage(misspelt_key, "SocketMod", "sed -i s/SocketMod=/SocketMode=/"),
+    Breakage(
+        misspelt_key_of_a_label,
+        "SocketMod",
+        "sed -i s/SocketMod=/SocketMode=/",
+    ),
+    Breakage(
+        misspelt_key_in_a_unit_of_a_label,
+        "SocketMod",
+        "sed -i s/SocketMod=/SocketMode=/",
+    ),
     Breakage(datagram, "byte stream|stream", "sed -i /Datagram/d"),
     Breakage(
         all_addresses,

@@ -21,7 +21,7 @@ from qrexec_activate.control import check_routes, check_units
 from qrexec_activate.control import survey as survey_module
 from qrexec_activate.control.checks import walk
 from qrexec_activate.control.select import written
-from qrexec_activate.control.steps import output
+from qrexec_activate.control.steps import ran
 from qrexec_activate.control.survey import survey
 from qrexec_activate.loopback.machine import Machine
 from qrexec_activate.routing.unitfile import SourceFile
@@ -300,11 +300,11 @@ def test_check_has_systemd_read_again_only_what_is_not_known(
         monkeypatch.setenv(key, value)
     asked: list[str] = []
 
-    def kept(words: list[str]) -> str | None:
+    def kept(words: list[str]) -> subprocess.CompletedProcess[str] | None:
         asked.extend(word for word in words if word.endswith(".socket"))
-        return output(words)
+        return ran(words)
 
-    monkeypatch.setattr(check_units, "output", kept)
+    monkeypatch.setattr(check_units, "ran", kept)
 
     def route(name: str, *lines: str, target: str = "work") -> str:
         unit = f"qrexec-connect-unix@{name}.socket"
@@ -341,6 +341,6 @@ def test_check_has_systemd_read_again_only_what_is_not_known(
     said = " ".join(step.text for step in steps if step.area == "units")
     assert "systemd understands every line of 31 files" in said
 
-    monkeypatch.setattr(check_units, "output", lambda words: None)
+    monkeypatch.setattr(check_units, "ran", lambda words: None)
     steps, _ = walk("user")
     assert not any("understands" in step.text for step in steps)
