@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import BadName
+from ..given.escapes import escape_instance
 from ..given.kinds import KINDS
-from ..routing.names import parse_unit_name
+from ..routing.names import check_argument, decode_escapes, parse_unit_name
 from ..routing.unitfile import assignments
 from ..systemd.unitdirs import names_in, own_folder
 from .daemons import declared_daemon, read_file
@@ -206,7 +207,9 @@ def _loose_files(context: Context) -> Iterator[Step]:
         if path.suffix != ".conf" or not _declares(path):
             continue
         folder = f"{path.name.removesuffix('.conf').removesuffix('.d')}.d"
-        unit = meant_unit(folder, prefixes)
+        unit = ""
+        with contextlib.suppress(BadName):
+            unit = meant_unit(folder, prefixes)
         if not unit and _is_ours(context, folder[:-2]):
             unit = folder[:-2]
         text = f"{path} opens an address, but lies in no folder of a unit"
@@ -315,8 +318,19 @@ def _folders(context: Context) -> Iterator[Step]:
             continue
         if not any(_declares(folder / one) for one in names_in(str(folder))):
             continue
-        unit = meant_unit(name, prefixes)
-        if not unit:
+        try:
+            unit = meant_unit(name, prefixes)
+            if not unit:
+                continue
+            _check(unit, context)
+        except BadName as error:
+            yield Step(
+                "routes",
+                Level.ERROR,
+                f"{folder} opens an address, but is of no unit: {error}",
+                advice="give it the name of a unit, such as"
+                f" qrexec-connect-tcp@1234.socket.d, then {context.reload()}",
+            )
             continue
         right = top / f"{unit}.d"
         if right.exists():
@@ -345,7 +359,7 @@ def _prefixes(context: Context) -> set[str]:
 
 def meant_unit(folder: str, prefixes: Iterable[str]) -> str:
     """The socket unit that a folder of drop-ins was most likely meant for;
-    empty if none."""
+    empty if none, and BadName where it would have a name that cannot be."""
     known = {prefix: prefix for prefix in prefixes} | {
         kind: prefix for kind, prefix in KINDS.items() if prefix in prefixes
     }
@@ -357,8 +371,24 @@ def meant_unit(folder: str, prefixes: Iterable[str]) -> str:
                 prefix, instance = one, stem[len(one) + 1 :]
                 break
     close = difflib.get_close_matches(prefix, known, 1)
-    unit = f"{known[close[0]]}@{instance}.socket" if close and instance else ""
+    if not close or not instance:
+        return ""
+    unit = f"{known[close[0]]}@{instance}.socket"
+    try:
+        parse_unit_name(unit)
+    except BadName:
+        argument, _, label = map(decode_escapes, instance.partition(":"))
+        unit = f"{known[close[0]]}@{escape_instance(argument, label)}.socket"
+        parse_unit_name(unit)
     return "" if f"{unit}.d" == folder else unit
+
+
+def _check(unit: str, context: Context) -> None:
+    """Raise BadName where a unit would have an argument that it cannot."""
+    daemon = declared_daemon(unit, context.now.files)
+    if daemon and daemon.argument is None:
+        argument = decode_escapes(parse_unit_name(unit).argument)
+        check_argument(daemon.service, argument)
 
 
 def _is_ours(context: Context, unit: str) -> bool:

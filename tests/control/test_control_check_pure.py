@@ -245,6 +245,14 @@ def test_a_qube_that_looks_like_another(
         ("qrexec-connect-tcp-1237.socket.d", "qrexec-connect-tcp@1237.socket"),
         ("tcp-1237.socket.d", "qrexec-connect-tcp@1237.socket"),
         ("tpc@1237.socket.d", "qrexec-connect-tcp@1237.socket"),
+        (
+            "qrexec-connect-unix@a+b.socket.d",
+            r"qrexec-connect-unix@a\x2bb.socket",
+        ),
+        (
+            r"qrexec-connect-unix@a\x2db+:c d.socket.d",
+            r"qrexec-connect-unix@a-b\x2b:c\x20d.socket",
+        ),
         ("qrexec-connect-tcp@1237.socket.d", ""),
         ("pipewire.socket.d", ""),
         ("sshd@.service.d", ""),
@@ -253,6 +261,33 @@ def test_a_qube_that_looks_like_another(
 def test_a_folder_that_is_of_no_unit(folder: str, unit: str) -> None:
     prefixes = {"qrexec-connect-tcp", "qrexec-connect-unix"}
     assert meant_unit(folder, prefixes) == unit
+
+
+@pytest.mark.parametrize(
+    ("instance", "why"),
+    [
+        ("12 34", "the argument '12 34' holds ' '"),
+        ("12é", "the argument '12é' holds 'é'"),
+        ("a\udcff", "no UTF-8"),
+        ("12 \\z", "begins no"),
+        ("+" * 80, "is longer than"),
+    ],
+)
+def test_a_folder_whose_name_no_unit_can_have_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instance: str, why: str
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    folder = tmp_path / f"systemd/user/qrexec-connect-tcp@{instance}.socket.d"
+    folder.mkdir(parents=True)
+    lines = "[Socket]\nListenStream=127.0.0.1:80\nFileDescriptorName=work\n"
+    (folder / "work.conf").write_text(lines)
+    seen = context()
+    seen.now.files.fragments["qrexec-connect-tcp@.socket"] = ""
+    (step,) = strays(seen)
+    assert step.level is Level.ERROR
+    assert why in step.text
+    assert not step.mend
+    assert "give it the name of a unit" in step.advice
 
 
 @pytest.mark.parametrize("mine", [True, False])

@@ -385,6 +385,14 @@ def starts_another_service(desk: Desk) -> None:
     again(desk)
 
 
+def unescaped(desk: Desk) -> None:
+    """A `+`, which no unit's name may have."""
+    folder = desk.machine.unit_dir / "qrexec-connect-unix@a+b.socket.d"
+    folder.mkdir()
+    lines = section(desk, "%t/a+b")
+    (folder / "work.conf").write_text("\n".join((*lines, "")))
+
+
 def misspelt_beside(desk: Desk) -> None:
     """The right folder is there, too, with another route."""
     own(
@@ -507,6 +515,7 @@ BREAKAGES = [
     Breakage(misspelt("qrexec-connect-tpc@{}.socket.d"), "should be called"),
     Breakage(misspelt("qrexec-connect-tcp-{}.socket.d"), "should be called"),
     Breakage(misspelt("tcp-{}.socket.d"), "should be called"),
+    Breakage(unescaped, "should be called"),
     Breakage(misspelt_beside, "should be called"),
     Breakage(
         beside_its_folder("qrexec-connect-tcp@{}.socket.conf"),
