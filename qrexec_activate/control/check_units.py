@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from tempfile import TemporaryDirectory
 
@@ -19,6 +20,8 @@ __all__ = ["daemons", "reloads", "syntax", "units"]
 
 #: A labelled unit's files have a colon in their path.
 _COMPLAINT = re.compile(r"(/.+?):(\d+): (.+)")
+#: A line of so many bytes is too long for systemd (LONG_LINE_MAX).
+_LONG_LINE = 1 << 20
 #: A drop-in of addresses and a name alone. Where systemd has the routes that it
 #: means, it has understood each line.
 _PLAIN = re.compile(
@@ -236,8 +239,15 @@ def reloads(context: Context) -> Iterator[Step]:
         for unit in context.now.units.values()
         if unit.unread and unit.load == "loaded"
     }
+    # systemd holds a unit for changed for ever where it reads a file in part.
+    partly = {
+        name
+        for name in stale & context.now.units.keys()
+        if any(map(_stops_at, _paths(context.now.units[name])))
+    }
+    stale -= partly
     if not stale or wrong:
-        if not wrong:
+        if not wrong and not partly:
             yield Step(
                 "units", Level.OK, "systemd has read all files as they are"
             )
@@ -260,14 +270,24 @@ def reloads(context: Context) -> Iterator[Step]:
 def syntax(context: Context) -> Iterator[Step]:
     """What systemd itself says of the files, line by line."""
     units = [u for u in context.now.units.values() if u.load != "masked"]
-    files = {
-        path: unit.name
-        for unit in units
-        for path in (*(file.path for file in unit.socket.files), *unit.unread)
-    }
+    files = {path: unit.name for unit in units for path in _paths(unit)}
     chosen = _to_verify(context.now, units)
     if not chosen:
         return
+    stops = {
+        path: line
+        for unit in chosen
+        for path in _paths(unit)
+        if (line := _stops_at(path))
+    }
+    for path, line in sorted(stops.items()):
+        yield Step(
+            "units",
+            Level.WARNING,
+            f"systemd stops reading {path} at line {line}: it is too long, no"
+            f" UTF-8, or a section's name without its end",
+            *context.edit(files[path], path),
+        )
     with TemporaryDirectory() as links:
         result = ran(
             [
@@ -287,7 +307,7 @@ def syntax(context: Context) -> Iterator[Step]:
         path = match[1]
         if path not in files:
             path = fragments.get(os.path.basename(path), path)
-        if path in files:
+        if path in files and stops.get(path) != int(match[2]):
             complaints[f"{path}:{match[2]}: {match[3]}"] = path
     for complaint, path in sorted(complaints.items()):
         yield Step(
@@ -296,7 +316,7 @@ def syntax(context: Context) -> Iterator[Step]:
             complaint,
             *context.edit(files[path], path),
         )
-    if complaints:
+    if complaints or stops:
         return
     if result.returncode:
         said = "; ".join(result.stderr.splitlines()) or "nothing"
@@ -314,6 +334,27 @@ def syntax(context: Context) -> Iterator[Step]:
         Level.OK,
         f"systemd understands every line of {len(files)} files",
     )
+
+
+def _paths(unit: Unit) -> list[str]:
+    return [*(file.path for file in unit.socket.files), *unit.unread]
+
+
+def _stops_at(path: str) -> int:
+    """The line at which systemd stops reading a file; 0 if it reads all."""
+    lines = (read_file(path).text or "").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if len(line.encode(errors="surrogateescape")) >= _LONG_LINE:
+            return number
+
+    def stops(end: int) -> bool:
+        # The empty line ends what a backslash goes on with.
+        read = assignments("\n".join((*lines[:end], "", "[End]", "End=1")))
+        return not read or read[-1].section != "End"
+
+    if not stops(len(lines)):
+        return 0
+    return bisect_left(range(len(lines)), True, key=stops)
 
 
 def _fragment(unit: Unit) -> str:

@@ -160,8 +160,17 @@ def read_file(path: str) -> SourceFile:
     """Read a unit file as it is on the disk now."""
     try:
         with open(
-            path, encoding="utf-8", errors="surrogateescape", newline=""
+            path,
+            encoding="utf-8",
+            errors="surrogateescape",
+            newline="",
+            opener=_at_once,
         ) as file:
             return SourceFile(path, file.read())
     except OSError as error:
         return SourceFile(path, None, f"cannot be read ({error.strerror})")
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file, and wait for nobody who may write to a FIFO."""
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -230,6 +230,22 @@ def misspelt_key_in_a_unit_of_a_label(desk: Desk) -> None:
     desk.start(unit)
 
 
+def unclosed_header(desk: Desk) -> None:
+    own(desk, *section(desk), "[Install", "WantedBy=sockets.target")
+    again(desk)
+
+
+def no_utf_8(desk: Desk) -> None:
+    path = own(desk)
+    path.write_bytes(path.read_bytes() + b"SocketMode=\xe9\n")
+    again(desk)
+
+
+def long_line(desk: Desk) -> None:
+    own(desk, *section(desk), f"Foo={'x' * 2**20}")
+    again(desk)
+
+
 def datagram(desk: Desk) -> None:
     own(desk, *section(desk), f"ListenDatagram=127.0.0.1:{desk.port}")
     again(desk)
@@ -478,6 +494,9 @@ BREAKAGES = [
         "SocketMod",
         "sed -i s/SocketMod=/SocketMode=/",
     ),
+    Breakage(unclosed_header, "gitweb.conf at line 4", "sed -i 4,$d"),
+    Breakage(no_utf_8, "gitweb.conf at line 4", "sed -i 4d"),
+    Breakage(long_line, "gitweb.conf at line 4", "sed -i 4d"),
     Breakage(datagram, "byte stream|stream", "sed -i /Datagram/d"),
     Breakage(
         all_addresses,
@@ -547,6 +566,18 @@ BREAKAGES = [
     Breakage(no_device, "sets BindToDevice=", "sed -i /BindToDevice/d"),
     Breakage(allow_uid, "refuses 1 of its listeners"),
 ]
+
+
+@pytest.mark.parametrize("break_it", [unclosed_header, no_utf_8, long_line])
+def test_a_file_that_systemd_reads_in_part_needs_no_reload(
+    desk: Desk, break_it: Callable[[Desk], None]
+) -> None:
+    own(desk)
+    desk.start(desk.tcp)
+    break_it(desk)
+    ((text, mend, _),) = printed(desk)
+    assert "gitweb.conf at line 4" in text
+    assert "daemon-reload" not in mend
 
 
 @pytest.mark.slow
