@@ -3,6 +3,7 @@ through the loopback client."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import random
@@ -11,6 +12,7 @@ import socket
 import string
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +86,16 @@ def run(script: Path, *arguments: str, **env: str) -> tuple[int, str]:
     )
     assert done.stdout == b""
     return done.returncode, done.stderr.decode()
+
+
+def with_logger(folder: Path) -> str:
+    """A PATH on which `logger` adds a line to the file `log` in a folder."""
+    programs = folder / "with-logger"
+    programs.mkdir()
+    logger = programs / "logger"
+    logger.write_text(f'#!/bin/sh\necho "$*" >>{folder}/log\n')
+    logger.chmod(0o755)
+    return f"{programs}:{os.environ['PATH']}"
 
 
 # -- what they do
@@ -186,12 +198,30 @@ def test_a_server_never_sees_another_address_than_policy_has_read(
     assert ipv6 is None or ipv6.peers == []
 
 
-def test_a_connection_that_meets_itself_is_ended() -> None:
-    """It would keep the service from its port for as long as it lasts."""
+@pytest.mark.parametrize(
+    ("source", "listens"),
+    [
+        ("127.0.0.1", False),
+        ("127.0.9.1", True),
+        pytest.param("++1", False, marks=needs_ipv6),
+    ],
+)
+def test_a_connection_that_meets_itself_is_ended(
+    tmp_path: Path, source: str, listens: bool
+) -> None:
+    """It would keep the service from its port for as long as it lasts. One
+    from elsewhere may have the same port, and is none."""
+    listener = "socat TCP4-LISTEN:40000,bind=127.0.0.1 SYSTEM:cat"
     script = (
         "ip link set lo up && "
         "echo 40000 40000 >/proc/sys/net/ipv4/ip_local_port_range && "
-        f"exec {BIND} 40000-127.0.0.1"
+        + (
+            f"{{ {listener} & }} && "
+            "until grep -q :9C40.*:0000.0A /proc/net/tcp; do sleep 0.1; done && "
+            if listens
+            else ""
+        )
+        + f"exec {BIND} 40000-{source}"
     )
     ours, theirs = socket.socketpair()
     with ours:
@@ -200,14 +230,44 @@ def test_a_connection_that_meets_itself_is_ended() -> None:
             stdin=theirs,
             stdout=theirs,
             stderr=subprocess.PIPE,
+            env={**os.environ, "PATH": with_logger(tmp_path)},
             text=True,
         )
         theirs.close()
+        if listens:
+            ours.shutdown(socket.SHUT_WR)
         _, said = process.communicate(timeout=PATIENCE)
     if "unshare" in said or "ip: " in said or "ip_local_port_range" in said:
         pytest.skip(f"no network of one's own here: {said.strip()}")
-    assert process.returncode not in (0, 2)
-    assert "nobody listens there" in said
+    assert (process.returncode == 0) == listens, said
+    assert process.returncode != 2
+    assert ("nobody listens there" in said) != listens
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert ("could not connect to " in line) != listens
+
+
+def start_service(
+    pretend: Pretend, service: str, **env: str
+) -> tuple[subprocess.Popen[bytes], socket.socket, socket.socket]:
+    """Run SERVICE+ARGUMENT as qrexec-agent does, on two pairs of sockets; and
+    the agent's end of its input and of its output."""
+    name, _, argument = service.partition("+")
+    own_in, its_in = socket.socketpair()
+    own_out, its_out = socket.socketpair()
+    with its_in, its_out:
+        process = subprocess.Popen(
+            [RPC / name, argument],
+            stdin=its_in,
+            stdout=its_out,
+            env={
+                **os.environ,
+                "XDG_RUNTIME_DIR": str(pretend.qube() / "run"),
+                "QREXEC_REMOTE_DOMAIN": "work",
+                **env,
+            },
+            start_new_session=True,
+        )
+    return process, own_in, own_out
 
 
 @pytest.mark.parametrize("how", ["closes", "reads no more"])
@@ -225,24 +285,7 @@ def test_a_service_that_says_nothing_ends_when_its_caller_has_gone(
         over.wait(10 * PATIENCE)
         return b""
 
-    name = reach(wait).partition("+")
-    script = RPC / name[0]
-    own_in, its_in = socket.socketpair()
-    own_out, its_out = socket.socketpair()
-    environment = {
-        **os.environ,
-        "XDG_RUNTIME_DIR": str(pretend.qube() / "run"),
-        "QREXEC_REMOTE_DOMAIN": "work",
-    }
-    process = subprocess.Popen(
-        [script, name[2]],
-        stdin=its_in,
-        stdout=its_out,
-        env=environment,
-        start_new_session=True,
-    )
-    its_in.close()
-    its_out.close()
+    process, own_in, own_out = start_service(pretend, reach(wait))
     assert seen.wait(PATIENCE)
     if how == "closes":
         own_in.close()
@@ -264,14 +307,44 @@ def test_a_service_that_says_nothing_ends_when_its_caller_has_gone(
     wait_until("no process is left", nobody)
 
 
+def test_what_a_caller_sent_before_it_went_arrives_however_late(
+    pretend: Pretend,
+    tmp_path: Path,
+    reach: Callable[[Callable[[socket.socket], object]], str],
+) -> None:
+    """Nothing tells a service that is slow from one that never reads."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.01\n")
+    (programs / "sleep").chmod(0o755)
+    late = threading.Event()
+    received: list[bytes] = []
+
+    def read_late(sock: socket.socket) -> None:
+        late.wait(PATIENCE)
+        received.append(read_all(sock))
+
+    process, own_in, own_out = start_service(
+        pretend, reach(read_late), PATH=f"{programs}:{os.environ['PATH']}"
+    )
+    # As much as all buffers hold: more than the service's own.
+    own_in.settimeout(1)
+    data, sent = random_bytes(16), 0
+    with own_in, own_out, contextlib.suppress(TimeoutError):
+        while True:
+            sent += own_in.send(data[sent : sent + 4096])
+    assert 4096 < sent < len(data)
+    time.sleep(0.5)  # in which its going could be looked for many times
+    late.set()
+    process.wait(PATIENCE)
+    wait_until("the service has all", lambda: received)
+    assert digest(received[0]) == digest(data[:sent])
+
+
 def test_each_call_is_one_line_of_the_journal(
     pretend: Pretend, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "programs"
-    folder.mkdir()
-    logger = folder / "logger"
-    logger.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/log\n')
-    logger.chmod(0o755)
+    path = with_logger(tmp_path)
     server = pretend.serve_tcp(echo)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         closed = listener.getsockname()[1]
@@ -288,7 +361,7 @@ def test_each_call_is_one_line_of_the_journal(
                 stdout=theirs,
                 stderr=subprocess.DEVNULL,
                 env={
-                    "PATH": f"{folder}:/usr/bin:/bin",
+                    "PATH": path,
                     "QREXEC_REMOTE_DOMAIN": "work",
                 },
             )
@@ -311,12 +384,8 @@ def test_each_call_is_one_line_of_the_journal(
 def test_a_call_to_a_unix_socket_is_one_line_of_the_journal(
     pretend: Pretend, tmp_path: Path
 ) -> None:
-    programs, folder = tmp_path / "programs", tmp_path / "qubes.ConnectUnix"
-    programs.mkdir()
+    path, folder = with_logger(tmp_path), tmp_path / "qubes.ConnectUnix"
     folder.mkdir()
-    logger = programs / "logger"
-    logger.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/log\n')
-    logger.chmod(0o755)
     pretend.serve_unix(folder / "there", echo)
     bound_unix_socket(folder / "dead").close()
     for name, code in (("there", 0), ("dead", 1), ("none", 1)):
@@ -328,7 +397,7 @@ def test_a_call_to_a_unix_socket_is_one_line_of_the_journal(
                 stdout=theirs,
                 stderr=subprocess.DEVNULL,
                 env={
-                    "PATH": f"{programs}:/usr/bin:/bin",
+                    "PATH": path,
                     "QREXEC_REMOTE_DOMAIN": "work",
                     "XDG_RUNTIME_DIR": str(tmp_path),
                 },
@@ -890,11 +959,16 @@ def test_a_missing_socat_is_named(
     folder = tmp_path / "qubes.ConnectUnix"
     folder.mkdir()
     bound_unix_socket(folder / "name").close()
+    programs = with_logger(tmp_path).partition(":")[0]
     code, message = run(
-        script, argument, PATH=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path)
+        script, argument, PATH=programs, XDG_RUNTIME_DIR=str(tmp_path)
     )
     assert code == 1
     assert "socat is not installed" in message
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert (
+        f"unknown caller: failed: {message.partition(': ')[2]}" in f"{line}\n"
+    )
 
 
 # -- what they ask of qrexec
