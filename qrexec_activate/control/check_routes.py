@@ -166,6 +166,9 @@ def _mend_refused(context: Context, entry: Entry) -> tuple[str, str]:
         )
     if not entry.file or _STALE.search(entry.refused):
         return context.reload(entry.unit), ""
+    for one in declared_listeners(unit.socket.files).listeners:
+        if one.path == entry.file and one.name and not one.name.text:
+            return context.edit(entry.unit, one.name.path)
     where = accepts(unit, entry.file) if entry.load != "loaded" else ""
     return context.edit(entry.unit, where.rpartition(":")[0] or entry.file)
 
@@ -361,7 +364,7 @@ def overrides(context: Context) -> Iterator[Step]:
                     "routes",
                     Level.WARNING,
                     f"{one.name.path} opens no address, so {one.address}"
-                    f" reaches {one.name.text} and not {own[-1]},"
+                    f" reaches {one.name.text or 'no qube'} and not {own[-1]},"
                     f" which {one.path} names",
                     *context.edit(unit.name, one.name.path),
                 )

@@ -101,12 +101,9 @@ class _Loaded:
         self.service = service
         self.unit = unit
         self.declared = declared_listeners(unit.files)
-        # Only the system manager's %t is /run.
-        systemctl = (
-            "systemctl"
-            if manager_specifiers.get("t") == "/run"
-            else "systemctl --user"
-        )
+        systemctl = "systemctl --user"
+        if manager_specifiers.get("t") == "/run":  # Only the system manager's.
+            systemctl = "systemctl"
         name = shlex.quote(unit.name)
         self.reload = (
             f"run: {systemctl} daemon-reload && {systemctl} restart {name}"
@@ -276,10 +273,12 @@ class _Loaded:
             )
         if name is None or not name.text:
             reset = f"{name.where} resets" if name else "no file sets"
+            mend = f"add FileDescriptorName=QUBE to {owner.path}"
+            if name and name.path != owner.path:
+                mend = f"take FileDescriptorName= out of {name.path}"
             return refuse(
                 f"{self.unit.name} has no target: {owner.where} opens it, but"
-                f" {reset} FileDescriptorName=; add FileDescriptorName=QUBE to"
-                f" {owner.path}, then {self.reload}"
+                f" {reset} FileDescriptorName=; {mend}, then {self.reload}"
             )
         if owner.rival is not None:
             return refuse(

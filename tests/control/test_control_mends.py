@@ -331,6 +331,11 @@ def override(desk: Desk) -> None:
     again(desk)
 
 
+def empty_override(desk: Desk) -> None:
+    own(desk, "[Socket]", "FileDescriptorName=", name="zz")
+    again(desk)
+
+
 def dangling_link(desk: Desk) -> None:
     folder = desk.machine.unit_dir / f"{desk.tcp}.d"
     (folder / "work.conf").symlink_to("/nowhere/work.conf")
@@ -526,6 +531,16 @@ BREAKAGES = [
     Breakage(twice_in_one_unit, "2 times", "sed -i s/127.0.0.1/127.0.0.2/"),
     Breakage(
         override, "reaches work and not gitweb", "sed -i /FileDescriptor/d"
+    ),
+    Breakage(
+        empty_override,
+        "take FileDescriptorName= out of",
+        "sed -i /FileDescriptor/d",
+    ),
+    Breakage(
+        empty_override,
+        "reaches no qube and not gitweb",
+        "sed -i /FileDescriptor/d",
     ),
     Breakage(dangling_link, "is a symbolic link to nothing"),
     Breakage(misspelt_suffix, "reads only what ends in .conf"),

@@ -288,9 +288,15 @@ def test_a_unit_without_a_target_says_so_by_name() -> None:
 
 def test_a_target_that_was_taken_back_is_told_with_its_place() -> None:
     reset = drop_in("b", "FileDescriptorName=")
-    assert "/d/b.conf:2 resets FileDescriptorName=" in reason(
-        decide(unit(GITWEB, reset, listen=BOTH[:1]))[0]
-    )
+    assert (
+        "/d/b.conf:2 resets FileDescriptorName=; take FileDescriptorName= out"
+        " of /d/b.conf, then"
+    ) in reason(decide(unit(GITWEB, reset, listen=BOTH[:1]))[0])
+    itself = drop_in("a", f"ListenStream={BOTH[0]}", "FileDescriptorName=")
+    assert (
+        "/d/a.conf:3 resets FileDescriptorName=; add FileDescriptorName=QUBE to"
+        " /d/a.conf, then"
+    ) in reason(decide(unit(itself, listen=BOTH[:1]))[0])
 
 
 def test_an_address_never_borrows_the_name_of_another_drop_in() -> None:
