@@ -294,7 +294,8 @@ def check(service: str, argument: bytes, programs: Path, runtime: Path) -> str:
     *relays, logged = command_lines(recorded) or [[]]
     caller = argument if _CALLER.fullmatch(argument) else b"unknown caller"
     # After `--` nothing is an option, and its word begins with the caller.
-    options = [b"logger", b"-t", service.encode(), b"-p", b"daemon.info", b"--"]
+    command = f"timeout 5 logger -t {service} -p daemon.info --"
+    options = command.encode().split()
     assert logged[:-1] == options, ran
     said = logged[-1].removeprefix(caller + b": ")
     assert said != logged[-1], ran

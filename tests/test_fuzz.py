@@ -94,7 +94,7 @@ def test_no_argument_reaches_a_command_line_unvalidated(
     assert happened == {"ran", "refused"}
 
 
-LOG = "logger -t qubes.ConnectUnix -p daemon.info --"
+LOG = "timeout 5 logger -t qubes.ConnectUnix -p daemon.info --"
 
 
 @pytest.mark.parametrize(

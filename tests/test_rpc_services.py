@@ -95,6 +95,9 @@ def with_logger(folder: Path) -> str:
     logger = programs / "logger"
     logger.write_text(f'#!/bin/sh\necho "$*" >>{folder}/log\n')
     logger.chmod(0o755)
+    timeout = shutil.which("timeout")
+    assert timeout
+    (programs / "timeout").symlink_to(timeout)
     return f"{programs}:{os.environ['PATH']}"
 
 
@@ -379,6 +382,26 @@ def test_each_call_is_one_line_of_the_journal(
         f"work: could not connect to 127.0.0.1:{closed} from 127.0.0.1,"
         " exit code 1"
     )
+
+
+@pytest.mark.parametrize("script", [UNIX, BIND])
+def test_a_journal_that_does_not_read_holds_no_call(
+    tmp_path: Path, script: Path
+) -> None:
+    path = with_logger(tmp_path)
+    os.mkfifo(tmp_path / "log")
+    process = subprocess.Popen(
+        [script, ".refused"],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={"PATH": path},
+    )
+    try:
+        assert process.wait(PATIENCE) == 2
+    finally:
+        # Who still waits for a reader of the FIFO has one.
+        os.close(os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK))
+        process.wait()
 
 
 def test_a_call_to_a_unix_socket_is_one_line_of_the_journal(
