@@ -20,11 +20,12 @@ import psutil
 from ..forward.outcome import DISCONNECT
 from ..routing.address import address_key
 from ..systemd.shown import plain_address
+from ..systemd.unitdirs import unit_words
 from .netproc import Holder, holders, process_name
 from .sockdiag import end_key, tcp_ends
-from .survey import Survey
+from .survey import Entry, Survey
 
-__all__ = ["Connection", "Lookout", "end", "open_connections"]
+__all__ = ["Connection", "Lookout", "end", "is_among", "open_connections"]
 
 #: A set-up that takes longer is most likely waiting for a person, who has been
 #: asked in dom0.
@@ -83,15 +84,23 @@ class Connection:
             self.listener,
             self.target,
             self.call,
-            self.unit,
-            self.unit.removesuffix(".socket"),
-        )
+        ) or word in unit_words(self.unit)
 
     def __str__(self) -> str:
         return (
             f"{self.id}: {self.peer} on {self.listener} → {self.target}"
             f" {self.call}"
         )
+
+
+def is_among(connection: Connection, entries: Iterable[Entry]) -> bool:
+    """Whether a connection is on one of these routes."""
+    return any(
+        connection.unit == entry.unit
+        and connection.listener == entry.listener
+        and connection.manager == entry.manager
+        for entry in entries
+    )
 
 
 class Lookout:

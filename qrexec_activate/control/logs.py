@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 import click
@@ -128,14 +129,15 @@ def command(
     """Show the journal of all routes or of some: one line per connection that
     has ended, and all warnings.
 
-    ROUTE is an address, a unit, a target, a call, an argument or a file, also
-    of a route that is no more; ID is that of a connection. In a service qube,
-    NAME is one that is published: all that its program writes, and what systemd
-    says of it.
+    ROUTE is an address, a unit, a label, a target, a call, an argument or a
+    file, also of a route that is no more; ID is that of a connection. In a
+    service qube, NAME is one that is published: all that its program writes,
+    and what systemd says of it.
     """
     if follow and until:
         raise UsageProblem("--follow and --until exclude each other")
     now = _survey(user=not system)
+    routes = tuple(_unit_of_gone(word, now) or word for word in routes)
     meant = {word: _meant(word, now) for word in routes}
 
     def is_by(record: Record, word: str) -> bool:
@@ -259,6 +261,14 @@ def _meant(word: str, now: Survey | None) -> set[tuple[str, str]]:
         for entry in (now.entries if now else ())
         if means(word, entry)
     }
+
+
+def _unit_of_gone(word: str, now: Survey | None) -> str:
+    """The unit that a file of no route lay with, as the log knows no files;
+    empty where the word is none."""
+    folder = PurePath(word).parent.name
+    is_unit = folder.endswith(".socket.d") and "@." not in folder
+    return folder[:-2] if is_unit and not _meant(word, now) else ""
 
 
 def _show_json(record: Record) -> None:

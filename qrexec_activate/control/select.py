@@ -14,7 +14,14 @@ from ..routing.claim import Route
 from ..routing.names import parse_unit_name
 from .survey import Entry, Survey, Unit, survey, written_claims
 
-__all__ = ["means", "select", "the_routes", "whole_units", "written"]
+__all__ = [
+    "means",
+    "of_other",
+    "select",
+    "the_routes",
+    "whole_units",
+    "written",
+]
 
 
 def select(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
@@ -159,13 +166,17 @@ def _look_elsewhere(
             if any(means(word, entry) for entry in entries):
                 continue
             if by_kind or any(means(word, entry) for entry in others):
-                whose, option = (
-                    ("the system's", "add --system")
-                    if user
-                    else ("your own, not the system's", "leave out --system")
-                )
                 route = " ".join(words) if by_kind else word
-                raise UsageProblem(f"the route {route!r} is {whose}: {option}")
+                raise UsageProblem(f"the route {route!r} is {of_other(user)}")
+
+
+def of_other(user: bool) -> str:
+    """Of what the other manager has: whose it is, and how to name it."""
+    return (
+        "the system's: add --system"
+        if user
+        else "your own, not the system's: leave out --system"
+    )
 
 
 def _names(word: str, units: set[str]) -> bool:

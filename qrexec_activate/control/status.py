@@ -16,7 +16,7 @@ from ..errors import ActivateError, UsageProblem
 from ..forward.outcome import format_bytes, format_seconds
 from ..systemd.journalreader import Record, records
 from ..systemd.units import open_manager
-from .connections import Connection, Lookout
+from .connections import Connection, Lookout, is_among
 from .list import HEADER as LIST_HEADER
 from .list import NO_ROUTES, entry_as_json, print_refusals
 from .list import row as route_row
@@ -53,7 +53,6 @@ __all__ = [
     "connection_rows",
     "connection_style",
     "daemon_lines",
-    "is_among",
     "look",
     "route_table",
     "style",
@@ -237,20 +236,12 @@ def _see(user: bool) -> tuple[Survey, list[DaemonNow]]:
             now.daemons[unit].service,
             now.daemons[unit].active,
             row["MainPID"] or None,
-            row["StatusText"] or "",
+            # systemd keeps what one that has ended said last.
+            (row["MainPID"] and row["StatusText"]) or "",
             now.manager,
         )
         for unit, row in zip(units, rows, strict=True)
     ]
-
-
-def is_among(connection: Connection, entries: list[Entry]) -> bool:
-    return any(
-        connection.unit == entry.unit
-        and connection.listener == entry.listener
-        and connection.manager == entry.manager
-        for entry in entries
-    )
 
 
 def _last_records(now: Survey) -> dict[tuple[str, str], Record]:

@@ -18,14 +18,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..forward.outcome import format_bytes
-from .connections import Connection, Lookout
+from .connections import Connection, Lookout, is_among
 from .status import (
     CONNECTION_HEADER,
     Status,
     connection_rows,
     connection_style,
     daemon_lines,
-    is_among,
     look,
     route_table,
     style,

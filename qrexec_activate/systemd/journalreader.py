@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ActivateError
 from .journal import IDENTIFIER
 from .shown import plain_address
+from .unitdirs import unit_words
 
 if TYPE_CHECKING:
     from .units import Manager
@@ -82,10 +83,6 @@ class Record:
 
     def matches(self, word: str) -> bool:
         """Whether a person who writes this word may mean this record."""
-        unit = self.fields.get("UNIT", "")
-        instance = unit.removesuffix(".socket").partition("@")[2]
-        if word and word in (instance, instance.partition(":")[0]):
-            return True
         names = (
             "CONNECTION_ID",
             "LISTENER",
@@ -93,10 +90,8 @@ class Record:
             "QREXEC_SERVICE",
             "OUTCOME",
         )
-        return word in (
-            unit,
-            unit.removesuffix(".socket"),
-            *(self.fields.get(name) for name in names),
+        return word in unit_words(self.fields.get("UNIT", "")) or word in (
+            self.fields.get(name) for name in names
         )
 
 

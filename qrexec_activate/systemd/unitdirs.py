@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import ActivateError
 from ..routing.names import parse_unit_name
 
-__all__ = ["UnitFiles", "names_in", "own_folder", "scan"]
+__all__ = ["UnitFiles", "names_in", "own_folder", "scan", "unit_words"]
 
 _WANTS = (".wants", ".requires", ".upholds")
 
@@ -35,6 +35,15 @@ def own_folder(
         "where your units lie cannot be told: neither XDG_CONFIG_HOME nor"
         " HOME is set; log in properly"
     )
+
+
+def unit_words(unit: str) -> set[str]:
+    """What a person may call a socket unit, or any unit that was one: its name,
+    its instance, its argument or its label."""
+    name = unit.removesuffix(".socket")
+    instance = name.partition("@")[2]
+    argument, _, label = instance.partition(":")
+    return {unit, name, instance, argument, label} - {""}
 
 
 @dataclass(slots=True)

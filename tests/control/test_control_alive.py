@@ -191,6 +191,56 @@ def test_a_route_is_disconnected_and_takes_new_connections(desk: Desk) -> None:
         assert shown.replace("Would end", "Ended") == ended
 
 
+@pytest.fixture
+def shop(desk: Desk) -> str:
+    """The file of a route that has a label of its own, which is the only one of
+    its argument, instead of the one that was there."""
+    desk.run("remove", "work")
+    desk.run("add", "tcp", str(desk.port), "work", "--label", "shop")
+    (route,) = desk.json("list")
+    return str(route["file"])
+
+
+def test_whatever_names_a_route_disconnects_it(desk: Desk, shop: str) -> None:
+    port = f"{desk.port}"
+    with connection(desk):
+        for word in ("shop", port, f"{port}:shop", shop, desk.labelled("shop")):
+            shown = desk.run("disconnect", "--dry-run", word)
+            assert shown.count("Would end") == 1, word
+        both = desk.run("disconnect", "--dry-run", "shop", port)
+        assert both.count("Would end") == 1
+        # It goes on to the qube that it has reached, whatever its route does.
+        desk.run("retarget", "shop", "vault")
+        for word in ("shop", "vault", "work"):
+            assert "Would end" in desk.run("disconnect", "--dry-run", word)
+        desk.run("remove", "shop")
+        for word in ("shop", port, "work"):
+            assert "Would end" in desk.run("disconnect", "--dry-run", word)
+        assert desk.run("disconnect", "shop").count("Ended") == 1
+
+
+def test_a_label_of_a_route_that_is_no_more_is_found_in_the_log(
+    desk: Desk, shop: str
+) -> None:
+    with connection(desk):
+        pass
+    said = logged(desk, "shop").splitlines()[-1]
+    desk.run("remove", "shop")
+    for word in ("shop", shop):
+        assert desk.run("logs", word).splitlines()[-1] == said
+
+
+def test_what_a_daemon_said_is_not_shown_of_one_that_has_ended(
+    desk: Desk,
+) -> None:
+    with connection(desk):
+        assert "listener served" in desk.run("status")
+    desk.machine.systemctl("stop", "qrexec-connect-tcp.service")
+    assert "listener served" not in desk.run("status", "work")
+    (one,) = desk.json("status", "work")["daemons"]
+    assert (one["pid"], one["status"]) == (None, None)
+
+
 def test_the_log_says_that_a_person_ended_it_and_no_failure_is_counted(
     desk: Desk,
 ) -> None:
@@ -343,10 +393,18 @@ def test_a_route_that_is_no_more_is_found_in_the_log(desk: Desk) -> None:
     unit = desk.labelled("work")
     newest = logged(desk, unit, lines=2).splitlines()[1]
     first = json.loads(desk.run("logs", unit, "--json").splitlines()[0])
+    (route,) = desk.json("list")
+    file = route["file"]
     # Only further back than what is shown is anything of the first.
     assert desk.run("logs", "-n1", "work", first["id"]) == f"{newest}\n"
     desk.run("remove", "work")
-    for word in (f"{desk.port}", f"{desk.port}:work", unit, first["listener"]):
+    for word in (
+        f"{desk.port}",
+        f"{desk.port}:work",
+        unit,
+        first["listener"],
+        file,
+    ):
         assert desk.run("logs", word).splitlines()[-1] == newest, word
 
 

@@ -236,4 +236,7 @@ def test_disconnecting_all_has_to_be_said(desk: Desk) -> None:
         "disconnect", "work", "--all", code=2
     )
     none = desk.try_("disconnect", "--all")
-    assert (none.returncode, none.stderr) == (0, "No connection is open\n")
+    assert (none.returncode, none.stderr) == (
+        0,
+        "No connection of your own is open\n",
+    )

@@ -166,6 +166,22 @@ def test_a_connection_is_of_the_manager_whose_daemon_began_it(
     desk.start(desk.tcp)
     with connected("127.0.0.9", desk.port), connected("127.0.0.1", desk.port):
         now = desk.json("status")
+        ids = {one["manager"]: one["id"] for one in now["connections"]}
+        for word in ("vault", "127.0.0.9:" + str(desk.port), ids["system"]):
+            said = desk.fails("disconnect", word, code=2)
+            assert f"{word!r} is the system's: add --system" in said
+        said = desk.fails("disconnect", ids["user"], "--system", code=2)
+        assert "is your own, not the system's: leave out --system" in said
+        assert "Ended" in desk.run("disconnect", "--all")
+        none = desk.try_("disconnect", "--all")
+        assert (none.returncode, none.stderr) == (
+            0,
+            "No connection of your own is open; what else is open is the"
+            " system's: add --system\n",
+        )
+        assert "Would end" in desk.run(
+            "disconnect", "vault", "--system", "--dry-run"
+        )
     assert sorted(
         (one["manager"], one["target"]) for one in now["connections"]
     ) == [("system", "vault"), ("user", "gitweb")]
