@@ -288,9 +288,13 @@ def syntax(context: Context) -> Iterator[Step]:
             f" UTF-8, or a section's name without its end",
             *context.edit(files[path], path),
         )
+    (searched,) = context.manager.manager_properties("UnitPath")
     with TemporaryDirectory() as links:
         result = ran(
             [
+                # It takes its own environment for that of the manager.
+                "env",
+                f"SYSTEMD_UNIT_PATH={':'.join(searched or ())}:",
                 "systemd-analyze",
                 *(["--user"] if context.now.user else []),
                 "verify",
@@ -298,7 +302,8 @@ def syntax(context: Context) -> Iterator[Step]:
                 *(_word(unit, links) for unit in chosen),
             ]
         )
-    if result is None:
+    # 127 is env's word for a program that is not there.
+    if result is None or result.returncode == 127:
         return
     # systemd copies a fragment that has an alias, and names the copy.
     fragments = {unit.name: _fragment(unit) for unit in chosen}

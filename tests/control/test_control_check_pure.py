@@ -47,6 +47,9 @@ DAEMON = Daemon("qrexec-connect-tcp.service", "qubes.ConnectTCP", None)
 class Silent:
     """A manager that knows nothing."""
 
+    def manager_properties(self, *names: str) -> list[Any]:
+        return [None for _ in names]
+
     def unit_properties(
         self, units: list[str], kind: str, names: list[str]
     ) -> list[dict[str, Any]]:
@@ -151,6 +154,9 @@ def test_what_systemd_cannot_verify_is_not_called_understood(
     (step,) = syntax(context(SourceFile("/units/a.conf", "[Socket]\n")))
     assert step.level is Level.WARNING
     assert said.strip() in step.text
+    missing = CompletedProcess([], 127, "", "env: no such program\n")
+    monkeypatch.setattr(check_units, "ran", lambda _: missing)
+    assert not list(syntax(context(SourceFile("/units/a.conf", "[Socket]\n"))))
 
 
 def test_a_privileged_port_needs_another_one(
