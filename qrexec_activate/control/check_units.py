@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import stat
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from tempfile import TemporaryDirectory
@@ -202,22 +203,25 @@ def reloads(context: Context) -> Iterator[Step]:
     """Whether systemd has read everything that is on the disk, and can."""
     wrong = False
     for unit in context.now.units.values():
-        for file in unit.socket.files:
-            if file.path in unit.unreadable:
+        known = {file.path: file.problem for file in unit.socket.files}
+        for path in sorted({*known, *context.now.files.called_conf(unit.name)}):
+            if path in unit.unreadable:
                 continue
-            command = (
-                sudo(shlex.join(["rm", file.path]), file.path)
-                if os.path.islink(file.path) and not os.path.exists(file.path)
-                else sudo(shlex.join(["chmod", "a+r", file.path]), file.path)
-                if file.problem.startswith("cannot be read")
-                else ""
-            )
+            problem, command = known.get(path) or "", ""
+            if os.path.islink(path) and not os.path.exists(path):
+                problem = problem or "is a symbolic link to nothing"
+                command = sudo(shlex.join(["rm", path]), path)
+            elif _holds_up(path):
+                problem = "is no file: systemd would wait at it for ever"
+                command = set_aside(path)
+            elif problem.startswith("cannot be read"):
+                command = sudo(shlex.join(["chmod", "a+r", path]), path)
             if command:
                 wrong = True
                 yield Step(
                     "units",
                     Level.ERROR,
-                    f"{file.path} {file.problem}",
+                    f"{path} {problem}",
                     joined(command, context.reload(unit.name)),
                 )
     # systemd reads a unit that it could not load each time that it is asked
@@ -265,6 +269,13 @@ def reloads(context: Context) -> Iterator[Step]:
         f" {', '.join(sorted(stale))}",
         context.reload(*active),
     )
+
+
+def _holds_up(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def syntax(context: Context) -> Iterator[Step]:

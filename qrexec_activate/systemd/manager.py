@@ -456,7 +456,8 @@ def _examine(path: str) -> tuple[float, SourceFile]:
         return -math.inf, SourceFile(path, None, problem, "")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        return -math.inf, SourceFile(path, None, f"cannot be read ({reason})")
+        problem = f"cannot be read ({reason}; mend or remove it)"
+        return -math.inf, SourceFile(path, None, problem)
     by_systemd = _BY_SET_PROPERTY.search(path) and is_silent(text)
     return -math.inf if by_systemd else touched, SourceFile(path, text)
 

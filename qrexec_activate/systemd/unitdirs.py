@@ -72,6 +72,11 @@ class UnitFiles:
     def drop_ins(self, unit: str) -> list[str]:
         """Return the drop-ins of a unit, in the order in which systemd would
         apply them."""
+        return [path for path in self.called_conf(unit) if os.path.isfile(path)]
+
+    def called_conf(self, unit: str) -> list[str]:
+        """Return all that has the name of a drop-in of a unit, whatever it
+        is."""
         name = parse_unit_name(unit)
         template = f"{name.prefix}@.{name.suffix}" if name.instance else ""
         found: dict[str, str] = {}
@@ -82,9 +87,7 @@ class UnitFiles:
                 for file in self.names_in(folder):
                     if file.endswith(".conf"):
                         found.setdefault(file, f"{folder}/{file}")
-        return [
-            path for _, path in sorted(found.items()) if os.path.isfile(path)
-        ]
+        return [path for _, path in sorted(found.items())]
 
     def units(self, suffix: str) -> set[str]:
         """Return every unit that has a file, a drop-in or a link that enables

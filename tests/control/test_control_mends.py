@@ -3,6 +3,7 @@ as it is printed, mends it. What no command can mend is no command."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import socket
@@ -44,6 +45,7 @@ def desk(journal_machine: Machine) -> Iterator[Desk]:
     desk = Desk(journal_machine)
     yield desk
     desk.leave()
+    (desk.machine.unit_dir / f"{desk.tcp}.d" / "x.conf").unlink(missing_ok=True)
     shutil.rmtree(desk.machine.unit_dir / "dead", ignore_errors=True)
 
 
@@ -342,6 +344,16 @@ def dangling_link(desk: Desk) -> None:
     again(desk)
 
 
+def link_to_itself(desk: Desk) -> None:
+    path = desk.machine.unit_dir / f"{desk.tcp}.d" / "loop.conf"
+    path.symlink_to(path)
+
+
+def fifo(desk: Desk) -> None:
+    """systemd must not be told to read it."""
+    os.mkfifo(desk.machine.unit_dir / f"{desk.tcp}.d" / "x.conf")
+
+
 def misspelt_suffix(desk: Desk) -> None:
     desk.machine.systemctl("disable", "--now", desk.tcp)
     path = own(desk)
@@ -543,6 +555,8 @@ BREAKAGES = [
         "sed -i /FileDescriptor/d",
     ),
     Breakage(dangling_link, "is a symbolic link to nothing"),
+    Breakage(link_to_itself, "is a symbolic link to nothing"),
+    Breakage(fifo, "is no file"),
     Breakage(misspelt_suffix, "reads only what ends in .conf"),
     Breakage(misspelt_suffix_of_a_second, "reads only what ends in .conf"),
     Breakage(misspelt("qrexec-connect-tcp@{}.sockets.d"), "should be called"),
