@@ -311,7 +311,9 @@ class _Situation:
         unit = unit_of(wish.kind, wish.argument)
         prefix = parse_unit_name(unit).prefix
         if prefix not in self.daemons:
-            self.daemons[prefix] = daemon_of(self.manager, wish.kind, unit)
+            self.daemons[prefix] = daemon_of(
+                self.manager, wish.kind, unit, self.now
+            )
         daemon = self.daemons[prefix]
         check_argument(
             check_service(daemon.service), _argument(daemon, wish.argument)

@@ -42,7 +42,7 @@ from .survey import (
 )
 from .table import short_path
 
-__all__ = ["command", "foreseen", "use"]
+__all__ = ["checked", "command", "foreseen", "use"]
 
 EDITORS = ("sensible-editor", "editor", "nano", "vi")
 
@@ -118,7 +118,7 @@ def _file_of(now: Survey, route: str, folder: Path) -> tuple[str, str]:
             in (*(file.path for file in unit.socket.files), *unit.unread)
             and "@." not in path.parent.name
         ):
-            return _checked(str(path), unit.name, folder)
+            return checked(str(path), unit.name, folder)
     entries = the_routes(now, [route], all_of_them=True)
     files = {(entry.file, entry.unit) for entry in entries if entry.file}
     if not files:
@@ -132,10 +132,12 @@ def _file_of(now: Survey, route: str, folder: Path) -> tuple[str, str]:
             f"{route!r} may mean {len(files)} files: name one of {names}"
         )
     ((file, unit_name),) = files
-    return _checked(file, unit_name, folder)
+    return checked(file, unit_name, folder)
 
 
-def _checked(path: str, unit: str, folder: Path) -> tuple[str, str]:
+def checked(path: str, unit: str, folder: Path) -> tuple[str, str]:
+    """Return both; raises UsageProblem where the file is not to be changed
+    here."""
     if how := how_to_change(path):
         raise UsageProblem(f"{path} cannot be changed here, as {how}")
     if not path.startswith(f"{folder}/"):
@@ -300,7 +302,8 @@ def use(
         carry_out(change, systemctl)
     for unit in units:
         active = _is_active(now, unit)
-        _report(unit, befores[unit], afters[unit], active, systemctl)
+        dead = _daemon(now, unit).dead
+        _report(unit, befores[unit], afters[unit], active, dead, systemctl)
 
 
 def _is_active(now: Survey, unit: str) -> bool:
@@ -339,6 +342,7 @@ def _report(
     before: Sequence[Claim],
     after: Sequence[Claim],
     active: bool,
+    dead: str,
     systemctl: Systemctl,
 ) -> None:
     had = {one.address: one for one in before if isinstance(one, Route)}
@@ -350,10 +354,13 @@ def _report(
         old = had.get(address)
         if old is None or (old.target, old.call) != (route.target, route.call):
             click.echo(
-                f"{address} {'now reaches' if active else 'will reach'}"
+                f"{address}"
+                f" {'now reaches' if active and not dead else 'will reach'}"
                 f" {route.target}, by {route.call}"
             )
     if not after:
         click.echo(f"{unit} has no address left: stopped and disabled")
     elif not active:
         click.echo(f"Start it: {systemctl.written('enable', '--now', unit)}")
+    if after and dead:
+        click.echo(f"Now it reaches nobody: {dead}", err=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from dataclasses import replace
 
 from ..errors import ActivateError, UsageProblem
 from ..given.kinds import KINDS
 from ..routing.names import parse_unit_name
 from ..systemd.unitdirs import scan
 from ..systemd.units import Manager, open_manager
+from .daemons import declared_daemon, is_mask
 from .options import did_you_mean
-from .survey import Daemon, find_daemon
+from .survey import Daemon, Survey, find_daemon, masked_name, why_dead
 
 __all__ = ["daemon_of", "own_kinds", "will_refuse"]
 
@@ -65,7 +67,7 @@ def will_refuse(service: str, argument: str) -> str:
     return "" if one else f"{service} refuses {address}: it is no single host's"
 
 
-def daemon_of(manager: Manager, kind: str, unit: str) -> Daemon:
+def daemon_of(manager: Manager, kind: str, unit: str, now: Survey) -> Daemon:
     """Find the daemon that socket units of this prefix would start."""
     prefix = parse_unit_name(unit).prefix
     template = f"{prefix}@.socket"
@@ -82,9 +84,10 @@ def daemon_of(manager: Manager, kind: str, unit: str) -> Daemon:
             f" qrexec-activate add-rpc {prefix} MY.RPC"
         )
     if row["LoadState"] == "masked":
+        own = is_mask(now.files.fragments.get(unit, ""))
+        masked = masked_name(unit, "masked" if own else "")
         raise ActivateError(
-            f"{unit} is masked: systemctl unmask {unit} (with --user for a"
-            f" user unit)"
+            f"{masked} is masked; {now.systemctl} unmask {masked}"
         )
     for service in row["Triggers"] or ():
         (properties,) = manager.unit_properties(
@@ -92,9 +95,14 @@ def daemon_of(manager: Manager, kind: str, unit: str) -> Daemon:
         )
         if daemon := find_daemon(service, properties["ExecStart"] or ()):
             return daemon
+    if declared := declared_daemon(unit, now.files):
+        (row,) = manager.unit_properties([declared.unit], "Unit", ["LoadState"])
+        load = row["LoadState"] or "not-found"
+        raise ActivateError(
+            why_dead(replace(declared, load=load), now.systemctl)
+        )
     raise ActivateError(
         f"{template} starts"
         f" {' '.join(row['Triggers'] or ()) or 'no service'}, which does not"
-        f" run"
-        f" qrexec-activate serve: see systemctl cat {template}"
+        f" run qrexec-activate serve: see {now.systemctl} cat {template}"
     )

@@ -37,8 +37,13 @@ def ask(
         system = look(False)
     except ManagerError:
         system = None
-    # Who is root by sudo or at the console has no manager of their own.
-    by_root = lost is not None and os.geteuid() == 0
+    # Who is root by sudo or at the console has no manager of their own; one
+    # that does not answer is one.
+    by_root = (
+        lost is not None
+        and os.geteuid() == 0
+        and not isinstance(lost.__cause__, TimeoutError)
+    )
     if system is not None and (by_root or declares(system)):
         found.append(system)
     if lost is None or not found:

@@ -21,7 +21,7 @@ from ..systemd.unitdirs import own_folder
 from ..systemd.units import open_manager
 from .dom0 import refuse
 from .dropins import locked, with_lines
-from .edit import foreseen, use
+from .edit import checked, foreseen, use
 from .options import (
     complete_routes,
     complete_targets,
@@ -105,10 +105,9 @@ def _text(entry: Entry, target: str, folder: Path) -> str:
         if entry.file
         else f"see systemctl cat {entry.unit} (with --user for a user unit)"
     )
-    if (
-        not entry.file.startswith(f"{folder}/")
-        or "@." in Path(entry.file).parent.name
-    ):
+    if entry.file:
+        checked(entry.file, entry.unit, folder)
+    if not entry.file or "@." in Path(entry.file).parent.name:
         raise UsageProblem(
             f"{entry.listener} is opened by {entry.file or 'no file'}, which"
             f" is not this unit's own in {folder}: {by_hand}"

@@ -58,9 +58,11 @@ __all__ = [
     "all_entries",
     "find_daemon",
     "foresee",
+    "masked_name",
     "read_file",
     "survey",
     "take_survey",
+    "why_dead",
     "written_claims",
 ]
 
@@ -318,7 +320,7 @@ def _our_sockets(
     ):
         if (load := row["LoadState"] or "not-found") != "loaded":
             daemon = replace(result.daemons[daemon_name], load=load)
-            why = _why_dead(daemon, result.systemctl)
+            why = why_dead(daemon, result.systemctl)
             result.daemons[daemon_name] = replace(daemon, dead=why)
         sockets |= {
             name: daemon_name
@@ -355,12 +357,12 @@ def _lost_sockets(
     for unit, row in zip(units, rows, strict=True):
         load = row["LoadState"] or "not-found"
         daemon = replace(_as_it_is(dead[unit], loaded), load=load)
-        why = _why_dead(daemon, result.systemctl)
+        why = why_dead(daemon, result.systemctl)
         result.daemons[unit] = replace(daemon, dead=why)
     return sockets
 
 
-def _why_dead(daemon: Daemon, systemctl: str) -> str:
+def why_dead(daemon: Daemon, systemctl: str) -> str:
     """Why a service that should serve cannot."""
     unit, load = daemon.unit, daemon.load
     if load == "masked":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import click
 
+from ..errors import ActivateError
 from ..systemd.systemctl import Systemctl
 from ..systemd.units import open_manager
 from .dom0 import refuse
@@ -57,6 +58,9 @@ def switch(
         with finishing():
             carry_out(change, systemctl)
         for entry in (entry for opened in units.values() for entry in opened):
+            dead = now.daemons[entry.daemon].dead
+            if change.start and dead:
+                raise ActivateError(f"{entry.listener} reaches nobody: {dead}")
             click.echo(
                 f"{done}: {entry.listener} to {entry.target or 'nowhere'}"
             )

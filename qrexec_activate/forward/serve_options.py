@@ -63,8 +63,8 @@ def _user_id(text: str) -> int:
         "auto_envvar_prefix": "QREXEC_ACTIVATE",
         "show_default": True,
     },
-    epilog="""Try it out, with the qube "work" as the target:
-
+    epilog="""\b
+Try it out, with the qube "work" as the target:
     systemd-socket-activate -l 127.0.0.1:8000 --fdname=work \\
         qrexec-activate serve qubes.ConnectTCP --argument 8000
 """,

@@ -328,3 +328,48 @@ def test_an_address_that_was_added_to_a_file_is_shown_before_the_reload(
     new = found[f"127.0.0.9:{desk.port}"]
     assert new["target"] == "gitweb"
     assert "was changed after systemd read it" in new["refused"]
+
+
+def test_who_changes_a_dead_route_is_not_told_that_it_reaches_anything(
+    desk: Desk,
+) -> None:
+    """It listens on while its daemon is masked."""
+    desk.run("add", "tcp", str(desk.port), "gitweb")
+    desk.machine.systemctl("mask", SERVICE)
+    mend = f"{SERVICE} is masked; systemctl --user unmask {SERVICE}"
+    done = desk.try_("retarget", "gitweb", "work")
+    assert (done.returncode, "now reaches" in done.stdout) == (0, False)
+    assert f"Now it reaches nobody: {mend}" in done.stderr
+    assert f"reaches nobody: {mend}" in desk.fails("start", "work", code=1)
+
+
+@pytest.mark.parametrize(
+    ("masked", "named"),
+    [
+        ("qrexec-connect-tcp@.socket", "qrexec-connect-tcp@.socket"),
+        ("INSTANCE", "INSTANCE"),
+        (SERVICE, SERVICE),
+    ],
+)
+def test_what_is_masked_is_unmasked_by_what_add_prints(
+    desk: Desk, masked: str, named: str
+) -> None:
+    masked, named = (
+        word.replace("INSTANCE", desk.tcp) for word in (masked, named)
+    )
+    desk.machine.systemctl("mask", masked)
+    desk.machine.systemctl("daemon-reload")
+    said = desk.fails("add", "tcp", str(desk.port), "gitweb", code=1)
+    mend = f"systemctl --user unmask {named}"
+    assert f"{named} is masked; {mend}" in said
+    desk.machine.systemctl(*mend.split()[2:])
+    desk.run("add", "tcp", str(desk.port), "gitweb")
+
+
+def test_what_makes_a_service_run_something_else_is_found_by_what_add_prints(
+    desk: Desk,
+) -> None:
+    desk.drop_in(SERVICE, "mine", "[Service]", "ExecStart=", "ExecStart=/bin/x")
+    desk.machine.systemctl("daemon-reload")
+    said = desk.fails("add", "tcp", str(desk.port), "gitweb", code=1)
+    assert f"systemctl --user cat {SERVICE} shows which file" in said

@@ -40,7 +40,10 @@ def test_udp_is_explained(desk: Desk) -> None:
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_serve_has_help(desk: Desk, option: str) -> None:
-    assert desk.run("serve", option).startswith("Usage: qrexec-activate serve")
+    said = desk.run("serve", option)
+    assert said.startswith("Usage: qrexec-activate serve")
+    # The example can be pasted.
+    assert " --fdname=work \\\n" in said
 
 
 def test_adding_again_says_once_what_is_so(desk: Desk) -> None:

@@ -337,6 +337,8 @@ def test_root_without_a_manager_of_its_own_sees_the_systems(
         ("system", True, 1000, ["system"], "only the system's routes"),
         ("system", False, 1000, None, "no user"),
         ("system", False, 0, ["system"], ""),
+        ("hung system", True, 0, ["system"], "only the system's routes"),
+        ("hung system", False, 0, None, "no user"),
         ("", True, 0, None, "no user"),
         ("", True, 1000, None, "no user"),
     ],
@@ -355,7 +357,8 @@ def test_of_two_managers_those_are_shown_that_can_be_read(
     def look(user: bool) -> str:
         name = "user" if user else "system"
         if name not in reachable.split():
-            raise ManagerError(f"no {name}")
+            hung = TimeoutError() if "hung" in reachable else None
+            raise ManagerError(f"no {name}") from hung
         return name
 
     if shown is None:

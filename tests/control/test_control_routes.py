@@ -355,7 +355,10 @@ def test_a_route_of_a_package_is_not_touched(desk: Desk) -> None:
     try:
         desk.machine.systemctl("daemon-reload")
         assert "not among the units in" in desk.fails("remove", "vault", code=2)
-        assert "not among the units in" in desk.fails("edit", "vault", code=2)
+        for words in (("edit", "vault"), ("retarget", "vault", "work")):
+            said = desk.fails(*words, code=2)
+            assert "not among the units in" in said
+            assert "copy it there under the same name" in said
     finally:
         path.unlink()
         vendor.rmdir()
