@@ -30,7 +30,7 @@ from .address import (
 from .kinds import will_refuse
 from .netproc import overlaps
 from .steps import Context, Level, Step, joined, sudo
-from .survey import Entry, accepts, masked_name
+from .survey import Entry, accepts, is_utf_8, masked_name
 
 __all__ = ["clashes", "exposure", "overrides", "routes"]
 
@@ -164,6 +164,8 @@ def _mend_refused(context: Context, entry: Entry) -> tuple[str, str]:
             f" unit that is named for it, as"
             f" {parse_unit_name(entry.daemon).prefix}@ARGUMENT.socket.d is"
         )
+    if not is_utf_8(entry.file):
+        return "", ""
     if not entry.file or _STALE.search(entry.refused):
         return context.reload(entry.unit), ""
     for one in declared_listeners(unit.socket.files).listeners:

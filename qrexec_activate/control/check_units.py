@@ -15,7 +15,7 @@ from ..given.kinds import KINDS
 from ..routing.unitfile import assignments
 from .daemons import Daemon, is_mask, read_file
 from .steps import Context, Level, Step, joined, ran, set_aside, sudo
-from .survey import Survey, Unit
+from .survey import Survey, Unit, is_utf_8
 
 __all__ = ["daemons", "reloads", "syntax", "units"]
 
@@ -211,6 +211,14 @@ def reloads(context: Context) -> Iterator[Step]:
             if os.path.islink(path) and not os.path.exists(path):
                 problem = problem or "is a symbolic link to nothing"
                 command = sudo(shlex.join(["rm", path]), path)
+            elif not is_utf_8(path):
+                problem = (
+                    "has a name that is no UTF-8, which systemd cannot tell"
+                )
+                new = re.sub("[\udc80-\udcff]", "_", path)
+                command = sudo(
+                    f"mv -n {_by_bytes(path)} {shlex.quote(new)}", path
+                )
             elif _holds_up(path):
                 problem = "is no file: systemd would wait at it for ever"
                 command = set_aside(path)
@@ -269,6 +277,15 @@ def reloads(context: Context) -> Iterator[Step]:
         f" {', '.join(sorted(stale))}",
         context.reload(*active),
     )
+
+
+def _by_bytes(path: str) -> str:
+    """A path for a shell, of which no byte is printed that is no letter."""
+    escaped = "".join(
+        chr(byte) if 32 <= byte < 127 and byte != 92 else f"\\0{byte:03o}"
+        for byte in os.fsencode(path)
+    )
+    return f'"$(printf %b {shlex.quote(escaped)})"'
 
 
 def _holds_up(path: str) -> bool:

@@ -58,6 +58,7 @@ __all__ = [
     "all_entries",
     "find_daemon",
     "foresee",
+    "is_utf_8",
     "masked_name",
     "read_file",
     "survey",
@@ -655,11 +656,21 @@ def _why_missing(
             f"systemd cannot load {unit.name} (LoadState={unit.load});"
             f" {systemctl} status {unit.name} says why"
         )
+    if not is_utf_8(path):
+        return (
+            f"{path}: its name is no UTF-8, so systemd cannot tell of it;"
+            f" rename it, then {reload}"
+        )
     if path in unit.unread:
         return f"{path}: systemd has not read this file yet; {reload}"
     if any(f.path == path and f.text is None for f in unit.socket.files):
         return f"{path} was changed after systemd read it; {reload}"
     return not_taken
+
+
+def is_utf_8(path: str) -> bool:
+    """Whether a path can go over D-Bus, which takes no other bytes."""
+    return not any("\udc80" <= char <= "\udcff" for char in path)
 
 
 def masked_name(unit: str, enabled: str) -> str:

@@ -354,6 +354,12 @@ def fifo(desk: Desk) -> None:
     os.mkfifo(desk.machine.unit_dir / f"{desk.tcp}.d" / "x.conf")
 
 
+def name_of_other_bytes(desk: Desk) -> None:
+    path = own(desk, *section(desk, f"127.0.0.2:{desk.port}"), name="é'")
+    path.rename(path.with_name("b'\udcff.conf"))
+    again(desk)
+
+
 def misspelt_suffix(desk: Desk) -> None:
     desk.machine.systemctl("disable", "--now", desk.tcp)
     path = own(desk)
@@ -557,6 +563,7 @@ BREAKAGES = [
     Breakage(dangling_link, "is a symbolic link to nothing"),
     Breakage(link_to_itself, "is a symbolic link to nothing"),
     Breakage(fifo, "is no file"),
+    Breakage(name_of_other_bytes, "a name that is no UTF-8"),
     Breakage(misspelt_suffix, "reads only what ends in .conf"),
     Breakage(misspelt_suffix_of_a_second, "reads only what ends in .conf"),
     Breakage(misspelt("qrexec-connect-tcp@{}.sockets.d"), "should be called"),
