@@ -98,6 +98,7 @@ class Connection:
         "_watched",
         "call",
         "id",
+        "outcome",
         "peer",
         "route",
         "tended",
@@ -122,6 +123,8 @@ class Connection:
         self.id = number
         self.peer = peer
         self.call = Call(trio.current_time())
+        #: What became of it, once that is sure.
+        self.outcome: Outcome | None = None
         #: Whether a task sees it through, with carry().
         self.tended = False
 
@@ -328,22 +331,24 @@ class Connection:
 
     # -------------------------------------------------------------------- life
 
-    async def carry(self) -> Outcome:
-        """See the connection through to its end, close the socket, and tell
-        what became of it."""
+    async def carry(self) -> None:
+        """See the connection through to its end, and close the socket; what
+        became of it is its outcome."""
         try:
             self._end_untended()
             self._watch_client()
-            outcome = await self._tries(pumping=False)
-            if outcome is None:
-                outcome = await self._spliced()
-            await self._part(outcome)
-            return outcome
+            self.outcome = await self._tries(pumping=False)
+            if self.outcome is None:
+                self.outcome = await self._spliced()
+            await self._part(self.outcome)
         except BaseException as error:
             # If it is no failure, the daemon ends (Cancelled, perhaps in a
-            # group). What qrexec-client-vm holds goes on without it; the rest
-            # cannot.
-            if isinstance(error, Exception) or not self.outlives_daemon:
+            # group). What qrexec-client-vm holds goes on without it, and what
+            # the kernel has arrives; the rest cannot.
+            if isinstance(error, Exception):
+                self._cut()
+            elif self.outcome is None and not self.outlives_daemon:
+                self.outcome = self._over(Ending.STOPPED)
                 self._cut()
             raise
         finally:
@@ -591,12 +596,18 @@ class Connection:
         if not half_close(self._sock):
             return
         began_at = trio.current_time()
-        with contextlib.suppress(OSError):
+        try:
             while not self._is_heard(trio.current_time() - began_at):
                 with trio.move_on_after(FAREWELL_LOOK):
                     if self._splice is None:
                         await trio.sleep_forever()
                     await readable(self._sock.fileno())
+        except OSError:
+            return
+        finally:
+            # The kernel goes on, unless close() finds input.
+            if unsent(self._sock):
+                drop_input(self._sock)
 
     def _is_heard(self, waited: float) -> bool:
         """Whether the client has all that it will have."""

@@ -243,7 +243,7 @@ class Daemon:
         with trio.move_on_after(STOP_MARGIN / 2):
             while any(one in self.connections for one in cut):
                 await self._connection_ends(STOP_MARGIN)
-        if left := len(self.connections):
+        if left := sum(one.outlives_daemon for one in self.connections):
             self._reports.info(
                 f"stopping; open connections that go on without it: {left}"
             )
@@ -505,12 +505,13 @@ class Daemon:
         """See one connection through. Nothing that goes wrong in it touches
         another."""
         try:
-            outcome = await connection.carry()
+            await connection.carry()
         except Exception as error:
             self._reports.broke(connection, error)
-        else:
-            self._reports.ended(connection, outcome)
+            connection.outcome = None
         finally:
+            if connection.outcome is not None:
+                self._reports.ended(connection, connection.outcome)
             self._closes(connection)
 
     def _closes(self, connection: Connection) -> None:

@@ -1513,6 +1513,65 @@ async def test_a_stop_leaves_the_last_words_of_a_service_their_time(
     await stage.recorded("ended, ")
 
 
+@pytest.mark.parametrize("relay", [Relay.HAND_OVER, Relay.SPLICE])
+@pytest.mark.parametrize("stops", [False, True])
+async def test_a_slow_reader_has_all_of_an_answer_though_nobody_waits_for_it(
+    stage: Stage, autojump_clock: MockClock, relay: Relay, stops: bool
+) -> None:
+    """And though there is input of it that no service has read."""
+    autojump_clock.autojump_threshold = 0.05
+    stage.client.relay = relay
+    async with await stage.connect() as stream:
+        started = await stage.nth(1)
+        started.establish()
+        await stream.send_all(b"more than is read")
+        # More than its kernel takes, and less than that of the daemon.
+        sent = 0
+        while sent < 1_000_000:
+            way = started._stdout if started.takes_pipes else started._stdin
+            sent += os.write(way, bytes(50_000))
+            await trio.sleep(0.2)
+        if not started.takes_pipes:
+            with socket.socket(fileno=os.dup(started._stdin)) as service:
+                service.shutdown(socket.SHUT_RDWR)
+        started.exits(0)
+        await trio.sleep(1)
+        autojump_clock.autojump_threshold = 0
+        if stops:
+            stage.tell_to_stop()
+            with trio.fail_after(3600):
+                await stage.over.wait()
+            assert not stage.records.count("go on without it")
+        else:
+            await trio.sleep(3600)
+        received = 0
+        while chunk := await stream.receive_some():
+            received += len(chunk)
+        assert received == sent
+    await stage.recorded("ended, ")
+
+
+async def test_a_stop_that_cuts_last_bytes_off_is_recorded(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.05
+    stage = Stage(Settings(), unix=True)
+    stage.client.relay = Relay.SPLICE
+    nursery.start_soon(stage.run)
+    stream = await stage.connect()
+    started = await stage.nth(1)
+    started.establish()
+    with trio.move_on_after(1):
+        # More than every buffer on the way holds.
+        await stream.send_all(bytes(10_000_000))
+    await stream.aclose()
+    await trio.sleep(1)
+    autojump_clock.autojump_threshold = 0
+    await stage.stop()
+    assert stage.records.count("cut off by a stop of the daemon") == 1
+    assert not stage.records.count("go on without it")
+
+
 @pytest.mark.parametrize("unix", [False, True])
 async def test_what_nobody_reads_any_more_does_not_reset_the_client(
     nursery: trio.Nursery, autojump_clock: MockClock, unix: bool
