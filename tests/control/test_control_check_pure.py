@@ -154,6 +154,11 @@ def test_what_systemd_cannot_verify_is_not_called_understood(
     (step,) = syntax(context(SourceFile("/units/a.conf", "[Socket]\n")))
     assert step.level is Level.WARNING
     assert said.strip() in step.text
+    of_another = "/units/other.service:3: Unknown key 'X', ignoring."
+    fails = CompletedProcess([], 1, "", of_another)
+    monkeypatch.setattr(check_units, "ran", lambda _: fails)
+    (step,) = syntax(context(SourceFile("/units/a.conf", "[Socket]\n")))
+    assert step.level is Level.OK
     missing = CompletedProcess([], 127, "", "env: no such program\n")
     monkeypatch.setattr(check_units, "ran", lambda _: missing)
     assert not list(syntax(context(SourceFile("/units/a.conf", "[Socket]\n"))))
