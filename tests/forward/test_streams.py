@@ -116,13 +116,14 @@ async def test_a_client_that_cannot_send_more_is_told_of_the_end(
 ) -> None:
     """A service has ended without reading: a client whose kernel waits for room
     would not find out by itself for a minute or two."""
-    full = trio.Event()
+    full, heard = trio.Event(), trio.Event()
 
     async def deaf(stream: trio.SocketStream) -> None:
         await full.wait()
         await stream.send_all(bytes(size) + b"done")
         await stream.send_eof()
-        await trio.sleep_forever()
+        # Where a script stands for qubes.ConnectTCP, that ends no call.
+        await heard.wait()
 
     address = await scene.route(deaf)
     async with await connect(address) as stream:
@@ -147,6 +148,7 @@ async def test_a_client_that_cannot_send_more_is_told_of_the_end(
                 received += len(chunk)
                 await trio.sleep(0.01)
         assert received == size + 4
+        heard.set()
         await scene.logged("ended")
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             fill()
